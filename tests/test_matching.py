@@ -1,0 +1,310 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.checkpoint import Checkpoint, Tree
+from unbackdoor.errors import MismatchError
+from unbackdoor.matching import (
+    describe_match,
+    flat_tree,
+    match_keys,
+    matched_tensors,
+    replace_tensors,
+    state_dicts_apart,
+)
+from unbackdoor.networks import small_resnet
+
+torch.set_num_threads(1)
+
+HEAD = ("fc.weight", "fc.bias")
+
+
+def network(seed: int = 0, *, classes: int = 10, width: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = nn.ModuleDict(
+        {
+            "conv1": nn.Conv2d(3, width, 3),
+            "bn1": nn.BatchNorm2d(width),
+            "fc": nn.Linear(width, classes),
+        }
+    )
+    layers["fc"].weight.data.normal_()
+    return layers
+
+
+def shapes(layers: nn.Module) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in layers.state_dict().items()}
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> Tree:
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def checkpoint(tree: Tree, *dropped: str) -> Checkpoint:
+    return Checkpoint(Path("victim.pt"), "torch", tree, dropped, "0" * 64, {})
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(found[k] is expected[k] for k in found)
+
+
+STYLES = [
+    ((), ""),
+    *(((nesting,), "") for nesting in (
+        "state_dict", "model", "model_state_dict", "model_state", "net", "network", "module",
+        "teacher", "student", "ema", "model_ema", "state_dict_ema", "encoder", "backbone",
+        "params", "weights",
+    )),
+    *((("state_dict",), prefix) for prefix in (
+        "module.", "backbone.", "encoder.", "encoder_q.", "module.encoder_q.", "online_network.",
+        "online_encoder.", "base_encoder.", "module.base_encoder.", "student.", "teacher.",
+        "model.", "net.", "features.", "_orig_mod.", "module._orig_mod.", "visual.",
+        "trunk.", "resnet.", "module.backbone.", "model.backbone.net.",
+    )),
+    (("checkpoint", "state_dict"), "anything.at.all."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("nesting", "prefix"), STYLES)
+def test_every_common_nesting_and_prefix_is_found_by_itself(nesting, prefix):
+    state = network().state_dict()
+    tree = {"queue": torch.zeros(7), **prefixed(prefix, state)}
+    for name in reversed(nesting):
+        tree = {name: tree, "epoch_losses": torch.zeros(3)}
+    found = checkpoint(tree)
+    match = match_keys(found, shapes(network()), head=HEAD)
+    assert (match.nesting, match.prefix) == (nesting, prefix)
+    assert same(matched_tensors(found, match), state)
+    assert set(match.head) == set(HEAD)
+    assert "queue" in match.left_over
+    assert match.other == ()
+
+
+def test_the_head_may_have_any_number_of_classes_or_be_absent():
+    found = checkpoint(network(classes=1000).state_dict())
+    match = match_keys(found, shapes(network(classes=10)), head=HEAD)
+    assert match.head == HEAD
+    assert "fc.weight, fc.bias (1000 classes)" in describe_match(match, found)
+
+    headless = {key: t for key, t in network().state_dict().items() if key not in HEAD}
+    match = match_keys(checkpoint(headless), shapes(network()), head=HEAD)
+    assert match.head == ()
+    assert match.missing == ()
+    assert "head: none in the file" in describe_match(match, checkpoint(headless))
+
+
+def test_a_head_of_another_feature_size_is_left_over():
+    state = network().state_dict() | {"fc.weight": torch.zeros(10, 99)}
+    match = match_keys(checkpoint(state), shapes(network()), head=HEAD)
+    assert match.head == ("fc.bias",)
+    assert match.left_over == ("fc.weight",)
+
+
+def test_counters_of_batch_norms_may_be_absent_and_nothing_else_of_the_body():
+    state = network().state_dict()
+    del state["bn1.num_batches_tracked"]
+    found = checkpoint(state)
+    match = match_keys(found, shapes(network()), head=HEAD)
+    assert match.missing == ("bn1.num_batches_tracked",)
+    assert "matched: 6 of 7 body tensors" in describe_match(match, found)
+    assert "absent: 1 num_batches_tracked" in describe_match(match, found)
+    del state["bn1.weight"]
+    with pytest.raises(MismatchError, match=r"bn1\.weight +4 +absent"):
+        match_keys(checkpoint(state), shapes(network()), head=HEAD)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("module.encoder_q.", "module.encoder_k."),
+        ("teacher.", "student."),
+        ("online_network.", "target_network."),
+        ("backbone.", "backbone_momentum."),
+        ("model.", "model_ema."),
+    ],
+)
+def test_of_two_copies_the_documented_one_is_taken_and_the_other_is_named(first, second):
+    one, two = network(1).state_dict(), network(2).state_dict()
+    for halves in (
+        prefixed(first, one) | prefixed(second, two),
+        prefixed(second, two) | prefixed(first, one),
+    ):
+        found = checkpoint({"state_dict": halves})
+        match = match_keys(found, shapes(network()), head=HEAD)
+        assert same(matched_tensors(found, match), one)
+        assert match.other == (f"state_dict.{second[:-1]}",)
+        assert (
+            f"warning: would have fitted as well, and stays as it came: state_dict.{second[:-1]}"
+            in (describe_match(match, found))
+        )
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("teacher", "student"),
+        ("model", "ema"),
+        ("state_dict", "state_dict_ema"),
+        ("online", "target"),
+    ],
+)
+def test_of_two_state_dicts_the_documented_one_is_taken(first, second):
+    one, two = network(1).state_dict(), network(2).state_dict()
+    found = checkpoint({second: two, first: one})
+    match = match_keys(found, shapes(network()), head=HEAD)
+    assert (match.nesting, match.other) == ((first,), (second,))
+    assert state_dicts_apart(match, found.tree) == [f"{second} (9 tensors)"]
+
+
+def test_the_user_can_choose_the_other_copy():
+    one, two = network(1).state_dict(), network(2).state_dict()
+    found = checkpoint(
+        {"teacher": prefixed("backbone.", one), "student": prefixed("backbone.", two)}
+    )
+    match = match_keys(found, shapes(network()), head=HEAD, nesting="student")
+    assert same(matched_tensors(found, match), two)
+
+    moco = checkpoint(prefixed("encoder_q.", one) | prefixed("encoder_k.", two))
+    for prefix in ("encoder_k.", "encoder_k"):
+        match = match_keys(moco, shapes(network()), head=HEAD, prefix=prefix)
+        assert same(matched_tensors(moco, match), two)
+    with pytest.raises(
+        MismatchError, match="holds no tensors at --nesting 'ema', only at 'teacher', 'student'"
+    ):
+        match_keys(found, shapes(network()), head=HEAD, nesting="ema")
+
+
+def test_a_copy_without_head_gives_way_to_one_with_head():
+    state = network(1).state_dict()
+    body = {key: tensor for key, tensor in network(2).state_dict().items() if key not in HEAD}
+    match = match_keys(checkpoint({"a": body, "b": state}), shapes(network()), head=HEAD)
+    assert match.nesting == ("b",)
+
+
+@pytest.mark.parametrize("swap", [{"downsample": "shortcut"}, {"fc": "linear"},
+                                  {"downsample": "shortcut", "fc": "linear"}])  # fmt: skip
+@pytest.mark.parametrize("backwards", [False, True])
+def test_other_spellings_of_small_resnets_fit_both_ways(swap, backwards):
+    torch.manual_seed(0)
+    ours = small_resnet("resnet18", classes=10).state_dict()
+    theirs = {
+        ".".join(swap.get(part, part) for part in key.split(".")): t for key, t in ours.items()
+    }
+    network, file = (theirs, ours) if backwards else (ours, theirs)
+    head = tuple(key for key in network if key.startswith(("fc.", "linear.")))
+    found = checkpoint({"net": prefixed("module.", file)})
+    match = match_keys(found, {key: t.shape for key, t in network.items()}, head=head)
+    assert match.prefix == "module."
+    assert set(match.head) == set(head)
+    assert match.left_over == ()
+    assert same(dict(sorted(matched_tensors(found, match).items())), dict(sorted(network.items())))
+
+
+def test_a_network_that_uses_both_spellings_is_not_confused():
+    expected = {"fc.weight": torch.Size([2, 2]), "linear.weight": torch.Size([2, 2])}
+    with pytest.raises(MismatchError, match="absent"):
+        match_keys(checkpoint({"linear.weight": torch.zeros(2, 2)}), expected)
+
+
+def test_other_shapes_are_an_error_that_says_so():
+    with pytest.raises(MismatchError) as caught:
+        match_keys(
+            checkpoint({"model": network(width=8).state_dict()}), shapes(network()), head=HEAD
+        )
+    text = str(caught.value)
+    assert text.startswith(
+        "victim.pt: does not fit the network; nearest is 'model', where 6 tensors"
+    )
+    assert "  conv1.weight      4x3x3x3  conv1.weight 8x3x3x3\n" in text
+    assert "The names agree, the shapes do not" in text
+    assert "--arch" in text
+
+
+def test_a_mismatch_shows_a_short_table_of_the_nearest_state_dict():
+    torch.manual_seed(0)
+    resnet = small_resnet("resnet18", classes=10)
+    head = ("fc.weight", "fc.bias")
+    few = {f"module.{key}": t for key, t in list(resnet.state_dict().items())[:60]}
+    few["module.stray"] = torch.zeros(5, 6)
+    tree = {"far": {"x": torch.zeros(1)}, "state_dict": few}
+    with pytest.raises(MismatchError) as caught:
+        match_keys(checkpoint(tree), shapes(resnet), head=head)
+    text = str(caught.value)
+    assert "nearest is 'state_dict' with prefix 'module.'" in text
+    assert text.count("absent") == 12
+    assert "more\n" in text
+    assert "The file has, unasked for: module.stray 5x6" in text
+
+
+def test_a_network_of_other_names_is_an_error_that_says_so():
+    with pytest.raises(MismatchError, match="None of the network's tensors is there"):
+        match_keys(checkpoint({"model": {"blob": torch.zeros(2)}}), shapes(network()), head=HEAD)
+
+
+def test_replacing_keeps_everything_else_the_same_object_and_every_dtype():
+    state = {
+        key: t.half() if t.is_floating_point() else t for key, t in network(1).state_dict().items()
+    }
+    tree: Tree = {
+        "note": {"other": torch.zeros(2)},
+        "state_dict": {**prefixed("module.", state), "module.queue": torch.zeros(3)},
+        "student": dict(network(3).state_dict()),
+    }
+    found = checkpoint(tree)
+    match = match_keys(found, shapes(network()), head=HEAD)
+    clean = network(2).state_dict()
+    body = {key: tensor for key, tensor in clean.items() if key not in HEAD}
+    new = replace_tensors(found, match, body)
+
+    assert new["note"] is tree["note"]
+    assert new["student"] is tree["student"]
+    assert list(new) == list(tree)
+    assert list(new["state_dict"]) == list(tree["state_dict"])
+    assert new["state_dict"]["module.queue"] is tree["state_dict"]["module.queue"]
+    assert new["state_dict"]["module.fc.weight"] is tree["state_dict"]["module.fc.weight"]
+    assert torch.equal(new["state_dict"]["module.conv1.weight"], clean["conv1.weight"].half())
+    assert torch.equal(tree["state_dict"]["module.conv1.weight"], state["conv1.weight"])
+    flat = flat_tree(match, new)
+    assert list(flat) == list(tree["state_dict"])
+    assert flat["module.conv1.weight"] is new["state_dict"]["module.conv1.weight"]
+
+
+def test_putting_the_same_tensors_back_changes_no_bit():
+    state = {
+        key: t.bfloat16() if t.is_floating_point() else t
+        for key, t in network().state_dict().items()
+    }
+    found = checkpoint({"model": state})
+    match = match_keys(found, shapes(network()), head=HEAD)
+    loaded = network(5)
+    loaded.load_state_dict(matched_tensors(found, match))
+    new = replace_tensors(found, match, loaded.state_dict())
+    assert all(torch.equal(new["model"][key], state[key]) for key in state)
+    assert all(new["model"][key].dtype == state[key].dtype for key in state)
+
+
+def test_replacing_by_another_shape_is_refused():
+    found = checkpoint(network().state_dict())
+    match = match_keys(found, shapes(network()), head=HEAD)
+    with pytest.raises(
+        MismatchError, match=r"conv1\.weight is 1 in the network, 4x3x3x3 in victim\.pt"
+    ):
+        replace_tensors(found, match, {"conv1.weight": torch.zeros(1)})
+
+
+def test_the_account_names_what_was_matched_left_over_and_dropped():
+    state = prefixed("module.encoder_q.", network(1, classes=128).state_dict())
+    state |= prefixed("module.encoder_k.", network(2, classes=128).state_dict())
+    state["module.queue"] = torch.zeros(128, 16)
+    found = checkpoint({"state_dict": state}, "optimizer (dict)", "epoch (int)")
+    match = match_keys(found, shapes(network()), head=HEAD)
+    assert describe_match(match, found).splitlines() == [
+        "matched: 7 of 7 body tensors, at 'state_dict' with prefix 'module.encoder_q.'",
+        "head: fc.weight, fc.bias (128 classes), kept as it is",
+        "left over, kept as it is: module.encoder_k (9), module.queue",
+        "warning: would have fitted as well, and stays as it came: state_dict.module.encoder_k "
+        "(choose by --nesting and --prefix)",
+        "dropped: optimizer (dict), epoch (int)",
+    ]

@@ -1,0 +1,498 @@
+"""From the name of a network and a checkpoint to a ``Backbone``: images in [0, 1] to features.
+
+A network is always built untrained and nothing is ever downloaded; the weights come from the
+checkpoint. The four kinds of names are listed at ``build``.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torchvision  # type: ignore[import-untyped]  # it ships no types
+from timm.layers.classifier import ClassifierHead
+from torch import Tensor, nn
+
+from unbackdoor.checkpoint import Checkpoint, read_checkpoint
+from unbackdoor.errors import ArchitectureError, CheckpointError, MismatchError, SettingsError
+from unbackdoor.matching import Match, match_keys, matched_tensors
+from unbackdoor.networks import SMALL_NETWORKS
+from unbackdoor.types import Features, Images
+
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+HEAD_NAME = re.compile(r"fc|linear|head|heads\.\w+|classifier(\.\d+)?")
+
+
+class Backbone(nn.Module):
+    """A network that takes images in [0, 1] and returns their features; normalization is inside.
+
+    The network is taken over, not copied: its heads are moved out of ``body`` into ``heads``, and
+    an identity stands in their place.
+
+    Args:
+        network: Maps normalized images to features, to logits if it has heads.
+        heads: Dotted names of the modules inside ``network`` whose removal leaves features. Most
+            networks have one, distilled transformers two, others none.
+        mean: Of the pixels, one number per channel, on the [0, 1] scale.
+        std: Likewise.
+
+    Attributes:
+        body: The network without its heads.
+        heads: The heads, in the order of ``head_names``; empty if there are none.
+        head_names: Where in ``body`` the heads belong.
+
+    Raises:
+        SettingsError: If ``mean`` or ``std`` lies outside [0, 1] or they differ in length.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        heads: tuple[str, ...] = (),
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        super().__init__()
+        _check_normalization(mean, std)
+        self.head_names = heads
+        self.heads = nn.ModuleList(network.get_submodule(name) for name in heads)
+        self.body = network
+        self._remove_heads()
+        for name, values in (("mean", mean), ("std", std)):
+            row = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+            self.register_buffer(name, row, persistent=False)
+
+    def forward(self, images: Images) -> Features:
+        """Return pooled features, shape ``(n, d)``, of images in [0, 1].
+
+        Raises:
+            ArchitectureError: If the network returns anything but ``(n, d)`` or ``(n, d, h, w)``.
+        """
+        features = self.body((images - self.mean) / self.std)
+        if not isinstance(features, Tensor):
+            kind = type(features).__name__
+            raise ArchitectureError(f"the network returns a {kind}, not one tensor of features")
+        if features.ndim == 4:
+            features = features.mean((2, 3))
+        if features.ndim != 2:
+            shape = tuple(features.shape)
+            raise ArchitectureError(f"features are (n, d) or (n, d, h, w), the network's: {shape}")
+        return features
+
+    def logits(self, images: Images) -> Tensor:
+        """Return exactly what the whole network says of images in [0, 1], shape ``(n, classes)``.
+
+        Raises:
+            ArchitectureError: If the network has no head.
+        """
+        self._check_heads()
+        for name, head in zip(self.head_names, self.heads, strict=True):
+            self.body.set_submodule(name, head)
+        try:
+            logits: Tensor = self.body((images - self.mean) / self.std)
+        finally:
+            self._remove_heads()
+        return logits
+
+    def classify(self, features: Features) -> Tensor:
+        """Return the logits of features that are at hand already, shape ``(n, classes)``.
+
+        Raises:
+            ArchitectureError: If the network has no head, or its logits are no linear map of its
+                pooled features, so that only ``logits`` can tell them.
+        """
+        self._check_heads()
+        if len(self.heads) > 1 or not isinstance(self.heads[0], nn.Linear):
+            names = ", ".join(self.head_names)
+            raise ArchitectureError(f"the head ({names}) is not one linear layer; call logits")
+        logits: Tensor = self.heads[0](features)
+        return logits
+
+    def _remove_heads(self) -> None:
+        for name in self.head_names:
+            self.body.set_submodule(name, nn.Identity())
+
+    def _check_heads(self) -> None:
+        if not self.heads:
+            raise ArchitectureError("the backbone has no head and so no logits; train a probe")
+
+
+class Architecture(NamedTuple):
+    """An untrained network and what is known about it; ``None`` is unknown.
+
+    Attributes:
+        network: Maps normalized images to logits, or to features if it has no heads.
+        heads: Dotted names of its heads.
+        mean: Of the pixels that it expects, on the [0, 1] scale.
+        std: Likewise.
+        size: Side of the images that it expects, in pixels.
+    """
+
+    network: nn.Module
+    heads: tuple[str, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    size: int | None
+
+
+class Loaded(NamedTuple):
+    """A backbone and where it came from.
+
+    Attributes:
+        backbone: In eval mode, on the CPU.
+        checkpoint: The file as read.
+        match: Which of its tensors went where.
+        size: Side of the images that the network expects, in pixels.
+        dimension: Number of features.
+    """
+
+    backbone: Backbone
+    checkpoint: Checkpoint
+    match: Match
+    size: int
+    dimension: int
+
+
+def load_backbone(
+    checkpoint: str | Path,
+    arch: str,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
+    head: str | None = None,
+    nesting: str | None = None,
+    prefix: str | None = None,
+) -> Backbone:
+    """Return the backbone in ``checkpoint``, in eval mode, on the CPU.
+
+    Args and errors are those of ``open_backbone``.
+    """
+    return open_backbone(
+        Path(checkpoint),
+        arch,
+        mean=mean,
+        std=std,
+        size=size,
+        head=head,
+        nesting=nesting,
+        prefix=prefix,
+    ).backbone
+
+
+def open_backbone(
+    checkpoint: Path,
+    arch: str,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
+    head: str | None = None,
+    nesting: str | None = None,
+    prefix: str | None = None,
+) -> Loaded:
+    """Build ``arch``, fill it with the tensors of ``checkpoint``, and try it on two noise images.
+
+    The checkpoint decides how many classes the head has, and whether there is one.
+
+    Args:
+        checkpoint: A file or a Hugging Face folder, see ``read_checkpoint``.
+        arch: See ``build``.
+        mean: Of the pixels, one number per channel, on the [0, 1] scale. By default the
+            checkpoint's own (a Hugging Face ``config.json``), then the architecture's.
+        std: Likewise.
+        size: Side of the images in pixels; by default the architecture's.
+        head: See ``build``.
+        nesting: See ``match_keys``.
+        prefix: See ``match_keys``.
+
+    Raises:
+        UnsafeCheckpointError: See ``read_checkpoint``.
+        CheckpointError: See ``read_checkpoint``; or if the weights yield no finite features.
+        MismatchError: If tensors and architecture do not fit each other.
+        ArchitectureError: If there is no such architecture, or it yields no feature vectors, or
+            its normalization or image size is unknown and not given.
+        SettingsError: If ``mean`` or ``std`` lies outside [0, 1] or they differ in length.
+    """
+    source = read_checkpoint(checkpoint)
+    architecture = build(arch, head=head)
+    match = _match(source, arch, architecture, nesting=nesting, prefix=prefix)
+    tensors = matched_tensors(source, match)
+    classes = _count_classes(tensors, architecture.heads)
+    if classes and classes != _count_classes(architecture.network.state_dict(), architecture.heads):
+        architecture = build(arch, classes=classes, head=head)
+    heads = _fill(architecture, tensors, match, arch=arch)
+
+    own = source.config.get("pretrained_cfg")
+    own = own if isinstance(own, dict) else source.config  # older files hold it at the top
+    mean = mean or _numbers(own.get("mean")) or architecture.mean
+    std = std or _numbers(own.get("std")) or architecture.std
+    size = size or architecture.size
+    if mean is None or std is None or size is None:
+        raise ArchitectureError(
+            f"{arch} does not say which images it takes. Give its module the attributes mean, std "
+            "(tuples on the [0, 1] scale) and size (pixels), or pass --mean, --std and --size; "
+            "--mean 0 0 0 --std 1 1 1 means no normalization."
+        )
+    backbone = Backbone(architecture.network, heads, mean=mean, std=std).eval()
+    dimension = _try(backbone, arch=arch, size=size)
+    return Loaded(backbone, source, match, size, dimension)
+
+
+def network_state(backbone: Backbone) -> dict[str, Tensor]:
+    """Return all tensors of body and heads under the network's own keys, sharing their memory."""
+    state: dict[str, Tensor] = backbone.body.state_dict()
+    for name, head in zip(backbone.head_names, backbone.heads, strict=True):
+        state |= head.state_dict(prefix=f"{name}.")
+    return state
+
+
+def build(arch: str, *, classes: int | None = None, head: str | None = None) -> Architecture:
+    """Return the untrained network that ``arch`` names.
+
+    Args:
+        arch: A timm name, with or without its tag (``resnet18``, ``vit_tiny_patch16_224``);
+            ``torchvision/NAME`` for torchvision's classification networks; ``cifar/NAME`` for
+            those of ``networks.SMALL_NETWORKS``; ``path/to/file.py:function`` for the user's own.
+            That file is run. The function takes nothing, or ``classes`` (or ``num_classes``), and
+            returns a module from images to features or logits, which may tell by attributes
+            ``mean``, ``std`` and ``size`` which images it takes.
+        classes: Outputs of the head; by default the architecture's own number.
+        head: Dotted name of the head, ``"none"`` if there is none. By default timm says which
+            modules it is; elsewhere it is the last linear layer or 1×1 convolution, provided that
+            its name is ``fc``, ``linear``, ``head``, ``heads.*``, ``classifier`` or
+            ``classifier.N``. Any other last layer is taken for a part of the backbone.
+
+    Raises:
+        ArchitectureError: If there is no such network or head, or the user's file fails.
+    """
+    file, _, function = arch.rpartition(":")
+    library, _, name = arch.rpartition("/")
+    if arch.endswith(".py"):
+        raise ArchitectureError(f"{arch}: name the function that builds it, {arch}:FUNCTION")
+    if file.endswith(".py"):
+        architecture = _build_own(Path(file), function, classes)
+    elif library == "torchvision" and name in _torchvision_names():
+        architecture = _build_torchvision(name, classes or 1000)
+    elif library == "cifar" and name in SMALL_NETWORKS:
+        network = SMALL_NETWORKS[name](classes or 10)
+        heads = _find_heads(network)
+        architecture = Architecture(network, heads, CIFAR10_MEAN, CIFAR10_STD, 32)
+    elif library in ("", "timm") and timm.is_model(name.partition(".")[0]):
+        architecture = _build_timm(name, classes)
+    else:
+        raise _unknown(arch, [*timm.list_models(), *_other_names()])
+    if head is None:
+        return architecture
+    return architecture._replace(heads=_chosen_heads(architecture.network, head))
+
+
+def _build_timm(name: str, classes: int | None) -> Architecture:
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # timm's word for a tag that it does not know
+        raise _unknown(name, timm.list_pretrained(f"{name.partition('.')[0]}.*")) from error
+    # timm counts 0 classes for self-supervised weights; a fine-tuned checkpoint may have a head
+    classes = classes or (config and config.num_classes) or 1000
+    network: Any = timm.create_model(name, pretrained=False, num_classes=classes)
+    found = network.get_classifier()
+    modules = found if isinstance(found, tuple | list) else [found]
+    # a ClassifierHead pools, and pools right where features come as (n, h, w, d)
+    layers = [module.fc if isinstance(module, ClassifierHead) else module for module in modules]
+    heads = tuple(name for name, module in network.named_modules() if module in layers)
+    own = network.pretrained_cfg
+    return Architecture(network, heads, own["mean"], own["std"], own["input_size"][-1])
+
+
+def _build_torchvision(name: str, classes: int) -> Architecture:
+    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    mean, std, size = transforms.mean, transforms.std, transforms.crop_size[0]
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        # the auxiliary heads serve training from scratch; init_weights would be slow, then lost
+        options = {"aux_logits": False, "init_weights": False}
+        mean = std = (0.5, 0.5, 0.5)  # the published weights renormalize to this inside
+    network = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+    size = getattr(network, "image_size", size)  # vit_h_14 is built for 224, published for 518
+    return Architecture(network, _find_heads(network), tuple(mean), tuple(std), size)
+
+
+def _build_own(path: Path, name: str, classes: int | None) -> Architecture:
+    function = _import_function(path, name)
+    parameters = inspect.signature(function).parameters
+    keyword = next((word for word in ("classes", "num_classes") if word in parameters), None)
+    arguments = {}
+    if keyword and (classes or parameters[keyword].default is inspect.Parameter.empty):
+        arguments[keyword] = classes or 1000
+    try:
+        network = function(**arguments)
+    except Exception as error:
+        raise ArchitectureError(f"{path}:{name} fails: {_in_short(error)}") from error
+    if not isinstance(network, nn.Module):
+        kind = type(network).__name__
+        raise ArchitectureError(f"{path}:{name} returns a {kind}, not a torch.nn.Module")
+    # a tensor ``mean`` is not taken: it serves a network that normalizes by itself
+    mean, std = _numbers(getattr(network, "mean", None)), _numbers(getattr(network, "std", None))
+    size = getattr(network, "size", None)
+    size = size if isinstance(size, int) else None
+    return Architecture(network, _find_heads(network), mean, std, size)
+
+
+def _import_function(path: Path, name: str) -> Callable[..., object]:
+    spec = importlib.util.spec_from_file_location(f"unbackdoor_arch_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ArchitectureError(f"{path}: no such file; --arch takes path/to/file.py:function")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up while it is imported
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        hint = "Is the folder of what it imports in PYTHONPATH?"
+        raise ArchitectureError(f"{path} fails: {_in_short(error)}. {hint}") from error
+    except (Exception, SystemExit) as error:
+        raise ArchitectureError(f"{path} fails: {_in_short(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ArchitectureError(f"{path} has no function {name!r}; it has {', '.join(own) or None}")
+    return function  # type: ignore[no-any-return]  # whatever the user's file holds
+
+
+def _find_heads(network: nn.Module) -> tuple[str, ...]:
+    layers = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+        or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    ]
+    return tuple(name for name in layers[-1:] if HEAD_NAME.fullmatch(name))
+
+
+def _chosen_heads(network: nn.Module, head: str) -> tuple[str, ...]:
+    if head == "none":
+        return ()
+    names = [name for name, _ in network.named_modules() if name]
+    if head not in names:
+        nearest = difflib.get_close_matches(head, names) or names[-3:]
+        raise ArchitectureError(f"the network has no module {head!r}; it has {', '.join(nearest)}")
+    return (head,)
+
+
+def _match(
+    source: Checkpoint,
+    arch: str,
+    architecture: Architecture,
+    *,
+    nesting: str | None,
+    prefix: str | None,
+) -> Match:
+    expected = {key: value.shape for key, value in architecture.network.state_dict().items()}
+    head = tuple(key for key in expected if _is_in(key, architecture.heads))
+    try:
+        return match_keys(source, expected, head=head, nesting=nesting, prefix=prefix)
+    except MismatchError as error:
+        named = source.config.get("architecture")
+        if named is None or named == arch:
+            raise
+        hint = f"The checkpoint's config.json names the architecture {named!r}, --arch {arch!r}."
+        raise MismatchError(f"{error}\n{hint}") from error
+
+
+def _count_classes(state: dict[str, Tensor], heads: Iterable[str]) -> int | None:
+    """Return the length of the last head's last tensor; ``None`` if ``state`` has no head."""
+    lengths = [len(value) for key, value in state.items() if _is_in(key, heads) and value.ndim]
+    return lengths[-1] if lengths else None
+
+
+def _fill(
+    architecture: Architecture, tensors: dict[str, Tensor], match: Match, *, arch: str
+) -> tuple[str, ...]:
+    """Copy ``tensors`` into the network; return its heads, none if ``tensors`` lack them."""
+    network, heads = architecture.network, architecture.heads
+    if not match.head:
+        for name in heads:
+            network.set_submodule(name, nn.Identity())
+        heads = ()
+    try:
+        missing = network.load_state_dict(tensors, strict=False).missing_keys
+    except RuntimeError as error:
+        raise MismatchError(f"the checkpoint does not fit {arch}: {error}") from error
+    absent = ", ".join(key for key in missing if key not in match.missing)
+    if absent:
+        raise MismatchError(f"the checkpoint has a part of the head of {arch}, but no {absent}")
+    return heads
+
+
+def _try(backbone: Backbone, *, arch: str, size: int) -> int:
+    """Return the number of features of two noise images, or raise what is wrong with them."""
+    channels = backbone.mean.shape[1]
+    images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            features = backbone(images)
+    except ArchitectureError:
+        raise
+    except Exception as error:  # the user's own network may raise anything
+        cause = _in_short(error)
+        raise ArchitectureError(f"{arch} fails on {size}-pixel images: {cause}") from error
+    if not features.isfinite().all():
+        raise CheckpointError(f"{arch} with these weights yields NaN or infinite features")
+    if features.shape[1] < 2 or features[0].equal(features[1]):
+        shape = tuple(features.shape)
+        raise ArchitectureError(f"{arch} yields no usable features: shape {shape}, or all alike")
+    return int(features.shape[1])
+
+
+def _check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        for value in values:
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise SettingsError(
+                    f"{name} is on the [0, 1] scale, got {value}; divide values for 0..255 by 255"
+                )
+    if 0 in std:
+        raise SettingsError("std must be positive, got 0")
+    if len(mean) != len(std):
+        raise SettingsError(f"mean has {len(mean)} channels but std has {len(std)}")
+
+
+def _torchvision_names() -> list[str]:
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def _other_names() -> list[str]:
+    return [f"torchvision/{name}" for name in _torchvision_names()] + [
+        f"cifar/{name}" for name in SMALL_NETWORKS
+    ]
+
+
+def _unknown(arch: str, names: list[str]) -> ArchitectureError:
+    nearest = difflib.get_close_matches(arch, names, n=1)
+    hint = (
+        f"did you mean {nearest[0]!r}?"
+        if nearest
+        else ("pass a timm name, torchvision/NAME, cifar/NAME or path/to/file.py:function")
+    )
+    return ArchitectureError(f"arch {arch!r} is unknown; {hint}")
+
+
+def _numbers(value: object) -> tuple[float, ...] | None:
+    return tuple(value) if isinstance(value, tuple | list) else None
+
+
+def _is_in(key: str, modules: Iterable[str]) -> bool:
+    return any(key.startswith(f"{name}.") for name in modules)
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -1,0 +1,385 @@
+"""Contrastive backdoor defense: purify a backbone with unlabeled images.
+
+One step draws three views of a batch, searches the ball around the third for images that the
+contrastive loss likes least, and tunes the backbone on a weighted sum of three terms.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from unbackdoor.batchnorm import batch_statistics, reestimate, track
+from unbackdoor.data import ImageSource, from_tensor
+from unbackdoor.devices import Precision, autocast
+from unbackdoor.errors import DataError, DivergedError
+from unbackdoor.losses import nt_xent
+from unbackdoor.pgd import l2_pgd, linf_pgd
+from unbackdoor.settings import PurifySettings, SearchSettings
+from unbackdoor.types import Features, Images, RawImages, Scalar
+from unbackdoor.views import random_views
+
+COLLAPSED = 0.01  # share of the original's feature spread below which a student is given up
+WATCHED = 512  # plain images on which that spread is read after every epoch
+CHECK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
+REESTIMATED = 10_000  # plain images from which the delivered statistics are taken
+
+
+class LossTerms(NamedTuple):
+    """The three terms of one step before weighting; a term of weight 0 is 0."""
+
+    pull: Scalar  # found images -> clean anchor, no gradient into the anchor
+    distill: Scalar  # anchor -> the same view under the frozen original
+    align: Scalar  # two clean views of an image
+
+
+class EpochLosses(NamedTuple):
+    """Mean loss terms of one epoch, their weighted sum, and how long it took."""
+
+    pull: float
+    distill: float
+    align: float
+    total: float
+    seconds: float
+
+
+class PurifyState(NamedTuple):
+    """What the epochs to come depend on, beside original, images and settings."""
+
+    history: tuple[EpochLosses, ...]  # one entry a finished epoch
+    student: dict[str, Tensor]
+    momentum: dict[str, Tensor]  # SGD's buffers, named like the weights
+
+
+class Purified(NamedTuple):
+    """A purified backbone, in eval mode, and the losses of its epochs."""
+
+    backbone: nn.Module
+    history: tuple[EpochLosses, ...]
+
+
+def purify(
+    backbone: nn.Module,
+    images: RawImages | ImageSource,
+    settings: PurifySettings = PurifySettings(),
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    state: PurifyState | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[PurifyState], None] | None = None,
+) -> Purified:
+    """Return a purified copy of ``backbone``, which itself stays as it is.
+
+    Args:
+        backbone: Maps images in [0, 1], shape ``(n, c, h, w)``, to features ``(n, d)``.
+        images: Unlabeled images, a uint8 tensor or what ``load_images`` returns.
+        settings: See :class:`PurifySettings`.
+        device: Where to compute; the copy that is returned is there too.
+        precision: ``bf16`` runs networks in bfloat16; weights and losses stay float32.
+        state: Continue after its last epoch, to the same result as an uninterrupted run.
+        on_step: Called after every step with the number of steps done and of all steps.
+        on_epoch: Called after every epoch with the state to continue from.
+
+    Raises:
+        DataError: If the images do not fill one batch.
+        DivergedError: If the loss is no longer finite or the features collapse.
+
+    Source:
+        "Do We Really Need Labels for Backdoor Defense?", section 3.3,
+        https://openreview.net/forum?id=0Hfv9xPBSPQ.
+
+    Differs from the paper: by default, batch norm uses running statistics that follow the tuned
+    weights on plain images (docs/method.md has the reason); nothing else ever leaves eval mode.
+    """
+    device = torch.device(device)
+    source = from_tensor(images) if isinstance(images, Tensor) else images
+    steps = settings.epochs * steps_per_epoch(len(source), settings)
+    original = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
+    student = copy.deepcopy(original).requires_grad_(True)
+    optimizer = torch.optim.SGD(
+        student.parameters(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    history = () if state is None else _restore(state, student, optimizer)
+
+    with autocast(device, precision):
+        projection = train_projection(original, source, settings, device=device)
+        embed, embed_original = (nn.Sequential(net, projection) for net in (student, original))
+        watched = _to_unit(source.read(range(min(WATCHED, len(source)))), device)
+        spread = feature_spread(original, watched)
+        step = len(history) * (steps // settings.epochs)
+        for epoch in range(len(history), settings.epochs):
+            started, losses = time.monotonic(), []
+            generator = epoch_generator(settings.seed, epoch, device)
+            for raw in epoch_batches(source, settings, epoch):
+                plain = _to_unit(raw, device)
+                first, second, third = (
+                    random_views(plain, settings.views, generator=generator) for _ in range(3)
+                )
+                if settings.pull > 0:
+                    third = search(embed, first, third, settings, generator=generator)
+                terms = loss_terms(embed, embed_original, (first, second, third), settings)
+                loss = weighted_sum(terms, settings)
+                optimizer.param_groups[0]["lr"] = learning_rate(settings, step / steps)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if settings.batch_norm == "tracked":
+                    track(student, plain)
+
+                step += 1
+                losses.append(torch.stack([*terms, loss]).detach())
+                if step % CHECK_EVERY == 0:
+                    _check_finite(losses, epoch)
+                if on_step is not None:
+                    on_step(step, steps)
+            _check_finite(losses, epoch)
+            _check_spread(feature_spread(student, watched), spread, epoch)
+            means = torch.stack(losses).mean(0).tolist()
+            history = (*history, EpochLosses(*means, seconds=time.monotonic() - started))
+            if on_epoch is not None:
+                on_epoch(_state(student, optimizer, history))
+        if settings.batch_norm == "tracked":
+            reestimate(student, _plain_batches(source, settings.batch_size, device))
+    return Purified(student.requires_grad_(False), history)
+
+
+def search(
+    embed: nn.Module,
+    anchor: Images,
+    images: Images,
+    settings: PurifySettings,
+    *,
+    generator: torch.Generator,
+) -> Images:
+    """Return ``images``, perturbed so that their features leave those of ``anchor``.
+
+    Args:
+        embed: Maps images to the features that the contrastive loss compares.
+        anchor: Another view of the same images.
+        generator: Draws the starts; on the device of ``images``.
+
+    Source:
+        The paper's equation 3: PGD on the contrastive loss, every image on its own.
+    """
+    options = settings.search
+
+    def loss_fn(candidates: Images) -> Scalar:
+        return nt_xent(target, embed(candidates), temperature=settings.temperature)
+
+    with batch_statistics(embed, batch=options.batch_norm == "batch", moving=False):
+        with torch.no_grad():
+            target = embed(anchor)
+        ascend = linf_pgd if options.norm == "linf" else l2_pgd
+        return ascend(
+            loss_fn,
+            images,
+            epsilon=options.epsilon,
+            step_size=step_length(options),
+            steps=options.steps,
+            generator=generator if options.start == "random" else None,
+        )
+
+
+def step_length(options: SearchSettings) -> float:
+    """Return the length of a search step on the [0, 1] scale."""
+    unit = {"epsilon": options.epsilon, "pixel": 1.0, "level": 1 / 255}[options.step_unit]
+    return options.step_size * unit
+
+
+def loss_terms(
+    embed: nn.Module,
+    embed_original: nn.Module,
+    views: tuple[Images, Images, Images],
+    settings: PurifySettings,
+) -> LossTerms:
+    """Return the pull, distill and align terms of one batch.
+
+    Args:
+        embed: The network under repair, up to the features that the losses compare.
+        embed_original: The frozen original, likewise.
+        views: Anchor, positive and found images.
+    """
+    anchor, positive, found = _embed_views(embed, views, settings)
+    zero = torch.zeros((), device=anchor.device)
+    contrast = _contrast(settings.temperature)
+    pull = contrast(anchor.detach(), found) if settings.pull > 0 else zero
+    align = contrast(anchor, positive) if settings.align > 0 else zero
+    distill = zero
+    if settings.distill > 0:
+        with torch.no_grad():
+            target = embed_original(views[0])
+        distill = contrast(anchor, target)
+    return LossTerms(pull, distill, align)
+
+
+def weighted_sum(terms: LossTerms, settings: PurifySettings) -> Scalar:
+    """Return the paper's total loss."""
+    return (
+        settings.pull * terms.pull + settings.distill * terms.distill + settings.align * terms.align
+    )
+
+
+def _embed_views(
+    embed: nn.Module, views: tuple[Images, Images, Images], settings: PurifySettings
+) -> tuple[Features, Features, Features]:
+    """Return the features of the three views; one whose weight is 0 is the anchor's instead."""
+    used = [True, settings.align > 0, settings.pull > 0]
+    wanted = [view for view, use in zip(views, used, strict=True) if use]
+    if settings.batch_norm == "batch":
+        with batch_statistics(embed, batch=True):
+            features = [embed(view) for view in wanted]
+    else:
+        with batch_statistics(embed, batch=settings.batch_norm == "joint"):
+            features = list(embed(torch.cat(wanted)).split(len(views[0])))
+    anchor = features[0]
+    rest = iter(features[1:])
+    positive, found = (next(rest) if use else anchor for use in used[1:])
+    return anchor, positive, found
+
+
+def train_projection(
+    backbone: nn.Module, source: ImageSource, settings: PurifySettings, *, device: torch.device
+) -> nn.Module:
+    """Return a projection head for ``backbone``, trained on the same images and then frozen.
+
+    The head is linear, ReLU, linear, as SimCLR's; the backbone does not move. Without a projection
+    in the settings, it is the identity.
+
+    Not given in the paper: the head's width and the schedule of its training.
+    """
+    options = settings.projection
+    if options.width == 0:
+        return nn.Identity()
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.no_grad():
+        width_in = backbone(_to_unit(source.read([0, 1]), device)).shape[1]
+    first, last = nn.Linear(width_in, width_in), nn.Linear(width_in, options.width)
+    for layer in (first, last):
+        nn.init.kaiming_normal_(layer.weight, generator=generator)
+        nn.init.zeros_(layer.bias)
+    head = nn.Sequential(first, nn.ReLU(), last).to(device)
+    optimizer = torch.optim.SGD(
+        head.parameters(), lr=options.learning_rate, momentum=0.9, weight_decay=1e-4
+    )
+    contrast = _contrast(settings.temperature)
+    for epoch in range(options.epochs):
+        draws = epoch_generator(settings.seed, -1 - epoch, device)
+        for raw in epoch_batches(source, settings, -1 - epoch):
+            plain = _to_unit(raw, device)
+            with torch.no_grad():
+                a, b = (
+                    backbone(random_views(plain, settings.views, generator=draws)) for _ in range(2)
+                )
+            loss = contrast(head(a), head(b))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return head.requires_grad_(False)
+
+
+def learning_rate(settings: PurifySettings, progress: float) -> float:
+    """Return the rate at ``progress`` through the run, from 0 to 1."""
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def epoch_generator(seed: int, epoch: int, device: torch.device) -> torch.Generator:
+    """Return the generator of one epoch's draws, so that a run can restart at any epoch."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + epoch) % 2**63)
+
+
+def epoch_batches(
+    source: ImageSource, settings: PurifySettings, epoch: int
+) -> Iterator[RawImages]:
+    """Yield the images of one epoch, shuffled by seed and epoch alone."""
+    shuffle = epoch_generator(settings.seed, epoch, torch.device("cpu"))
+    order = torch.randperm(len(source), generator=shuffle)
+    per_epoch = steps_per_epoch(len(source), settings)
+    yield from source.batches(order[: per_epoch * settings.batch_size], settings.batch_size)
+
+
+def steps_per_epoch(images: int, settings: PurifySettings) -> int:
+    """Return how many batches ``images`` make; a batch of one has no negatives and is left out.
+
+    Raises:
+        DataError: If they make none.
+    """
+    full, rest = divmod(images, settings.batch_size)
+    steps = full + (settings.last_batch == "keep" and rest >= 2)
+    if steps == 0:
+        raise DataError(
+            f"{images} images do not fill one batch of {settings.batch_size}; "
+            "pass more images or a smaller --batch-size"
+        )
+    return steps
+
+
+@torch.no_grad()
+def feature_spread(backbone: nn.Module, images: Images) -> float:
+    """Return the variance of the unit features of ``images``, 0 (all alike) to 1."""
+    unit = F.normalize(backbone(images).float(), dim=1)
+    return 1 - unit.mean(0).pow(2).sum().item()
+
+
+def _contrast(temperature: float) -> Callable[[Features, Features], Scalar]:
+    return lambda a, b: nt_xent(a, b, temperature=temperature)
+
+
+def _to_unit(raw: RawImages, device: torch.device) -> Images:
+    return raw.to(device, non_blocking=True).float() / 255
+
+
+def _plain_batches(
+    source: ImageSource, batch_size: int, device: torch.device
+) -> Iterator[Images]:
+    """Yield up to ``REESTIMATED`` images in the source's order, whole batches only."""
+    count = min(len(source), REESTIMATED)
+    count = count // batch_size * batch_size or count
+    for raw in source.batches(torch.arange(count), batch_size):
+        yield _to_unit(raw, device)
+
+
+def _check_finite(losses: list[Tensor], epoch: int) -> None:
+    if not torch.stack(losses).isfinite().all():
+        raise DivergedError(
+            f"epoch {epoch + 1}: the loss is no longer finite; pass a lower --learning-rate"
+        )
+
+
+def _check_spread(spread: float, original: float, epoch: int) -> None:
+    if not spread > COLLAPSED * original:
+        raise DivergedError(
+            f"epoch {epoch + 1}: the features have collapsed, their spread is {spread:.2g} and was "
+            f"{original:.2g}; pass a larger --distill or a lower --learning-rate"
+        )
+
+
+def _state(
+    student: nn.Module, optimizer: torch.optim.SGD, history: tuple[EpochLosses, ...]
+) -> PurifyState:
+    momentum = {
+        name: optimizer.state[weight]["momentum_buffer"]
+        for name, weight in student.named_parameters()
+        if optimizer.state[weight].get("momentum_buffer") is not None
+    }
+    return PurifyState(history, student.state_dict(), momentum)
+
+
+def _restore(
+    state: PurifyState, student: nn.Module, optimizer: torch.optim.SGD
+) -> tuple[EpochLosses, ...]:
+    student.load_state_dict(state.student)
+    for name, weight in student.named_parameters():
+        if name in state.momentum:
+            optimizer.state[weight]["momentum_buffer"] = state.momentum[name].to(weight.device)
+    return state.history

@@ -1,0 +1,780 @@
+"""Read tensors from files that may come from an attacker, and write tensors; never run code.
+
+A pickle is not unpickled here. Its opcodes are followed one by one, and whatever it names, calls or
+builds becomes an inert stand-in that only remembers what the file says about it: nothing is looked
+up, imported or called, whatever the file is. Tensors are then cut from the mapped file, after their
+sizes were checked against the bytes that are there.
+
+Why not ``torch.load(weights_only=True)`` with stubs in ``safe_globals``, measured on torch 2.15: it
+refuses whole modules in legacy files, dictionaries and lists of a class of their own, and pickle
+protocols 3 to 5; it reads compressed records as garbage when mapping; it allocates what a legacy
+file asks for before it looks at the file's size. The tests use it as an oracle where it works.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import math
+import mmap
+import os
+import pickletools
+import secrets
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, TypeAlias, Union, cast
+
+import safetensors.torch
+import torch
+from picklescan.scanner import (  # type: ignore[import-untyped]  # it ships no types
+    SafetyLevel,
+    scan_pickle_bytes,
+)
+from torch import Tensor
+
+from unbackdoor.errors import CheckpointError, OutputError, UnsafeCheckpointError
+
+# Nested as in the file, tensors only at the end. beartype cannot resolve a union within quotes.
+Tree: TypeAlias = dict[str, Union["Tree", Tensor]]
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file that torch < 1.6 wrote
+ALIGNMENT = 16  # bytes; tensors that start elsewhere are copied out of the mapped file
+MOST_VISITS = 10_000  # of one container while walking a file; only bombs need more
+
+# Trainers' state: it belongs to the old weights, although it holds tensors.
+TRAINER_WORDS = ("optim", "scheduler", "scaler")
+TRAINER_KEYS = ("callbacks", "loops", "amp", "rng_state", "rng_states")
+
+# Beside picklescan's list, which calls these "suspicious" as it does every harmless class.
+RUNS_CODE = (
+    *("io.open", "io.open_code", "io.FileIO", "_io.open", "_io.open_code"),
+    *("importlib", "_frozen_importlib", "_frozen_importlib_external", "imp", "zipimport"),
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
+        *("__import__", "globals", "locals", "vars", "setattr", "delattr", "input"),
+        *("execfile", "file", "reload"),
+    )),
+    *("torch.load", "torch.hub", "torch.jit", "torch.package", "torch.utils.cpp_extension"),
+    *("torch.storage._load_from_bytes", "torch.multiprocessing", "multiprocessing"),
+    *("code", "codeop", "marshal", "types.FunctionType", "dill", "joblib", "cloudpickle"),
+    *("numpy.load", "numpy.save", "pandas.eval", "pandas.read_pickle", "pandas.io.pickle"),
+    *("http", "urllib", "ftplib", "smtplib", "telnetlib", "xmlrpc", "platform.popen"),
+    *("tempfile", "fileinput", "pkgutil", "site", "sqlite3"),
+)  # fmt: skip
+
+TAKES_MARK = (  # opcodes that take everything above the last mark
+    *("TUPLE", "LIST", "DICT", "FROZENSET", "APPENDS", "ADDITEMS", "SETITEMS"),
+    *("INST", "OBJ", "POP_MARK"),
+)
+
+STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+}
+
+logging.getLogger("picklescan").addHandler(logging.NullHandler())  # its findings are in our errors
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The tensors of one file or folder, nested as they were.
+
+    Attributes:
+        path: The file or folder.
+        kind: Its format, known by its content; torch covers zip and legacy files.
+        tree: Dictionaries by string keys, with CPU tensors as leaves. They may be views of the
+            mapped file, changed only in memory. Lists and tuples appear as dictionaries by
+            position, whole modules as their state dict.
+        dropped: What is not in ``tree``, each with its type, ``epoch (int)``.
+        sha256: Of the file. Of a folder: of names and hashes of the files read, in sorted order.
+        config: The ``config.json`` of a Hugging Face folder, else empty.
+    """
+
+    path: Path
+    kind: Literal["safetensors", "torch", "huggingface"]
+    tree: Tree
+    dropped: tuple[str, ...]
+    sha256: str
+    config: Mapping[str, Any]
+
+
+class _Content(NamedTuple):
+    kind: Literal["safetensors", "torch"]
+    tree: Tree
+    dropped: tuple[str, ...]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read the tensors of ``path``, and nothing but tensors.
+
+    Args:
+        path: A safetensors file, a file of ``torch.save`` (zip or legacy), or a Hugging Face folder
+            with one file or shards of either.
+
+    Raises:
+        UnsafeCheckpointError: If the file names something that could run code.
+        CheckpointError: If there is no such file, or it is damaged, of another format, a
+            TorchScript archive, or holds no named tensors, or quantized or sparse ones.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    kind, tree, dropped = _read_file(path)
+    return Checkpoint(path, kind, tree, dropped, sha256_of(path), {})
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(path: Path, tree: Tree, *, metadata: Mapping[str, str], overwrite: bool) -> None:
+    """Write tensors; ``path`` holds either all of them or what it held before.
+
+    Args:
+        path: Its suffix decides: ``.safetensors``, or ``.pt``, ``.pth`` and ``.bin`` for a plain
+            ``torch.save`` file of tensors.
+        tree: Nested as it shall be in the file; for safetensors it must be flat.
+        metadata: For the safetensors header; torch files have no place for it.
+        overwrite: Whether a file at ``path`` may be replaced.
+
+    Raises:
+        OutputError: If the suffix is another one, the tree is nested but must not be, the file
+            exists, or it cannot be written.
+    """
+    if path.suffix == ".safetensors":
+        if nested := [key for key, value in tree.items() if isinstance(value, dict)]:
+            raise OutputError(
+                f"{path}: safetensors holds flat tensors only, and {nested[0]!r} is a dictionary; "
+                "pass a .pt file to keep the nesting"
+            )
+        flat = {key: value for key, value in tree.items() if isinstance(value, Tensor)}
+        with _replacing(path, overwrite=overwrite) as temporary:
+            safetensors.torch.save_file(_unshared(flat), temporary, dict(metadata))
+    elif path.suffix in TORCH_SUFFIXES:
+        with _replacing(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
+            torch.save(_compact(tree), file)
+    else:
+        raise OutputError(
+            f"{path}: unknown kind of output {path.suffix!r}; "
+            f"use .safetensors, or one of {', '.join(TORCH_SUFFIXES)}"
+        )
+
+
+def write_text(path: Path, text: str, *, overwrite: bool) -> None:
+    """Write ``text`` as UTF-8; ``path`` holds either all of it or what it held before.
+
+    Raises:
+        OutputError: If the file exists and must not be replaced, or cannot be written.
+    """
+    with _replacing(path, overwrite=overwrite) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a path beside ``path`` that takes its place if all goes well, else vanishes."""
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: exists already; pass --force to replace it")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise OutputError(f"{path}: cannot be written: {_first_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous CPU tensors of which no two share memory, as safetensors wants them."""
+    result: dict[str, Tensor] = {}
+    used: set[int] = set()
+    for key, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in used:
+            plain = plain.clone()
+        used.add(plain.untyped_storage().data_ptr())
+        result[key] = plain
+    return result
+
+
+def _compact(tree: Tree) -> Tree:
+    """Return ``tree`` with CPU tensors that bring no more than their own bytes along."""
+
+    def compact(tensor: Tensor) -> Tensor:
+        plain = tensor.detach().cpu()
+        return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
+
+    return {
+        key: _compact(value) if isinstance(value, dict) else compact(value)
+        for key, value in tree.items()
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _read_file(path: Path) -> _Content:
+    """Read one file, whose format is told by its first bytes."""
+    try:
+        size = path.stat().st_size
+        start = b""
+        if size > 0:
+            with path.open("rb") as file:
+                start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        if start[8:] == b"{":
+            return _Content("safetensors", _read_safetensors(path), ())
+        if start.startswith(b"PK\x03\x04"):
+            return _read_zip(path, size)
+        if start.startswith(b"\x80"):
+            return _read_legacy(path, size)
+    except (CheckpointError, UnsafeCheckpointError):
+        raise
+    except Exception as error:  # a hostile or damaged file can make any line below fail
+        raise CheckpointError(f"{path}: damaged or cut short ({_first_line(error)})") from error
+    what = "neither a safetensors file nor one that torch.save wrote" if start else "is empty"
+    raise CheckpointError(f"{path}: {what}")
+
+
+def _read_safetensors(path: Path) -> Tree:
+    """Read a safetensors file; the library checks every size before it allocates."""
+    tree: Tree = dict(safetensors.torch.load_file(path))
+    if not tree:
+        raise CheckpointError(f"{path}: holds no tensors")
+    return tree
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    """Read a Hugging Face folder, safetensors before pickles."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            used, shards = [folder / name], {name: set[str]()}
+        elif index.is_file():
+            shards = _read_index(index)
+            used = [index, *(folder / shard for shard in shards)]
+        else:
+            continue
+        break
+    else:
+        raise CheckpointError(
+            f"{folder}: holds no model.safetensors or pytorch_model.bin, nor an index of shards"
+        )
+
+    tree: Tree = {}
+    dropped: list[str] = []
+    for shard, keys in shards.items():
+        content = _read_file(folder / shard)
+        if absent := keys - content.tree.keys():
+            raise CheckpointError(
+                f"{folder / shard}: lacks {min(absent)!r}, which the index promises"
+            )
+        tree |= content.tree
+        dropped += content.dropped
+
+    config = folder / "config.json"
+    if config.is_file():
+        used.append(config)
+    hashes = "".join(f"{file.name} {sha256_of(file)}\n" for file in sorted(used))
+    return Checkpoint(
+        folder,
+        "huggingface",
+        tree,
+        tuple(dropped),
+        hashlib.sha256(hashes.encode()).hexdigest(),
+        _read_json(config) if config.is_file() else {},
+    )
+
+
+def _read_index(path: Path) -> dict[str, set[str]]:
+    """Return the shards an index names, each with its keys."""
+    entries = _read_json(path).get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise CheckpointError(f"{path}: has no weight_map")
+    shards: dict[str, set[str]] = {}
+    for key, name in entries.items():
+        # Plain names only, and unresolved: Hugging Face's cache links its files to elsewhere.
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise CheckpointError(f"{path}: names {name!r}, which is not a file of this folder")
+        if not (path.parent / name).is_file():
+            raise CheckpointError(f"{path}: names {name!r}, which is missing")
+        shards.setdefault(name, set()).add(key)
+    return shards
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({_first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def _read_zip(path: Path, size: int) -> _Content:
+    """Read what ``torch.save`` writes since 1.6: a zip of one pickle and a record per storage."""
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: info for info in archive.infolist()}
+    if any(name.endswith("/constants.pkl") for name in records):
+        raise CheckpointError(
+            f"{path}: a TorchScript archive, which is a program and not a set of tensors; "
+            "save module.state_dict() as .safetensors instead"
+        )
+    pickles = [name for name in records if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(f"{path}: a zip archive, but not one that torch.save wrote")
+    folder = pickles[0].removesuffix("data.pkl")
+    for name, info in records.items():
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise CheckpointError(f"{path}: {name} is compressed, which torch.save never does")
+    if sum(info.file_size for info in records.values()) > size:
+        raise CheckpointError(f"{path}: its records claim more than the file's {size} bytes")
+
+    with path.open("rb") as file:
+        spans = {name: _record_span(file, info, size) for name, info in records.items()}
+
+        def record(name: str) -> bytes:
+            file.seek(spans[folder + name].start)
+            return file.read(len(spans[folder + name]))
+
+        if folder + "byteorder" in records and record("byteorder") != b"little":
+            raise CheckpointError(f"{path}: was written on a big-endian machine; not supported")
+        (content,), _ = _follow_all(path, io.BytesIO(record("data.pkl")), pickles=1)
+
+    data = folder + "data/"
+    storages = {name.removeprefix(data): spans[name] for name in spans if name.startswith(data)}
+    return _harvest(path, size, content, storages)
+
+
+def _record_span(file: IO[bytes], info: zipfile.ZipInfo, size: int) -> range:
+    """Return where an uncompressed record's bytes lie in the file."""
+    file.seek(info.header_offset)
+    name_and_extra = struct.unpack("<26x2H", file.read(30))
+    start = info.header_offset + 30 + sum(name_and_extra)
+    if start + info.file_size > size:
+        raise CheckpointError(f"{info.filename} reaches beyond the end of the file")
+    return range(start, start + info.file_size)
+
+
+def _read_legacy(path: Path, size: int) -> _Content:
+    """Read what ``torch.save`` wrote before 1.6: five pickles, then the storages one by one."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        stream = cast(
+            "IO[bytes]", view
+        )  # unlike a file, it allocates no more than there is to read
+        (magic,), _ = _follow_all(path, stream, pickles=1)
+        if magic != LEGACY_MAGIC:
+            raise CheckpointError(f"{path}: a pickle, but not one that torch.save wrote")
+        (_, system, content, keys), declared = _follow_all(path, stream, pickles=4)
+        if ("little_endian", True) not in system.pairs:
+            raise CheckpointError(f"{path}: was written on a big-endian machine; not supported")
+        storages: dict[str, range] = {}
+        for key in keys:
+            if not isinstance(key, str):
+                raise ValueError("a storage's key is no string")
+            numel = int.from_bytes(stream.read(8), "little", signed=True)
+            start = stream.tell()
+            storages[key] = range(start, start + numel * declared[key].itemsize)
+            if not start <= storages[key].stop <= size:
+                raise CheckpointError(f"{path}: damaged or cut short (storage {key})")
+            stream.seek(storages[key].stop)
+    return _harvest(path, size, content, storages)
+
+
+@dataclass(frozen=True)
+class _Name:
+    """Something the file names by module and name; never looked up."""
+
+    module: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A run of bytes the file says it has."""
+
+    key: str
+    kind: str
+    numel: int
+
+    @property
+    def itemsize(self) -> int:
+        return STORAGE_DTYPES[self.kind].itemsize
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor the file says it has."""
+
+    storage: _Storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Object:
+    """Stands in for an object of the file, which is never made."""
+
+    kind: str
+    states: list[Any] = field(default_factory=list)
+    pairs: list[tuple[Any, Any]] = field(default_factory=list)  # not a dict: keys may not hash
+    items: list[Any] = field(default_factory=list)
+
+
+class _Followed(NamedTuple):
+    values: list[Any]
+    storages: dict[str, _Storage]
+
+
+def _follow_all(path: Path, stream: IO[bytes], *, pickles: int) -> _Followed:
+    """Follow pickles one after the other, and refuse the file if any names something dangerous."""
+    names: set[_Name] = set()
+    storages: dict[str, _Storage] = {}
+    try:
+        return _Followed([_follow(stream, names, storages) for _ in range(pickles)], storages)
+    finally:  # a file that breaks off after the name is no less dangerous
+        if dangerous := _dangerous(names):
+            raise UnsafeCheckpointError(
+                f"{path}: not loaded, because it names {', '.join(dangerous)}, "
+                "which could run code on loading. Ask its author for a .safetensors file."
+            )
+
+
+def _dangerous(names: Iterable[_Name]) -> list[str]:
+    """Return the names that could run code, by picklescan's verdict and by our own list."""
+
+    def text(word: str) -> bytes:
+        data = word.encode("utf-8", "surrogatepass")
+        return b"X" + len(data).to_bytes(4, "little") + data
+
+    def readings(name: _Name) -> set[tuple[str, str]]:
+        # "torch" and "os.system" is os.system as well.
+        outer, _, inner = name.path.rpartition(".")
+        alone, _, _ = name.name.rpartition(".")
+        return {(name.module, name.name), (outer, inner), (alone, inner)}
+
+    # picklescan judges pickles, so it is given one that names just these.
+    pairs = {pair for name in names for pair in readings(name)}
+    pickled = b"".join(text(module) + text(name) + b"\x93" for module, name in pairs)
+    verdict = scan_pickle_bytes(io.BytesIO(b"\x80\x04" + pickled + b"."), "names")
+    refused = {(g.module, g.name) for g in verdict.globals if g.safety is SafetyLevel.Dangerous}
+
+    def runs_code(name: _Name) -> bool:
+        dotted = {f"{module}.{inner}." for module, inner in readings(name)}
+        return not refused.isdisjoint(readings(name)) or any(
+            path.startswith(f"{entry}.") for path in dotted for entry in RUNS_CODE
+        )
+
+    return sorted(name.path for name in names if runs_code(name))
+
+
+def _follow(stream: IO[bytes], names: set[_Name], storages: dict[str, _Storage]) -> Any:
+    """Follow one pickle's opcodes with stand-ins, and return what it would have made.
+
+    Args:
+        stream: Left behind the pickle's end.
+        names: Takes every global the pickle names.
+        storages: Takes every storage it declares, by key.
+
+    Raises:
+        Exception: Of any kind, if the pickle is damaged.
+    """
+    stack: list[Any] = []
+    marks: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+
+    def named(module: Any, name: Any) -> _Name:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("a name is no string")
+        result = _Name(module, name)
+        names.add(result)
+        return result
+
+    value: Any  # the opcode's own argument
+    for opcode, value, _ in pickletools.genops(stream):
+        items: list[Any] = []
+        if opcode.name in TAKES_MARK:
+            items, stack = stack, marks.pop()
+        match opcode.name:
+            case "PROTO" | "FRAME" | "POP_MARK":
+                pass
+            case "STOP":
+                return stack.pop()
+            case "MARK":
+                marks.append(stack)
+                stack = []
+            case "POP":
+                stack.pop()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[value] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case "EMPTY_TUPLE" | "TUPLE":
+                stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "EMPTY_LIST" | "LIST":
+                stack.append(items)
+            case "EMPTY_SET" | "FROZENSET":
+                stack.append(_Object("set", items=items))
+            case "EMPTY_DICT" | "DICT":
+                stack.append(_Object("dict", pairs=_pairs(items)))
+            case "APPEND":
+                _add(stack[-2], [stack.pop()])
+            case "APPENDS" | "ADDITEMS":
+                _add(stack[-1], items)
+            case "SETITEM":
+                item = stack.pop()
+                key = stack.pop()
+                stack[-1].pairs.append((key, item))
+            case "SETITEMS":
+                stack[-1].pairs.extend(_pairs(items))
+            case "GLOBAL":
+                stack.append(named(*value.split(" ", 1)))
+            case "STACK_GLOBAL":
+                name = stack.pop()
+                stack.append(named(stack.pop(), name))
+            case "INST":
+                stack.append(_call(named(*value.split(" ", 1)), tuple(items)))
+            case "OBJ":
+                stack.append(_call(items[0], tuple(items[1:])))
+            case "REDUCE" | "NEWOBJ":
+                arguments = stack.pop()
+                stack.append(_call(stack.pop(), arguments))
+            case "NEWOBJ_EX":
+                stack.pop()
+                arguments = stack.pop()
+                stack.append(_call(stack.pop(), arguments))
+            case "BUILD":
+                state = stack.pop()
+                if isinstance(stack[-1], _Object):
+                    stack[-1].states.append(state)
+            case "BINPERSID":
+                stack.append(_persistent(stack.pop(), storages))
+            case "PERSID" | "EXT1" | "EXT2" | "EXT4" | "NEXT_BUFFER" | "READONLY_BUFFER":
+                raise ValueError(f"{opcode.name} is nothing that torch.save writes")
+            case _:  # all others are constants: numbers, strings, bytes
+                stack.append(value)
+    raise ValueError("the pickle has no end")
+
+
+def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(items[::2], items[1::2], strict=True))
+
+
+def _add(target: Any, items: list[Any]) -> None:
+    (target if isinstance(target, list) else target.items).extend(items)
+
+
+def _persistent(identity: Any, storages: dict[str, _Storage]) -> _Storage | _Name:
+    """Return what torch files keep outside the pickle: a storage; in legacy files also a class."""
+    if identity[0] == "module" and isinstance(identity[1], _Name):
+        return identity[1]
+    word, kind, key, _, numel, *views = identity
+    if word != "storage" or not isinstance(key, str) or type(numel) is not int or any(views):
+        raise ValueError("a storage is declared in an unknown way")
+    storages[key] = _Storage(key, kind.name, numel)
+    return storages[key]
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    """Return a view where the file calls one of torch's rebuild functions, else a stand-in."""
+    path = function.path if isinstance(function, _Name) else "unknown"
+    match path.removeprefix("torch._utils."), arguments:
+        case ("_rebuild_tensor", (storage, offset, shape, stride)) | (
+            "_rebuild_tensor_v2",
+            (storage, offset, shape, stride, _, _),
+        ) if storage.kind in STORAGE_DTYPES:
+            return _view(storage, STORAGE_DTYPES[storage.kind], offset, shape, stride)
+        case "_rebuild_tensor_v3", (storage, offset, shape, stride, _, _, _Name() as name):
+            dtype = vars(torch).get(name.name)  # not getattr, which imports some of torch's modules
+            if isinstance(dtype, torch.dtype):
+                return _view(storage, dtype, offset, shape, stride)
+        case (("_rebuild_parameter" | "_rebuild_parameter_with_state"), (data, *_)):
+            return data
+        case "_rebuild_device_tensor_from_cpu_tensor", (data, *_):
+            return data
+        case "torch._tensor._rebuild_from_type_v2", (inner, _, inner_arguments, _):
+            return _call(inner, inner_arguments)
+        case "collections.OrderedDict", (list() as entries,):  # as Python 2 wrote it
+            return _Object(path, pairs=[(key, value) for key, value in entries])
+    return _Object(path)
+
+
+def _view(storage: Any, dtype: torch.dtype, offset: Any, shape: Any, stride: Any) -> _View:
+    whole = (offset, *shape, *stride)
+    if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in whole):
+        raise ValueError("a tensor's shape is not made of whole numbers")
+    return _View(storage, dtype, offset, tuple(shape), tuple(stride))
+
+
+def _harvest(path: Path, size: int, content: Any, storages: Mapping[str, range]) -> _Content:
+    """Turn what a pickle would have made into tensors and a list of what was dropped."""
+    mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    harvest = _Harvest(path, cast("torch.UntypedStorage", mapped), storages)
+    tree = harvest.take(content, "")
+    if not isinstance(tree, dict):
+        what = "one tensor without a name" if isinstance(tree, Tensor) else "no tensors"
+        raise CheckpointError(f"{path}: holds {what}, but a state dict was expected")
+    return _Content("torch", tree, tuple(harvest.dropped))
+
+
+@dataclass
+class _Harvest:
+    """A walk through stand-ins that collects tensors by name."""
+
+    path: Path
+    mapped: torch.UntypedStorage
+    spans: Mapping[str, range]
+    dropped: list[str] = field(default_factory=list)
+    visits: Counter[int] = field(default_factory=Counter)
+    cut: dict[str, torch.UntypedStorage] = field(default_factory=dict)
+
+    def take(self, value: Any, name: str) -> Tree | Tensor | None:
+        """Return the tensors in ``value``, or None (and note it) if there are none."""
+        if isinstance(value, _View):
+            return self.tensor(value, name)
+        before = len(self.dropped)
+        tree: Tree = {}
+        self.enter(value, name)
+        if _is_module(value):
+            tree = self.module(value, "")
+        else:
+            for key, inner in _children(value):
+                dotted = f"{name}.{key}" if name else key
+                if _is_trainer_state(key) and not isinstance(inner, _View):
+                    self.dropped.append(f"{dotted} ({_kind(inner)})")
+                elif (taken := self.take(inner, dotted)) is not None:
+                    tree[key] = taken
+        if tree:
+            return tree
+        del self.dropped[before:]  # the whole says enough
+        self.dropped.append(f"{name} ({_kind(value)})")
+        return None
+
+    def module(self, module: _Object, prefix: str) -> Tree:
+        """Return a pickled module's state dict, in its order."""
+        self.enter(module, prefix)
+        state = _attributes(module)
+        passing = state.get("_non_persistent_buffers_set")
+        skipped = passing.items if isinstance(passing, _Object) else []
+        tree: Tree = {}
+        for key, value in (*_children(state["_parameters"]), *_children(state.get("_buffers"))):
+            if value is not None and key not in skipped:
+                tensor = self.take(value, prefix + key)
+                if isinstance(tensor, Tensor):
+                    tree[prefix + key] = tensor
+        for key, value in _children(state["_modules"]):
+            if _is_module(value):
+                tree |= self.module(value, f"{prefix}{key}.")
+        return tree
+
+    def enter(self, value: Any, name: str) -> None:
+        """Refuse loops, references that unfold without end, and tensors of unknown layout."""
+        if _children(value):
+            self.visits[id(value)] += 1
+        if self.visits[id(value)] > MOST_VISITS:
+            raise CheckpointError(f"{self.path}: repeats one part of itself without end")
+        if isinstance(value, _Object) and "._rebuild_" in value.kind:
+            raise CheckpointError(
+                f"{self.path}: {name} is no plain tensor ({value.kind}); quantized, sparse and "
+                "other special tensors are not supported, save them as dense ones"
+            )
+
+    def tensor(self, view: _View, name: str) -> Tensor:
+        """Cut one tensor from the mapped file, once its claims are checked."""
+        span = self.spans.get(view.storage.key, range(0))
+        claimed = view.storage.numel * view.storage.itemsize
+        if claimed != len(span):
+            raise CheckpointError(
+                f"{self.path}: {name} claims a storage of {claimed} bytes, the file has {len(span)}"
+            )
+        numel, itemsize = math.prod(view.shape), view.dtype.itemsize
+        last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
+        if numel and max((last + 1) * itemsize, 0) > claimed:
+            raise CheckpointError(f"{self.path}: {name} {view.shape} reaches beyond its storage")
+        if numel * itemsize > self.mapped.nbytes():
+            raise CheckpointError(f"{self.path}: {name} {view.shape} is larger than the file")
+
+        key = view.storage.key
+        if key not in self.cut:
+            piece = self.mapped[span.start : span.stop]
+            self.cut[key] = piece.clone() if span.start % ALIGNMENT else piece
+        empty = torch.empty(0, dtype=view.dtype)
+        return empty.set_(self.cut[key], view.offset, view.shape, view.stride)
+
+
+def _is_trainer_state(key: str) -> bool:
+    return key in TRAINER_KEYS or any(word in key.lower() for word in TRAINER_WORDS)
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, _Object) and {"_parameters", "_modules"} <= _attributes(value).keys()
+
+
+def _attributes(value: _Object) -> dict[str, Any]:
+    """Return what an object's ``__dict__`` and slots would have held."""
+    parts = [part for s in value.states for part in (s if isinstance(s, tuple) else (s,))]
+    return {
+        key: inner
+        for part in parts
+        if isinstance(part, _Object)
+        for key, inner in part.pairs
+        if isinstance(key, str)
+    }
+
+
+def _children(value: Any) -> list[tuple[str, Any]]:
+    """Return the named parts of a container or object: none if its keys are not strings."""
+    if isinstance(value, list | tuple):
+        return [(str(place), inner) for place, inner in enumerate(value)]
+    if not isinstance(value, _Object) or not all(isinstance(key, str) for key, _ in value.pairs):
+        return []
+    return value.pairs or [*_attributes(value).items()] or _children(value.items)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, _Name):
+        return f"class {value.path}"
+    return value.kind if isinstance(value, _Object) else type(value).__name__

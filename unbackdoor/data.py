@@ -1,0 +1,865 @@
+"""Image sources without labels for defending, and labeled sets for attacking and scoring.
+
+What a SOURCE may be, wherever one is asked for:
+
+===================================  ==========================================================
+a folder                             all images in it, at any depth
+``x.parquet``, or a folder of them   an image column as on the Hugging Face hub; needs pyarrow
+``x.tar``, or a folder of them       every image in the archive; uncompressed, nothing is extracted
+``x-*.tar``, ``x-{000..009}.tar``    several files (or parquet files, or images) by pattern
+``cifar10:DIR``                      the training split: ``train*.parquet``, or the binary version
+``fashion-mnist``                    5,000 of the test images, which come with this package
+``fashion-mnist:DIR``                the training split, from the four idx ``.gz`` files
+===================================  ==========================================================
+
+Hidden files are ignored, links are followed, order is by name. Every image becomes RGB: grey is
+repeated, transparency is laid over white, of 16 bits the upper 8 are kept, of several frames the
+first; EXIF orientation is applied. Where ``size`` asks for other pixels than the file has, the
+image's largest centred part of that shape is scaled to it (bicubic, antialiased).
+"""
+
+import contextlib
+import difflib
+import gzip
+import hashlib
+import importlib
+import importlib.resources
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+import tempfile
+import threading
+import weakref
+import zlib
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from unbackdoor.errors import DataError
+from unbackdoor.types import Labels, RawImages
+
+CACHE_BYTES = 2**30  # decoded pixels stay in memory when all of a source's fit in this many bytes
+HASHED_BYTES = 2**26  # a fingerprint covers the contents when all files together are this small
+READ_AHEAD = 2  # batches
+THREADS = min(8, os.cpu_count() or 1)
+
+IMAGE_SUFFIXES = ["bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"]
+# Pillow knows more formats, one of which (EPS) hands the file to an interpreter.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+KIND_OF_SUFFIX = {"parquet": "parquet", "tar": "tar"} | dict.fromkeys(IMAGE_SUFFIXES, "image")
+SCHEMES = ("cifar10", "fashion-mnist")
+MAX_CLASSES = 100_000
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+WORDS_FOR_SPLIT = {"train": ("train",), "test": ("test", "val", "validation")}
+
+Classes = tuple[str, ...]
+CIFAR10_CLASSES: Classes = ("airplane", "automobile", "bird", "cat", "deer")
+CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
+FASHION_MNIST_CLASSES: Classes = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
+FASHION_MNIST_CLASSES += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+Split = Literal["train", "test"]
+Integers = NDArray[np.int64]
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Unlabeled images of one size, by row number."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of every image."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what identifies the images; equal for the same images at another place.
+
+        Of files: the size, and every image's name (relative to the source) and length in bytes,
+        and the bytes as well when all of them are at most ``HASHED_BYTES``. Of a tensor: its shape
+        and contents, and the size.
+        """
+
+    @property
+    def broken(self) -> list[str]:
+        """Names of the images that could not be decoded so far, in order."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def read(self, rows: Sequence[int]) -> RawImages:
+        """Return the images ``rows`` in that order, on the CPU, shape ``(len(rows), 3, h, w)``.
+
+        A broken image is replaced by the next good one.
+
+        Raises:
+            DataError: If too many images turn out to be broken.
+        """
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[RawImages]:
+        """Yield the images ``order``, ``batch_size`` at a time; the last batch may be smaller.
+
+        The next few batches are decoded in the background meanwhile.
+
+        Raises:
+            DataError: As ``read``.
+        """
+
+
+class LabeledImages(NamedTuple):
+    """Images, the class number of each, and the classes' names."""
+
+    images: RawImages
+    labels: Labels
+    classes: Classes
+
+
+def load_images(
+    source: str | Path,
+    *,
+    size: int | tuple[int, int] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    max_broken: float = 0.01,
+) -> ImageSource:
+    """Open unlabeled images; labels that the source may have are not read.
+
+    Memory does not grow with the number of images, but for their names and places (about 200
+    bytes each) and for up to ``CACHE_BYTES`` of pixels. The images of a parquet file are copied to
+    an unnamed temporary file once.
+
+    Args:
+        source: See the top of this module; a ``Path`` is never taken for a scheme.
+        size: Side, or height and width, in pixels; by default those of the first image taken.
+        limit: Take this many images, drawn without replacement and kept in the source's order.
+        seed: Of that draw.
+        max_broken: Share of the images that may be broken; a single one always may.
+
+    Raises:
+        DataError: If the source does not exist, is not understood or holds no images; if ``limit``
+            exceeds it; if the first images are broken beyond ``max_broken``; if an argument is out
+            of range; or if pyarrow is needed and missing.
+    """
+    pixels = _check_size(size)
+    if not 0 <= max_broken <= 1:
+        raise DataError(f"max_broken is a share from 0 to 1, got {max_broken}")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is a number of images, at least 1, got {limit}")
+
+    def draw(count: int) -> Integers:
+        if limit is None:
+            return np.arange(count)
+        if limit > count:
+            raise DataError(f"limit is {limit} images, but {source} holds only {count}")
+        generator = torch.Generator().manual_seed(seed)
+        return np.sort(torch.randperm(count, generator=generator)[:limit].numpy())
+
+    scheme, place = _parse(source)
+    split: Split = "test" if (scheme, place) == ("fashion-mnist", "") else "train"
+    unpacked = _unpacked(scheme, place, split=split)
+    if unpacked is not None:
+        rows = torch.from_numpy(draw(len(unpacked.images)))
+        return TensorImages(unpacked.images[rows], size=pixels)
+    files = _of_split(_find(place), split) if scheme else _find(place)
+    return FileImages(_index(files, draw), size=pixels, max_broken=max_broken)
+
+
+def from_tensor(images: Tensor) -> ImageSource:
+    """Wrap images that are in memory already, uint8, shape ``(n, c, h, w)``, c 1 or 3.
+
+    Raises:
+        DataError: If type or shape are others, or there is no image.
+    """
+    if images.dtype != torch.uint8:
+        raise DataError(f"images are uint8 from 0 to 255, got {images.dtype}")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise DataError(
+            f"images have the shape (n, c, h, w), c 1 or 3, none of them 0; got {[*images.shape]}"
+        )
+    return TensorImages(images.cpu())
+
+
+def load_labeled(
+    source: str | Path, *, split: Split, size: int | tuple[int, int] | None = None
+) -> LabeledImages:
+    """Load a whole labeled set into memory.
+
+    Beside ``cifar10:`` and ``fashion-mnist`` a source may be a parquet file or a folder of them,
+    with a label column, or a folder with one folder for each class. A source that has ``train``
+    and ``test`` (or ``val``, ``validation``) folders, or parquet files that start with these
+    words, is divided by them; one that has neither is given whole for either split.
+
+    Args:
+        source: See above.
+        split: Which part of it.
+        size: As in ``load_images``.
+
+    Raises:
+        DataError: As ``load_images``; and if there are no labels, if the split is missing, or if
+            any image is broken.
+    """
+    pixels = _check_size(size)
+    scheme, place = _parse(source)
+    unpacked = _unpacked(scheme, place, split=split)
+    if unpacked is not None:
+        resized = TensorImages(unpacked.images, size=pixels)
+        return unpacked._replace(images=resized.read(range(len(resized))))
+
+    everything = _find(place)
+    files = _of_split(everything, split)
+    if files.kind == "tar":
+        raise DataError(f"{source}: labels in tar files are not read; use a folder for each class")
+    read_labels = _folder_labels if files.kind == "image" else _parquet_labels
+    labels, classes = read_labels(files, everything)
+    images = FileImages(_index(files, np.arange), size=pixels, max_broken=1)
+    decoded = images.read(range(len(images)))
+    if images.broken:
+        first = ", ".join(images.broken[:5])
+        raise DataError(
+            f"{source}: a labeled set must be whole, but {len(images.broken)} of its images are"
+            f" broken, first {first}; remove them"
+        )
+    return LabeledImages(decoded, labels, CIFAR10_CLASSES if scheme else classes)
+
+
+class TensorImages:
+    """An ``ImageSource`` of images in memory; other sizes and grey are converted on reading."""
+
+    def __init__(self, images: RawImages, *, size: tuple[int, int] | None = None):
+        self._images = images
+        self.size = size or (images.shape[2], images.shape[3])
+        digest = hashlib.sha256(repr(([*images.shape], self.size)).encode())
+        digest.update(images.contiguous().numpy().data)
+        self.fingerprint = digest.hexdigest()
+        self.broken: list[str] = []
+
+    def __len__(self) -> int:
+        """See ``ImageSource``."""
+        return len(self._images)
+
+    def read(self, rows: Sequence[int]) -> RawImages:
+        """See ``ImageSource``."""
+        images = self._images[torch.as_tensor(rows, dtype=torch.int64)].expand(-1, 3, -1, -1)
+        if images.shape[2:] == self.size:
+            return images.contiguous()
+        out = torch.empty(len(images), 3, *self.size, dtype=torch.uint8)
+        for image, place in zip(images.permute(0, 2, 3, 1).numpy(), out.numpy(), strict=True):
+            place[:] = _fit(Image.fromarray(image), self.size)
+        return out
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[RawImages]:
+        """See ``ImageSource``."""
+        return _read_ahead(self.read, order, batch_size)
+
+
+class _Index(NamedTuple):
+    """Images in files: for each its name, its length, and a way to its bytes.
+
+    ``read`` may be called from several threads; what cannot be read is empty.
+    """
+
+    names: list[str]
+    lengths: Integers
+    read: Callable[[int], bytes]
+
+
+class FileImages:
+    """An ``ImageSource`` that decodes on demand and keeps pixels where ``CACHE_BYTES`` allow."""
+
+    def __init__(self, index: _Index, *, size: tuple[int, int] | None, max_broken: float):
+        self._index = index
+        self._max_broken = max(1, int(max_broken * len(index.names)))
+        self._reasons: dict[int, str] = {}  # of the broken images, by row
+        if size is None:
+            width, height = self._next_good(0).size
+            size = height, width
+        self.size = size
+        self.fingerprint = self._hash()
+        self._cache: Tensor | None = None
+        if len(self) * 3 * size[0] * size[1] <= CACHE_BYTES:
+            self._cache = torch.empty(len(self), 3, *size, dtype=torch.uint8)
+        self._cached = np.zeros(len(self), dtype=bool)
+
+    def __len__(self) -> int:
+        """See ``ImageSource``."""
+        return len(self._index.names)
+
+    @property
+    def broken(self) -> list[str]:
+        """See ``ImageSource``."""
+        return [_printable(self._index.names[row]) for row in sorted(self._reasons)]
+
+    def read(self, rows: Sequence[int]) -> RawImages:
+        """See ``ImageSource``."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        if self._cache is None:
+            out = torch.empty(len(wanted), 3, *self.size, dtype=torch.uint8)
+            self._decode(wanted, out, np.arange(len(wanted)))
+            return out
+        missing = np.unique(wanted[~self._cached[wanted]])
+        self._decode(missing, self._cache, missing)
+        self._cached[missing] = True
+        return self._cache[torch.from_numpy(wanted)]
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[RawImages]:
+        """See ``ImageSource``."""
+        return _read_ahead(self.read, order, batch_size)
+
+    def _decode(self, rows: Integers, out: Tensor, places: Integers) -> None:
+        """Write the images ``rows`` to ``out[places]``."""
+        pixels = out.numpy()
+
+        def work(part: Integers) -> None:
+            for i in part:
+                pixels[places[i]] = _fit(self._next_good(int(rows[i])), self.size)
+
+        if len(rows) > 0:
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(work, np.array_split(np.arange(len(rows)), THREADS)))
+
+    def _next_good(self, row: int) -> Image.Image:
+        """Return image ``row``, or the first one after it (the last is followed by the first)."""
+        for candidate in itertools.chain(range(row, len(self)), range(row)):
+            if candidate in self._reasons:
+                continue
+            try:
+                return _open_image(self._index.read(candidate))
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow raises nearly anything on a damaged file
+                self._reasons[candidate] = str(error)
+            if len(self._reasons) > self._max_broken:
+                break
+        raise DataError(self._complaint())
+
+    def _complaint(self) -> str:
+        reasons = sorted(self._reasons.items())
+        head = f"{len(reasons)} of {len(self)} images are broken, at most {self._max_broken} may be"
+        if len(reasons) == len(self):
+            head = f"all {len(self)} images are broken"
+        listed = [f"  {_printable(self._index.names[row])}: {why}" for row, why in reasons[:5]]
+        return "\n".join([f"{head}; the first are", *listed])
+
+    def _hash(self) -> str:
+        digest = hashlib.sha256(repr(self.size).encode())
+        small = self._index.lengths.sum() <= HASHED_BYTES
+        for row, (name, length) in enumerate(zip(*self._index[:2], strict=True)):
+            digest.update(json.dumps([name, int(length)]).encode())
+            if small:
+                digest.update(self._index.read(row))
+        return digest.hexdigest()
+
+
+def _read_ahead(
+    read: Callable[[list[int]], RawImages], order: Tensor, batch_size: int
+) -> Iterator[RawImages]:
+    pending: deque[Future[RawImages]] = deque()
+    with ThreadPoolExecutor(1) as reader:
+        try:
+            for rows in order.split(batch_size):
+                pending.append(reader.submit(read, rows.tolist()))
+                if len(pending) > READ_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:  # when the caller stops early, too
+            for batch in pending:
+                batch.cancel()
+
+
+def _open_image(encoded: bytes) -> Image.Image:
+    """Decode one image to RGB; any exception means that it is broken."""
+    if not encoded:
+        raise ValueError("empty, or cannot be read")
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("pixels of more than 16 bits, whose range is not known")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _fit(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Scale the largest centred part with the shape of ``size`` to it; return ``(3, h, w)``."""
+    height, width = size
+    if image.size != (width, height):
+        scale = min(image.width / width, image.height / height)
+        left = max(0.0, (image.width - scale * width) / 2)  # max: against rounding below zero
+        top = max(0.0, (image.height - scale * height) / 2)
+        box = (left, top, image.width - left, image.height - top)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    pair = (size, size) if isinstance(size, int) else size
+    if pair is not None and min(pair) < 1:
+        raise DataError(f"size is in pixels, at least 1, got {size}")
+    return pair
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+# Finding files.
+
+
+class _Files(NamedTuple):
+    """Files of one kind: "image", "parquet" or "tar"; names are relative to ``root``, sorted."""
+
+    root: Path
+    names: list[str]
+    kind: str
+
+
+def _parse(source: str | Path) -> tuple[str, str]:
+    """Split ``source`` into a scheme, empty for paths, and what follows it."""
+    text = str(source)
+    if isinstance(source, Path) or (Path(text).exists() and text not in SCHEMES):
+        return "", text
+    scheme, colon, place = text.partition(":")
+    if scheme in SCHEMES:
+        if scheme == "cifar10" and not place:
+            raise DataError("cifar10 needs the folder of its files: cifar10:DIR")
+        return scheme, place
+    if colon and re.fullmatch(r"[A-Za-z][\w+-]+", scheme):  # two letters: C: is a drive
+        known = " or ".join(f"{name}:DIR" for name in SCHEMES)
+        raise DataError(f"unknown source {text!r}{_nearest(scheme)}; known are {known}, and paths")
+    return "", text
+
+
+def _nearest(word: str) -> str:
+    matches = difflib.get_close_matches(word, SCHEMES, n=1)
+    return f", did you mean {matches[0]}?" if matches else ""
+
+
+def _find(source: str) -> _Files:
+    """List the files of a folder, a file or a pattern."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _one_kind(path, _walk(path))
+    if path.is_file():
+        return _one_kind(path.parent, [path.name])
+    paths = sorted({match for pattern in _braces(str(path)) for match in _matches(pattern)})
+    root = Path(os.path.commonpath([match.parent for match in paths]))
+    return _one_kind(root, [match.relative_to(root).as_posix() for match in paths])
+
+
+def _walk(root: Path) -> list[str]:
+    """Return all visible files below ``root``; a folder that links lead to twice counts once."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed: {error.strerror}") from error
+
+    names: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        place = Path(folder).relative_to(root)
+        names += [(place / name).as_posix() for name in files if not name.startswith(".")]
+    return sorted(names)
+
+
+def _braces(pattern: str) -> list[str]:
+    """Write ``x-{08..10}.tar`` out as x-08.tar, x-09.tar, x-10.tar."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None or int(match[1]) > int(match[2]):
+        return [pattern]
+    first, last = match.groups()
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    rest = _braces(pattern[match.end() :])
+    return [pattern[: match.start()] + number + tail for number in numbers for tail in rest]
+
+
+def _matches(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    found = [path] if path.is_file() else []
+    if not found and any(character in pattern for character in "*?["):
+        root = Path(path.anchor)
+        found = [match for match in root.glob(str(path.relative_to(root))) if match.is_file()]
+    if not found:
+        raise DataError(f"no such file or folder: {pattern}{_nearest(pattern)}")
+    return found
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix[1:].lower()
+
+
+def _one_kind(root: Path, names: list[str]) -> _Files:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if _suffix(name) in KIND_OF_SUFFIX:
+            groups.setdefault(KIND_OF_SUFFIX[_suffix(name)], []).append(name)
+    if not groups:
+        raise DataError(
+            f"no images in {root}: {len(names)} files, none of them .parquet, .tar (not compressed)"
+            f" or an image (.{', .'.join(IMAGE_SUFFIXES)})"
+        )
+    if len(groups) > 1:
+        counts = " and ".join(f"{len(group)} {kind} files" for kind, group in groups.items())
+        raise DataError(f"{root} holds {counts}; say which by a pattern, such as {root}/*.jpg")
+    ((kind, chosen),) = groups.items()
+    return _Files(root, chosen, kind)
+
+
+def _of_split(files: _Files, split: Split) -> _Files:
+    """Keep the files of ``split``; all of them if ``files`` are not divided."""
+    found: dict[str, list[str]] = {}
+    for name in files.names:
+        found.setdefault(_split_word(name), []).append(name)
+    if not found.keys() - {""}:
+        return files
+    for word in WORDS_FOR_SPLIT[split]:
+        if word in found:
+            return files._replace(names=found[word])
+    there = ", ".join(sorted(found.keys() - {""}))
+    raise DataError(f"{files.root} has no {split} split ({WORDS_FOR_SPLIT[split]}), only {there}")
+
+
+def _split_word(name: str) -> str:
+    """Return "train" for train/class/x.jpg and for train-000.parquet; "" where there is none."""
+    parts = PurePosixPath(name).parts
+    if _suffix(name) == "parquet":
+        word = re.split(r"[-_.]", parts[-1])[0]
+    else:  # train/x.jpg is an image of the class "train", of which some sets have one
+        word = parts[0] if len(parts) > 2 else ""
+    return word if word in itertools.chain(*WORDS_FOR_SPLIT.values()) else ""
+
+
+# Indexing files: which bytes are an image. Nothing is decoded here.
+
+Draw = Callable[[int], Integers]  # number of images -> rows to take, ascending
+
+
+def _index(files: _Files, draw: Draw) -> _Index:
+    by_kind = {"image": _index_folder, "tar": _index_tars, "parquet": _index_parquet}
+    return by_kind[files.kind](files, draw)
+
+
+def _index_folder(files: _Files, draw: Draw) -> _Index:
+    names: list[str] = [files.names[row] for row in draw(len(files.names))]
+
+    def read(row: int) -> bytes:
+        try:
+            return (files.root / names[row]).read_bytes()
+        except OSError:
+            return b""
+
+    return _Index(names, np.array([_length(files.root / name) for name in names]), read)
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nowhere
+        return 0
+
+
+def _index_tars(files: _Files, draw: Draw) -> _Index:
+    names: list[str] = []
+    places = array("q")  # number of the tar file, offset, length; and so on
+    for number, shard in enumerate(files.names):
+        try:
+            with tarfile.open(files.root / shard, "r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # type: ignore[attr-defined]  # or all headers stay in memory
+                    if member.isreg() and _is_visible_image(member.name):
+                        names.append(f"{shard}/{member.name}")
+                        places.extend((number, member.offset_data, member.size))
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(
+                f"{files.root / shard} is damaged, or compressed ({error}); images are read in"
+                " place, so decompress it first"
+            ) from error
+    if not names:
+        raise DataError(f"no images in {files.root}: {', '.join(files.names[:5])}")
+    rows = draw(len(names))
+    chosen = np.array(places).reshape(-1, 3)[rows]
+
+    def read(row: int) -> bytes:
+        number, offset, length = chosen[row]
+        try:
+            with (files.root / files.names[number]).open("rb") as archive:
+                archive.seek(offset)
+                return bytes(archive.read(length))
+        except OSError:
+            return b""
+
+    return _Index([names[row] for row in rows], chosen[:, 2], read)
+
+
+def _is_visible_image(name: str) -> bool:
+    hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+    return _suffix(name) in IMAGE_SUFFIXES and not hidden
+
+
+def _index_parquet(files: _Files, draw: Draw) -> _Index:
+    """Copy the drawn images to a temporary file, since a row cannot be read alone in place."""
+    count = 0
+    for name in files.names:
+        with _parquet(files.root / name) as parquet:
+            count += parquet.metadata.num_rows
+    if count == 0:
+        raise DataError(f"no images in {files.root}: {', '.join(files.names[:5])}")
+    rows = draw(count)
+    names: list[str] = []
+    ends = array("q", [0])
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed when nobody holds its reader any more
+    lock = threading.Lock()
+
+    def read(row: int) -> bytes:
+        with lock:
+            copy.seek(ends[row])
+            return bytes(copy.read(ends[row + 1] - ends[row]))
+
+    weakref.finalize(read, copy.close)
+    for name, encoded in _parquet_images(files, np.isin(np.arange(count), rows)):
+        names.append(name)
+        ends.append(ends[-1] + len(encoded))
+        try:
+            copy.write(encoded)
+        except OSError as error:
+            raise DataError(f"no room in {tempfile.gettempdir()} ({error}); set TMPDIR") from error
+    return _Index(names, np.diff(ends), read)
+
+
+def _parquet_images(files: _Files, wanted: NDArray[np.bool_]) -> Iterator[tuple[str, bytes]]:
+    """Yield name and bytes of the ``wanted`` rows; at most 64 of them are in memory."""
+    row = 0
+    for name in files.names:
+        first = row
+        with _parquet(files.root / name) as parquet:
+            column = _image_column(parquet.schema_arrow, files.root / name)
+            for group in range(parquet.num_row_groups):
+                end = row + parquet.metadata.row_group(group).num_rows
+                if not wanted[row:end].any():
+                    row = end
+                    continue
+                for batch in parquet.iter_batches(64, row_groups=[group], columns=[column]):
+                    for cell in batch.column(0).to_pylist():
+                        encoded = cell["bytes"] if isinstance(cell, dict) else cell
+                        if wanted[row]:
+                            yield f"{name}:{row - first}", encoded or b""
+                        row += 1
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """Open a parquet file; its errors become ours."""
+    try:
+        arrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise DataError(f"{path}: needs pyarrow; pip install 'unbackdoor[parquet]'") from None
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+            yield file
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged, or no parquet file: {error}") from error
+
+
+def _image_column(schema: Any, path: Path) -> str:
+    """Return the path of the column of binary values, or of structs with binary "bytes"."""
+    binary = ("binary", "large_binary")
+    found: dict[str, str] = {}
+    for field in schema:
+        is_struct = str(field.type).startswith("struct")
+        parts = {part.name: str(part.type) for part in field.type} if is_struct else {}
+        if str(field.type) in binary:
+            found[field.name] = field.name
+        elif parts.get("bytes") in binary:
+            found[field.name] = f"{field.name}.bytes"
+    candidates: list[str] = [name for name in ("image", "img") if name in found] or list(found)
+    if len(candidates) != 1:
+        columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        count = "no column" if not candidates else "more than one column"
+        raise DataError(f"{path} has {count} of encoded images (call it image); it has {columns}")
+    return found[candidates[0]]
+
+
+# Labels. ``everything`` has the files of all splits, so that classes have the same numbers in each.
+
+
+def _folder_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]:
+    def class_of(name: str) -> str:
+        parts = PurePosixPath(name).parts[1 if _split_word(name) else 0 :]
+        if len(parts) < 2:
+            raise DataError(f"{files.root / name} lies in no class folder")
+        return parts[0]
+
+    classes = sorted({class_of(name) for name in everything.names})
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[class_of(name)] for name in files.names]), tuple(classes)
+
+
+def _parquet_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]:
+    values: dict[str, list[Any]] = {}
+    named: Classes = ()
+    for name in everything.names:
+        with _parquet(files.root / name) as parquet:
+            schema = parquet.schema_arrow
+            column = next((word for word in LABEL_COLUMNS if word in schema.names), None)
+            if column is None:
+                raise DataError(
+                    f"{files.root / name} has no label column ({', '.join(LABEL_COLUMNS)});"
+                    f" it has {', '.join(schema.names)}"
+                )
+            values[name] = parquet.read(columns=[column]).column(0).to_pylist()
+            named = _class_names(schema.metadata, column) or named
+    distinct = set(itertools.chain(*values.values()))
+    if all(isinstance(value, str) for value in distinct):
+        classes = tuple(sorted(distinct))
+        number = {value: i for i, value in enumerate(classes)}
+    elif all(isinstance(value, int) and 0 <= value < MAX_CLASSES for value in distinct):
+        number = {value: value for value in distinct}
+        classes = named or tuple(str(i) for i in range(max(distinct) + 1))
+    else:
+        examples = ", ".join(sorted(map(repr, distinct))[:5])
+        raise DataError(
+            f"{files.root}: labels are all words, or all numbers from 0 to {MAX_CLASSES - 1}; it"
+            f" has {examples} ..."
+        )
+    if distinct and max(number.values()) >= len(classes):
+        raise DataError(f"{files.root}: a label is {max(distinct)}, of {len(classes)} classes")
+    labels = [number[value] for name in files.names for value in values[name]]
+    return torch.tensor(labels), classes
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> Classes:
+    """Return the classes' names that Hugging Face's library wrote into a parquet file."""
+    try:
+        info = json.loads((metadata or {})[b"huggingface"])
+        return tuple(info["info"]["features"][column]["names"])
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+# Sets that are small and not encoded, and so are read whole.
+
+
+def _unpacked(scheme: str, place: str, *, split: Split) -> LabeledImages | None:
+    if scheme == "cifar10":
+        return _cifar10_binary(Path(place).expanduser(), split)
+    if scheme == "fashion-mnist" and place:
+        return _fashion_mnist(Path(place).expanduser(), split)
+    if scheme == "fashion-mnist":
+        return _embedded_fashion_mnist(split)
+    return None
+
+
+def _cifar10_binary(folder: Path, split: Split) -> LabeledImages | None:
+    """Read the binary version; return None if there are parquet files instead.
+
+    Source:
+        https://www.cs.toronto.edu/~kriz/cifar.html: a byte for the label, then 32 × 32 red, green
+        and blue ones.
+    """
+    pattern = {"train": "data_batch_*.bin", "test": "test_batch.bin"}[split]
+    paths = sorted(folder.glob(pattern)) or sorted(folder.glob(f"cifar-10-batches-bin/{pattern}"))
+    if not paths:
+        names = _walk(folder) if folder.is_dir() else []
+        if any(_suffix(name) == "parquet" and _split_word(name) == split for name in names):
+            return None
+        if any(PurePosixPath(name).name in ("data_batch_1", "test_batch") for name in names):
+            raise DataError(
+                f"{folder} holds CIFAR-10's Python version, whose files are pickles, and reading"
+                " those can run code; get the binary version, or parquet files"
+            )
+        raise DataError(f"no CIFAR-10 in {folder}: neither {pattern} nor {split}*.parquet")
+    records = np.concatenate([_cifar10_records(path) for path in paths])
+    images = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32))
+    return LabeledImages(images, torch.from_numpy(records[:, 0]).long(), CIFAR10_CLASSES)
+
+
+def _cifar10_records(path: Path) -> NDArray[np.uint8]:
+    content = np.fromfile(path, dtype=np.uint8)
+    if len(content) == 0 or len(content) % 3073 > 0 or content[::3073].max() > 9:
+        raise DataError(
+            f"{path} is not CIFAR-10's binary version: records of 3073 bytes, label < 10"
+        )
+    return content.reshape(-1, 3073)
+
+
+def _fashion_mnist(folder: Path, split: Split) -> LabeledImages:
+    prefix = {"train": "train", "test": "t10k"}[split]
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", item=(28, 28))
+    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", item=())
+    if len(images) != len(labels) or labels.max(initial=0) > 9:
+        raise DataError(f"{folder}: images and labels of the {split} split do not fit each other")
+    return LabeledImages(
+        torch.from_numpy(images)[:, None], torch.from_numpy(labels).long(), FASHION_MNIST_CLASSES
+    )
+
+
+def read_idx(path: Path, *, item: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Read a gzipped idx file of bytes, as MNIST and its relatives come in.
+
+    Args:
+        path: The file.
+        item: Expected shape of one item.
+
+    Returns:
+        Shape ``(n, *item)``.
+
+    Raises:
+        DataError: If the file is missing, damaged, or of another shape.
+
+    Source:
+        http://yann.lecun.com/exdb/mnist/: two zero bytes, the type (8 is a byte), the number of
+        dimensions, each dimension in four bytes, the values.
+    """
+    header_bytes = 4 * (len(item) + 2)
+    try:
+        with gzip.open(path) as file:
+            header = np.frombuffer(file.read(header_bytes), dtype=">i4")
+            count = int(header[1])
+            values = np.frombuffer(bytearray(file.read()), dtype=np.uint8)
+        if header[0] != 0x0800 + len(item) + 1 or tuple(header[2:]) != item:
+            raise ValueError(f"header {header.tolist()}")
+        return values.reshape(count, *item)
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+        raise DataError(f"{path} is missing, damaged, or not {item} items: {error}") from error
+
+
+def _embedded_fashion_mnist(split: Split) -> LabeledImages:
+    if split == "train":
+        raise DataError(
+            "only 5,000 test images of Fashion-MNIST come with this package; for the rest, pass"
+            " fashion-mnist:DIR, DIR with the four .gz files from"
+            " https://github.com/zalandoresearch/fashion-mnist"
+        )
+    assets = importlib.resources.files("unbackdoor") / "assets"
+    labels = (assets / "fashion_mnist.txt").read_text("ascii").split()
+    with Image.open(io.BytesIO((assets / "fashion_mnist.webp").read_bytes())) as atlas:
+        grey = np.asarray(atlas)[..., 0]
+    rows, columns = len(labels), len(labels[0])
+    tiles = grey.reshape(rows, 28, columns, 28).transpose(0, 2, 1, 3).reshape(-1, 1, 28, 28)
+    return LabeledImages(
+        torch.from_numpy(tiles.copy()),
+        torch.tensor([int(digit) for digit in "".join(labels)]),
+        FASHION_MNIST_CLASSES,
+    )

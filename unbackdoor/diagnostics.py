@@ -1,0 +1,128 @@
+"""Label-free evidence about a backbone: what purification kept, and what it changed.
+
+Every number stands beside a control; none of them says "infected" or "safe".
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from unbackdoor.probe import extract
+from unbackdoor.cbd import search
+from unbackdoor.settings import PurifySettings
+from unbackdoor.types import Features, Images, RawImages
+from unbackdoor.views import random_views
+
+NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What can be said about a backbone without labels.
+
+    Attributes:
+        images: How many images the numbers come from.
+        cosine: Mean cosine of an image's features to those of the original backbone; 1 is equal.
+        neighbours: Share of an image's 10 nearest neighbours that it also has in the original.
+        alignment: Mean squared distance of the unit features of two views; low is invariant.
+        uniformity: Log of the mean pairwise Gaussian potential; low is spread out.
+        adversarial: Mean cosine distance that the search's images move from their clean ones.
+        noise: The same for random noise of the same radius, the control.
+        concentration: How much the search moves all images in one direction, 0 to 1: squared
+            length of the mean unit shift of features.
+        noise_concentration: The same for the control.
+    """
+
+    images: int
+    cosine: float
+    neighbours: float
+    alignment: float
+    uniformity: float
+    adversarial: float
+    noise: float
+    concentration: float
+    noise_concentration: float
+
+
+def measure(
+    backbone: nn.Module,
+    original: nn.Module,
+    images: RawImages,
+    settings: PurifySettings,
+) -> Evidence:
+    """Measure ``backbone`` against the ``original`` it came from, on unlabeled images.
+
+    Args:
+        backbone: Maps images in [0, 1] to features, in eval mode; may be the original itself.
+        original: Likewise.
+        images: On the CPU, shape ``(n, c, h, w)``; a few hundred are enough.
+        settings: Radius, steps and views of the search; its seed.
+
+    Source:
+        Alignment and uniformity: Wang and Isola 2020, https://arxiv.org/abs/2005.10242.
+    """
+    device = next(backbone.parameters()).device
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    clean = extract(backbone, images)
+    before = clean if backbone is original else extract(original, images)
+    views, searched, noisy = [], [], []
+    for batch in images.split(settings.batch_size):
+        if len(batch) < 2:
+            continue  # one image has no negatives
+        plain = batch.to(device).float() / 255
+        a, b = (random_views(plain, settings.views, generator=generator) for _ in range(2))
+        found = search(backbone, a, plain, settings, generator=generator)
+        noise = random_noise(plain, settings, generator=generator)
+        with torch.no_grad():
+            views.append(torch.stack([backbone(a).cpu(), backbone(b).cpu()]))
+            searched.append(backbone(found).cpu())
+            noisy.append(backbone(noise).cpu())
+    first, second = F.normalize(torch.cat(views, dim=1), dim=2)
+    found_features, noise_features = torch.cat(searched), torch.cat(noisy)
+    used = clean[: len(found_features)]
+    return Evidence(
+        images=len(images),
+        cosine=F.cosine_similarity(clean, before).mean().item(),
+        neighbours=neighbour_overlap(clean, before),
+        alignment=(first - second).pow(2).sum(1).mean().item(),
+        uniformity=(-2 * torch.pdist(first).pow(2)).exp().mean().log().item(),
+        adversarial=(1 - F.cosine_similarity(used, found_features)).mean().item(),
+        noise=(1 - F.cosine_similarity(used, noise_features)).mean().item(),
+        concentration=concentration(used, found_features),
+        noise_concentration=concentration(used, noise_features),
+    )
+
+
+def random_noise(
+    images: Images, settings: PurifySettings, *, generator: torch.Generator
+) -> Images:
+    """Return ``images`` with random noise as far away as the search may go, in [0, 1].
+
+    L∞: every pixel moves by epsilon, up or down; L2: a random direction of length epsilon.
+    """
+    draws = torch.randn(images.shape, generator=generator, device=images.device)
+    if settings.search.norm == "linf":
+        shift = draws.sign()
+    else:
+        shift = draws / draws.flatten(1).norm(dim=1)[:, None, None, None]
+    return (images + settings.search.epsilon * shift).clamp(0, 1)
+
+
+def neighbour_overlap(a: Features, b: Features, *, neighbours: int = NEIGHBOURS) -> float:
+    """Return the mean share of nearest neighbours, by cosine, that rows have in both spaces."""
+    count = min(neighbours, len(a) - 1)
+
+    def nearest(features: Features) -> torch.Tensor:
+        unit = F.normalize(features, dim=1)
+        similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
+        chosen = similarity.topk(count, dim=1).indices
+        return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, chosen, value=True)
+
+    return (nearest(a) & nearest(b)).sum(1).float().mean().item() / count
+
+
+def concentration(clean: Features, moved: Features) -> float:
+    """Return how much all rows move in one direction: 0 scattered, 1 all alike."""
+    return F.normalize(moved - clean, dim=1).mean(0).pow(2).sum().item()

@@ -1,0 +1,50 @@
+"""Errors a user can cause, as opposed to our own bugs.
+
+::
+
+    UnbackdoorError
+    ├── UnsafeCheckpointError   the file would run code; it was not loaded
+    ├── CheckpointError         the file is damaged, or holds no usable tensors
+    ├── MismatchError           tensors and architecture do not fit each other
+    ├── ArchitectureError       no such network, or no usable feature vector
+    ├── DataError               images or labels that are missing, broken, too few
+    ├── SettingsError           an unknown option, or a value outside its range
+    ├── OutputError             the output exists, or cannot be written
+    └── DivergedError           training ended in NaN or in a collapsed feature space
+"""
+
+
+class UnbackdoorError(Exception):
+    """Base of all errors below; the command line prints it without a traceback and exits with 2."""
+
+
+class UnsafeCheckpointError(UnbackdoorError):
+    """The checkpoint names something dangerous, or cannot be read without running its code."""
+
+
+class CheckpointError(UnbackdoorError):
+    """The checkpoint is damaged, of an unknown format, or holds no usable tensors."""
+
+
+class MismatchError(UnbackdoorError):
+    """The checkpoint's tensors do not fit the architecture."""
+
+
+class ArchitectureError(UnbackdoorError):
+    """The architecture is unknown, or does not map images to one feature vector each."""
+
+
+class DataError(UnbackdoorError):
+    """Images or labels are missing, broken, too few or out of range."""
+
+
+class SettingsError(UnbackdoorError):
+    """A setting is unknown or outside its range."""
+
+
+class OutputError(UnbackdoorError):
+    """The output exists already, or cannot be written."""
+
+
+class DivergedError(UnbackdoorError):
+    """Training ended in NaN or in a collapsed feature space; the last good state is kept."""

@@ -1,0 +1,432 @@
+"""Purify a checkpoint file: everything around the method, from the file to the report."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from unbackdoor import __version__
+from unbackdoor.backbones import Loaded, network_state, open_backbone
+from unbackdoor.checkpoint import sha256_of, write_tensors, write_text
+from unbackdoor.data import ImageSource, load_images
+from unbackdoor.devices import Precision, peak_memory, pick_device, pick_precision
+from unbackdoor.diagnostics import Evidence, measure
+from unbackdoor.errors import DivergedError, OutputError
+from unbackdoor.matching import describe_match, flat_tree, replace_tensors, state_dicts_apart
+from unbackdoor.cbd import EpochLosses, PurifyState, purify, steps_per_epoch
+from unbackdoor.report import Note, Table, bars_picture, curves_picture, render_report
+from unbackdoor.resume import identity, load_state, save_state
+from unbackdoor.settings import PurifySettings
+
+MEASURED = 256  # images that the evidence before and after is measured on
+FLAT, NESTED = (".safetensors",), (".pt", ".pth", ".bin")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which checkpoint to read, and how.
+
+    Attributes:
+        checkpoint: A file, or a Hugging Face folder.
+        arch: A timm name, ``torchvision/NAME``, ``cifar/NAME`` or ``path/to/file.py:function``.
+        mean: Per channel, on the [0, 1] scale; the architecture's by default.
+        std: Per channel, on the [0, 1] scale; the architecture's by default.
+        size: Side of the images in pixels; the architecture's by default.
+        head: Name of the module that turns features into logits, or ``none``; found by itself.
+        nesting: Dotted place of the state dict in the file; found by itself.
+        prefix: Of its keys; found by itself.
+    """
+
+    checkpoint: Path
+    arch: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: int | None = None
+    head: str | None = None
+    nesting: str | None = None
+    prefix: str | None = None
+
+
+class Outputs(NamedTuple):
+    """The files of one job; the state is deleted when the others are there."""
+
+    tensors: Path
+    record: Path
+    report: Path
+    state: Path
+
+
+class Estimate(NamedTuple):
+    """What a job would take, measured on two real steps."""
+
+    steps: int
+    seconds_per_step: float
+    memory: int  # peak bytes: of the process on a CPU, of the device's allocator elsewhere
+
+
+def open_source(source: Source) -> Loaded:
+    """Open the backbone that ``source`` describes; errors are those of ``open_backbone``."""
+    return open_backbone(
+        source.checkpoint,
+        source.arch,
+        mean=source.mean,
+        std=source.std,
+        size=source.size,
+        head=source.head,
+        nesting=source.nesting,
+        prefix=source.prefix,
+    )
+
+
+def purify_file(
+    source: Source,
+    images: str,
+    out: Path,
+    settings: PurifySettings,
+    *,
+    limit: int | None = None,
+    max_broken: float = 0.01,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    say: Say = print,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Outputs:
+    """Purify ``source`` with ``images`` and write tensors, record and report.
+
+    The state of every finished epoch is kept beside ``out`` until the end, so that a killed run
+    can be continued by ``resume``. The input is never changed.
+
+    Args:
+        images: See ``load_images``.
+        out: ``.safetensors``: the matched state dict, flat, under its own keys; ``.pt``, ``.pth``
+            or ``.bin``: all tensors of the input in its own nesting.
+        limit: Take this many of the images, drawn by the seed.
+        overwrite: Replace existing outputs and the state of an earlier run.
+        resume: Continue from the state of an earlier run with the same input and settings.
+        say: Receives what happens, line by line.
+        on_step: See :func:`purify`.
+
+    Raises:
+        UnbackdoorError: See ``errors``; nothing is written then but the state of finished epochs.
+    """
+    outputs = plan_outputs(source.checkpoint, out, overwrite=overwrite, resume=resume)
+    loaded, photos = open_both(source, images, settings, limit=limit, max_broken=max_broken, say=say)
+    where = pick_device(device)
+    how = pick_precision(precision, where)
+    of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=photos.fingerprint)
+    of |= {"device": str(where), "precision": how}
+    state = load_state(outputs.state, of) if resume else None
+    if state is not None:
+        say(f"resuming after epoch {len(state.history)} of {settings.epochs}")
+
+    def on_epoch(reached: PurifyState) -> None:
+        save_state(outputs.state, reached, of)
+        say(describe_epoch(reached, settings))
+
+    try:
+        backbone, history = purify(
+            loaded.backbone,
+            photos,
+            settings,
+            device=where,
+            precision=how,
+            state=state,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+    except DivergedError as error:
+        kept = f"; the last good epoch is kept in {outputs.state}" if outputs.state.exists() else ""
+        raise DivergedError(f"{error}{kept}") from error
+
+    say("measuring what changed")
+    sample = photos.read(range(min(MEASURED, len(photos))))
+    original = loaded.backbone.to(where)
+    evidence = {
+        "before": measure(original, original, sample, settings),
+        "after": measure(backbone, original, sample, settings),
+    }
+    record = make_record(source, loaded, images, photos, settings, history, evidence)
+    record |= {"device": str(where), "precision": how, "output": outputs.tensors.name}
+    write_outputs(outputs, loaded, backbone, record, overwrite=overwrite or resume, say=say)
+    return outputs
+
+
+def dry_run(
+    source: Source,
+    images: str,
+    out: Path,
+    settings: PurifySettings,
+    *,
+    limit: int | None = None,
+    max_broken: float = 0.01,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    say: Say = print,
+) -> Estimate:
+    """Say what would be matched and written, run two real steps, and write nothing.
+
+    Arguments and errors are those of :func:`purify_file`.
+    """
+    outputs = plan_outputs(source.checkpoint, out, overwrite=True, resume=False)
+    loaded, photos = open_both(source, images, settings, limit=limit, max_broken=max_broken, say=say)
+    where = pick_device(device)
+    times = [time.monotonic()]
+    short = replace(
+        settings, epochs=2, last_batch="keep", projection=replace(settings.projection, epochs=1)
+    )
+    purify(
+        loaded.backbone,
+        photos.read(range(min(settings.batch_size, len(photos)))),
+        short,
+        device=where,
+        precision=pick_precision(precision, where),
+        on_step=lambda step, steps: times.append(time.monotonic()),
+    )
+    steps = settings.epochs * steps_per_epoch(len(photos), settings)
+    estimate = Estimate(steps, times[-1] - times[-2], peak_memory(where))
+    seconds = round(steps * estimate.seconds_per_step)
+    say(
+        f"would take about {seconds // 3600} h {seconds // 60 % 60} min {seconds % 60} s on {where}: "
+        f"{steps} steps of {estimate.seconds_per_step:.2f} s, "
+        f"{estimate.memory / 2**20:.0f} MiB at the peak"
+    )
+    say(f"would write {outputs.tensors}, {outputs.record} and {outputs.report}; wrote nothing")
+    return estimate
+
+
+def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) -> Outputs:
+    """Return the files to write, after all that could forbid writing them has been checked.
+
+    Raises:
+        OutputError: If ``out`` has another suffix, is the input, lies in no folder, or exists; or
+            if an interrupted run left its state and it is neither resumed nor overwritten.
+    """
+    if out.suffix not in FLAT + NESTED:
+        raise OutputError(f"{out}: end it in {', '.join(FLAT + NESTED)}")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {out.parent}")
+    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
+        raise OutputError(f"{out}: is the input, which is never changed; pass another --out")
+    outputs = Outputs(
+        out,
+        out.with_suffix(".json"),
+        out.with_suffix(".html"),
+        out.with_suffix(".state.safetensors"),
+    )
+    if resume or overwrite:
+        return outputs
+    for path in outputs[:3]:
+        if path.exists():
+            raise OutputError(f"{path}: exists already; pass --force to replace it")
+    if outputs.state.exists():
+        raise OutputError(
+            f"{outputs.state}: an interrupted run can go on from here; pass --resume, "
+            "or --force to start again"
+        )
+    return outputs
+
+
+def open_both(
+    source: Source,
+    images: str,
+    settings: PurifySettings,
+    *,
+    limit: int | None,
+    max_broken: float,
+    say: Say,
+) -> tuple[Loaded, ImageSource]:
+    """Open checkpoint and images, and say what they are."""
+    loaded = open_source(source)
+    say(f"{source.checkpoint}: {loaded.checkpoint.kind}, sha256 {loaded.checkpoint.sha256[:16]}")
+    say(describe_match(loaded.match, loaded.checkpoint))
+    photos = load_images(
+        images, size=loaded.size, limit=limit, seed=settings.seed, max_broken=max_broken
+    )
+    say(f"{images}: {len(photos)} unlabeled images, brought to {loaded.size} × {loaded.size}")
+    steps_per_epoch(len(photos), settings)
+    return loaded, photos
+
+
+def describe_epoch(state: PurifyState, settings: PurifySettings) -> str:
+    """Return one line about the epoch that ended last."""
+    last = state.history[-1]
+    return (
+        f"epoch {len(state.history)}/{settings.epochs}  loss {last.total:.3f}  "
+        f"pull {last.pull:.3f}  distill {last.distill:.3f}  align {last.align:.3f}  "
+        f"{last.seconds:.0f} s"
+    )
+
+
+def make_record(
+    source: Source,
+    loaded: Loaded,
+    images: str,
+    photos: ImageSource,
+    settings: PurifySettings,
+    history: tuple[EpochLosses, ...],
+    evidence: Mapping[str, Evidence],
+) -> dict[str, Any]:
+    """Return everything about a finished job that JSON can hold; file names without folders."""
+    match, checkpoint = loaded.match, loaded.checkpoint
+    return {
+        "schema": 1,
+        "unbackdoor": __version__,
+        "input": {"name": checkpoint.path.name, "kind": checkpoint.kind, "sha256": checkpoint.sha256},
+        "arch": source.arch.rpartition("/")[2] if ".py:" in source.arch else source.arch,
+        "matched": {
+            "nesting": list(match.nesting),
+            "prefix": match.prefix,
+            "tensors": len(match.keys),
+            "head": list(match.head),
+            "left_over": list(match.left_over),
+            "other": list(match.other),
+        },
+        "dropped": list(checkpoint.dropped),
+        "images": {
+            "source": Path(images).name,
+            "count": len(photos),
+            "size": list(photos.size),
+            "fingerprint": photos.fingerprint,
+            "broken": list(photos.broken),
+        },
+        "settings": asdict(settings),
+        "history": [epoch._asdict() for epoch in history],
+        "evidence": {when: asdict(values) for when, values in evidence.items()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def write_outputs(
+    outputs: Outputs,
+    loaded: Loaded,
+    backbone: nn.Module,
+    record: dict[str, Any],
+    *,
+    overwrite: bool,
+    say: Say,
+) -> None:
+    """Write record, report and, last, tensors; then delete the state."""
+    tree = replace_tensors(loaded.checkpoint, loaded.match, network_state(backbone))
+    if outputs.tensors.suffix in FLAT:
+        for apart in state_dicts_apart(loaded.match, tree):
+            say(f"not in {outputs.tensors.name}, which is flat: {apart}")
+        tree = flat_tree(loaded.match, tree)
+    provenance = {
+        name: record[name] if isinstance(record[name], str) else json.dumps(record[name])
+        for name in ("unbackdoor", "input", "arch", "images", "settings", "versions", "device")
+    }
+    write_text(outputs.record, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
+    write_text(outputs.report, report_of(record), overwrite=overwrite)
+    write_tensors(outputs.tensors, tree, metadata=provenance, overwrite=overwrite)
+    outputs.state.unlink(missing_ok=True)
+    for path in outputs[:3]:
+        say(f"wrote {path} (sha256 {sha256_of(path)[:16]})")
+
+
+def report_of(record: Mapping[str, Any]) -> str:
+    """Return the report of one finished job as an HTML page."""
+    before, after = record["evidence"]["before"], record["evidence"]["after"]
+    source = record["input"]
+    summary = (
+        f"{source['name']} was tuned on {record['images']['count']} unlabeled images. Its features "
+        f"of clean images keep a cosine of {after['cosine']:.3f} to the original and "
+        f"{after['neighbours']:.0%} of their nearest neighbours. Images searched for by the "
+        f"contrastive loss moved them by {before['adversarial']:.3f} before and "
+        f"{after['adversarial']:.3f} after; random noise of the same radius by "
+        f"{before['noise']:.3f} and {after['noise']:.3f}. None of this says that the file was, or "
+        "is no longer, backdoored."
+    )
+    return render_report(
+        f"Purified: {source['name']}",
+        summary,
+        (
+            evidence_table(record["evidence"]),
+            bars_picture(
+                "How far features move",
+                {
+                    "searched images": {"before": before["adversarial"], "after": after["adversarial"]},
+                    "random noise, same radius": {"before": before["noise"], "after": after["noise"]},
+                },
+                x_label="mean cosine distance to the clean image's features",
+                decimals=3,
+                caption="A backbone that an adversary can move no further than noise does has no "
+                "shortcut within this radius.",
+            ),
+            losses_picture(record["history"]),
+            Table(
+                "Settings",
+                ("setting", "value"),
+                tuple((name, str(value)) for name, value in flatten(record["settings"])),
+                folded=True,
+            ),
+            Table(
+                "Provenance",
+                ("what", "value"),
+                tuple(
+                    (name, str(value))
+                    for part in ("input", "arch", "matched", "dropped", "images", "versions")
+                    for name, value in flatten({part: record[part]})
+                ),
+                folded=True,
+            ),
+        ),
+    )
+
+
+EVIDENCE_ROWS = (
+    ("cosine", "cosine of clean features to the original", "1 is unchanged"),
+    ("neighbours", "nearest neighbours shared with the original", "share of 10; 1 is unchanged"),
+    ("alignment", "alignment of two views", "mean squared distance; lower is more invariant"),
+    ("uniformity", "uniformity", "log mean Gaussian potential; lower is more spread out"),
+    ("adversarial", "movement by searched images", "mean cosine distance"),
+    ("noise", "movement by random noise, the control", "same radius"),
+    ("concentration", "searched movement in one direction", "0 scattered, 1 all alike"),
+    ("noise_concentration", "noise movement in one direction, the control", "same radius"),
+)
+
+
+def evidence_table(evidence: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return the evidence before and after as a table."""
+    return Table(
+        "Label-free evidence",
+        ("measure", *evidence, "reading"),
+        tuple(
+            (words, *(values[name] for values in evidence.values()), reading)
+            for name, words, reading in EVIDENCE_ROWS
+        ),
+        decimals=3,
+        note=f"On {evidence['after']['images']} of the unlabeled images.",
+    )
+
+
+def losses_picture(history: list[dict[str, float]]) -> Any:
+    """Return the loss curves of a run."""
+    names = ("total", "pull", "distill", "align")
+    used = {name: [epoch[name] for epoch in history] for name in names}
+    return curves_picture(
+        "Losses",
+        {name: values for name, values in used.items() if any(values)},
+        x_label="epoch",
+        y_label="mean loss",
+    )
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the leaves of nested tables with dotted names."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            leaves += flatten(value, f"{prefix}{name}.")
+        else:
+            leaves.append((f"{prefix}{name}", value))
+    return leaves

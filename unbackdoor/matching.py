@@ -1,0 +1,350 @@
+"""Fit the tensors of a checkpoint to the keys of a network, by names and shapes only."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unbackdoor.checkpoint import Checkpoint, Tree
+from unbackdoor.errors import MismatchError
+
+# Other names of the same module: what the network calls it -> what the file may call it.
+SPELLINGS: tuple[Mapping[str, str], ...] = (
+    {},
+    {"downsample": "shortcut"},
+    {"shortcut": "downsample"},
+    {"fc": "linear"},
+    {"linear": "fc"},
+    {"downsample": "shortcut", "fc": "linear"},
+    {"shortcut": "downsample", "linear": "fc"},
+)
+
+# Words of the copy to take last, where several fit: the trained network comes before its moving
+# average (``encoder_q`` before ``encoder_k``, ``online`` before ``target``, ``model`` before
+# ``model_ema``), except that DINO's users take the teacher, so the student comes last.
+TAKEN_LAST = frozenset({"k", "key", "momentum", "target", "ema", "swa", "averaged", "student"})
+
+COUNTER = "num_batches_tracked"  # of batch norms; older files have none, and it moves no output
+MOST_PREFIXES = 20  # tried for each state dict and spelling
+MOST_LINES = 12  # of a table in an error, of groups in the account
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which tensor of a checkpoint belongs to which key of a network.
+
+    Attributes:
+        nesting: Path of the chosen state dict in the tree, ``("state_dict",)``.
+        prefix: What its keys have before the network's own names, ``"module.encoder_q."``.
+        keys: Network key -> key in that state dict, for the body and, if it is there, the head.
+        head: Those network keys among ``keys`` that are head.
+        left_over: Keys of the chosen state dict that nothing asked for.
+        other: Other places in the file that would have fitted as well, dotted.
+        missing: Network keys that may be absent and are: batch norms' counters.
+    """
+
+    nesting: tuple[str, ...]
+    prefix: str
+    keys: Mapping[str, str]
+    head: tuple[str, ...]
+    left_over: tuple[str, ...]
+    other: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def match_keys(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, torch.Size],
+    *,
+    head: tuple[str, ...] = (),
+    nesting: str | None = None,
+    prefix: str | None = None,
+) -> Match:
+    """Find where a checkpoint holds a network's tensors.
+
+    Every state dict in the file is tried with every prefix that its own keys suggest. Where several
+    hold the whole body, the first counts that: has no word of ``TAKEN_LAST`` in its place, has the
+    head, is nested least, has the shortest prefix, stands first in the file.
+
+    Args:
+        checkpoint: As read.
+        expected: All keys of the network, body and head, with their shapes.
+        head: Those of them that are head. They are matched by name whatever their first dimension,
+            the number of classes, and may be absent.
+        nesting: Look only in this state dict, dotted; empty for the top of the file.
+        prefix: Try only this prefix; empty for none.
+
+    Raises:
+        MismatchError: If no state dict holds all of the body with equal shapes.
+    """
+    candidates = list(_candidates(checkpoint.tree, expected, head, nesting, prefix))
+    if not candidates:
+        places = ", ".join(repr(".".join(path)) for path, _ in _state_dicts(checkpoint.tree, ()))
+        raise MismatchError(
+            f"{checkpoint.path}: holds no tensors at --nesting {nesting!r}, only at {places}"
+        )
+    fits = sorted((c for c in candidates if not c.unfit), key=_preference)
+    if not fits:
+        nearest = min(candidates, key=lambda c: (len(c.unfit), len(c.absent)))
+        raise MismatchError(_explain(checkpoint, nearest, expected))
+
+    chosen = fits[0]
+    used = set(chosen.keys.values())
+    return Match(
+        nesting=chosen.nesting,
+        prefix=chosen.prefix,
+        keys=chosen.keys,
+        head=tuple(key for key in head if key in chosen.keys),
+        left_over=tuple(key for key in chosen.tensors if key not in used),
+        other=tuple(dict.fromkeys(c.place for c in fits if c.place != chosen.place)),
+        missing=tuple(key for key in expected if key not in chosen.keys and key not in head),
+    )
+
+
+def describe_match(match: Match, checkpoint: Checkpoint) -> str:
+    """Return the account of a match, a few lines to print: what was taken, and what was not."""
+    found = _at(checkpoint.tree, match.nesting)
+    body = len(match.keys) - len(match.head)
+    lines = [
+        f"matched: {body} of {body + len(match.missing)} body tensors, "
+        f"at {_quoted(match.nesting, match.prefix)}"
+    ]
+    if match.missing:
+        lines.append(f"absent: {len(match.missing)} {COUNTER}, which moves no output")
+    shapes = {key: found[match.keys[key]].shape for key in match.head}
+    if classes := [shape[0] for shape in shapes.values() if len(shape) > 1]:
+        lines.append(f"head: {', '.join(match.head)} ({classes[-1]} classes), kept as it is")
+    else:
+        lines.append("head: none in the file")
+    if match.left_over:
+        lines.append(f"left over, kept as it is: {_grouped(match.left_over)}")
+    if match.other:
+        places = ", ".join(place or "the top of the file" for place in match.other)
+        lines.append(
+            f"warning: would have fitted as well, and stays as it came: {places} "
+            "(choose by --nesting and --prefix)"
+        )
+    if apart := state_dicts_apart(match, checkpoint.tree):
+        lines.append(f"beside the matched state dict, kept as it is: {', '.join(apart)}")
+    if checkpoint.dropped:
+        lines.append(f"dropped: {_shortened(checkpoint.dropped)}")
+    return "\n".join(lines)
+
+
+def matched_tensors(checkpoint: Checkpoint, match: Match) -> dict[str, Tensor]:
+    """Return the checkpoint's tensors by the network's keys."""
+    found = _at(checkpoint.tree, match.nesting)
+    return {key: found[name] for key, name in match.keys.items()}
+
+
+def replace_tensors(checkpoint: Checkpoint, match: Match, state: Mapping[str, Tensor]) -> Tree:
+    """Return the checkpoint's tree with the matched tensors taken from ``state``.
+
+    Args:
+        checkpoint: As read; it is not changed.
+        match: Of this checkpoint.
+        state: A network's tensors by its keys. Each is brought to the CPU and to the dtype that it
+            has in the checkpoint. Keys that did not match are ignored; matched ones that are not
+            in ``state`` stay.
+
+    Returns:
+        A new tree; all that is not replaced is the same object as before.
+
+    Raises:
+        MismatchError: If a tensor's shape is not the checkpoint's.
+    """
+    found = _at(checkpoint.tree, match.nesting)
+    new: Tree = {}
+    for key, name in match.keys.items():
+        if key in state:
+            if state[key].shape != found[name].shape:
+                raise MismatchError(
+                    f"{key} is {_shape(state[key].shape)} in the network, "
+                    f"{_shape(found[name].shape)} in {checkpoint.path}"
+                )
+            new[name] = state[key].detach().to("cpu", found[name].dtype)
+    return _merged(checkpoint.tree, match.nesting, new)
+
+
+def flat_tree(match: Match, tree: Tree) -> dict[str, Tensor]:
+    """Return the matched state dict of ``tree`` with all of its keys, as one flat file holds it.
+
+    What stands beside it in the tree is not included; ``state_dicts_apart`` names that.
+    """
+    return _at(tree, match.nesting)
+
+
+def state_dicts_apart(match: Match, tree: Tree) -> list[str]:
+    """Return the state dicts of ``tree`` other than the matched one, ``teacher (122 tensors)``."""
+    return [
+        f"{'.'.join(path) or 'top'} ({len(tensors)} tensor{'s' * (len(tensors) > 1)})"
+        for path, tensors in _state_dicts(tree, ())
+        if path != match.nesting
+    ]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One way to read a network's body out of the file."""
+
+    nesting: tuple[str, ...]
+    prefix: str
+    tensors: Mapping[str, Tensor]
+    keys: Mapping[str, str]  # network key -> key in ``tensors``, where name and shape fit
+    unfit: Mapping[str, str]  # the same where they do not, though the body needs them
+
+    @property
+    def place(self) -> str:
+        return ".".join((*self.nesting, self.prefix)).strip(".")
+
+    @property
+    def absent(self) -> list[str]:
+        return [key for key, name in self.unfit.items() if name not in self.tensors]
+
+
+def _candidates(
+    tree: Tree,
+    expected: Mapping[str, torch.Size],
+    head: tuple[str, ...],
+    nesting: str | None,
+    prefix: str | None,
+) -> Iterator[_Candidate]:
+    """Yield every reading that the file's own keys suggest, and at least one a state dict."""
+    for path, tensors in _state_dicts(tree, ()):
+        if nesting is not None and nesting != ".".join(path):
+            continue
+        for spelling in SPELLINGS:
+            spelled = {_spell(key, spelling): key for key in expected}
+            if len(spelled) < len(expected):
+                continue  # the network uses both words, for different modules
+            if prefix is None:
+                prefixes = _suggested_prefixes(tensors, spelled)
+            else:
+                prefixes = [prefix if prefix.endswith(".") or not prefix else f"{prefix}."]
+            for start in prefixes:
+                keys: dict[str, str] = {}
+                unfit: dict[str, str] = {}
+                for word, key in spelled.items():
+                    name = start + word
+                    if name in tensors and _fits(tensors[name].shape, expected[key], key in head):
+                        keys[key] = name
+                    elif key not in head and not (key.endswith(COUNTER) and name not in tensors):
+                        unfit[key] = name
+                yield _Candidate(path, start, tensors, keys, unfit)
+
+
+def _state_dicts(
+    tree: Tree, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Yield every dictionary that holds tensors itself, with its path, from the top down."""
+    if tensors := {key: value for key, value in tree.items() if isinstance(value, Tensor)}:
+        yield path, tensors
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _state_dicts(value, (*path, key))
+
+
+def _suggested_prefixes(names: Iterable[str], wanted: Mapping[str, str]) -> list[str]:
+    """Return the prefixes under which most of the wanted names stand, the best first."""
+    votes: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in wanted:
+                votes["".join(f"{part}." for part in parts[:i])] += 1
+    return [prefix for prefix, _ in votes.most_common(MOST_PREFIXES)] or [""]
+
+
+def _spell(key: str, spelling: Mapping[str, str]) -> str:
+    return ".".join(spelling.get(part, part) for part in key.split("."))
+
+
+def _fits(shape: torch.Size, expected: torch.Size, any_first: bool) -> bool:
+    start = 1 if any_first else 0
+    return len(shape) == len(expected) and shape[start:] == expected[start:]
+
+
+def _preference(candidate: _Candidate) -> tuple[int, int, int, int]:
+    words = set(re.split(r"[._]", candidate.place.lower()))
+    return (
+        len(words & TAKEN_LAST),
+        -len(candidate.keys),
+        len(candidate.nesting),
+        candidate.prefix.count("."),
+    )
+
+
+def _explain(
+    checkpoint: Checkpoint, nearest: _Candidate, expected: Mapping[str, torch.Size]
+) -> str:
+    """Return an error's text: the nearest reading, what it lacks, and what to try."""
+    rows = [("network", "expects", "file")]
+    for key, name in nearest.unfit.items():
+        there = nearest.tensors.get(name)
+        found = "absent" if there is None else f"{name} {_shape(there.shape)}"
+        rows.append((key, _shape(expected[key]), found))
+    widths = [max(len(row[column]) for row in rows[: MOST_LINES + 1]) for column in (0, 1)]
+    table = [f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows[: MOST_LINES + 1]]
+    if len(rows) > MOST_LINES + 1:
+        table.append(f"  ... and {len(rows) - MOST_LINES - 1} more")
+
+    used = {*nearest.keys.values(), *nearest.unfit.values()}
+    extra = [f"{n} {_shape(t.shape)}" for n, t in nearest.tensors.items() if n not in used]
+    if extra:
+        table.append(f"The file has, unasked for: {_shortened(extra)}")
+    if not nearest.absent:
+        advice = (
+            "The names agree, the shapes do not: the same family in another size, or with another "
+            "stem or input size. Try another --arch."
+        )
+    elif not nearest.keys:
+        advice = "None of the network's tensors is there. Try another --arch, or --prefix."
+    else:
+        advice = "Try another --arch, or another part of the file by --nesting and --prefix."
+    place = _quoted(nearest.nesting, nearest.prefix)
+    title = (
+        f"{checkpoint.path}: does not fit the network; nearest is {place}, "
+        f"where {len(nearest.unfit)} tensors differ:"
+    )
+    return "\n".join([title, *table, advice])
+
+
+def _at(tree: Tree, nesting: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the tensors that stand directly in the dictionary at ``nesting``."""
+    return dict(_state_dicts(tree, ()))[nesting]
+
+
+def _merged(tree: Tree, nesting: tuple[str, ...], new: Tree) -> Tree:
+    """Return ``tree`` with the entries at ``nesting`` replaced by ``new``, in the same order."""
+    if not nesting:
+        return tree | new
+    inner = tree[nesting[0]]
+    if not isinstance(inner, dict):
+        raise KeyError(nesting[0])
+    return tree | {nesting[0]: _merged(inner, nesting[1:], new)}
+
+
+def _quoted(nesting: tuple[str, ...], prefix: str) -> str:
+    place = repr(".".join(nesting)) if nesting else "the top of the file"
+    return f"{place} with prefix {prefix!r}" if prefix else place
+
+
+def _shape(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "one number"
+
+
+def _shortened(words: Iterable[str]) -> str:
+    shown = list(words)
+    rest = len(shown) - MOST_LINES
+    return ", ".join(shown[:MOST_LINES]) + (f", and {rest} more" if rest > 0 else "")
+
+
+def _grouped(keys: Iterable[str]) -> str:
+    """Return keys by their first two names, ``module.encoder_k (122)``."""
+    groups = Counter(".".join(key.split(".")[:2]) for key in keys)
+    return _shortened(
+        f"{group} ({count})" if count > 1 else group for group, count in groups.items()
+    )

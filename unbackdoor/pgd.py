@@ -1,0 +1,94 @@
+"""Projected gradient ascent on pixels, for any loss."""
+
+from collections.abc import Callable
+
+import torch
+
+from unbackdoor.types import Images, Scalar
+
+
+def linf_pgd(
+    loss_fn: Callable[[Images], Scalar],
+    images: Images,
+    *,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    generator: torch.Generator | None,
+) -> Images:
+    """Search the L∞ ball around ``images`` for inputs that raise ``loss_fn``.
+
+    Args:
+        loss_fn: The scalar to raise, as a function of the batch. Called ``steps`` times.
+        images: Values in [0, 1], shape ``(n, c, h, w)``. Not modified.
+        epsilon: Radius of the ball on the [0, 1] scale, so 8/255 rather than 8.
+        step_size: Length of one sign step, on the same scale.
+        steps: Number of steps; 0 returns the start.
+        generator: Draws the start uniformly in the ball; None starts at ``images``.
+
+    Returns:
+        Detached images within ``epsilon`` of ``images`` and within [0, 1].
+
+    Raises:
+        ValueError: If ``epsilon`` lies outside [0, 1].
+
+    Source:
+        Madry et al. 2018, section 2.1, https://arxiv.org/abs/1706.06083.
+    """
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon is on the [0, 1] scale, got {epsilon}; for 8 levels pass 8/255")
+    low, high = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
+    adversarial = images.detach()
+    if generator is not None:
+        adversarial = low + (high - low) * _uniform(images, generator)
+    for _ in range(steps):
+        adversarial.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss_fn(adversarial), adversarial)
+        with torch.no_grad():
+            adversarial = (adversarial + step_size * gradient.sign()).clamp(low, high)
+    return adversarial.detach()
+
+
+def l2_pgd(
+    loss_fn: Callable[[Images], Scalar],
+    images: Images,
+    *,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    generator: torch.Generator | None,
+) -> Images:
+    """Search the L2 ball around every image for inputs that raise ``loss_fn``.
+
+    Args:
+        epsilon: Radius of the ball around one image, on the [0, 1] scale: 1024/255 is 1024 levels.
+        step_size: Length of one step, taken along the image's own normalized gradient.
+        generator: Draws the start, a random direction and a uniform share of the radius; None
+            starts at ``images``.
+
+    The rest is as in :func:`linf_pgd`; epsilon has no upper bound here.
+    """
+    if epsilon < 0:
+        raise ValueError(f"epsilon must not be negative, got {epsilon}")
+    delta = torch.zeros_like(images)
+    if generator is not None:
+        direction = torch.randn(images.shape, generator=generator, device=images.device)
+        share = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+        delta = epsilon * share * direction / _lengths(direction)
+    adversarial = (images + delta.to(images.dtype)).clamp(0, 1)
+    for _ in range(steps):
+        adversarial.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss_fn(adversarial), adversarial)
+        with torch.no_grad():
+            moved = adversarial + step_size * gradient / _lengths(gradient) - images
+            adversarial = (images + moved * (epsilon / _lengths(moved)).clamp(max=1)).clamp(0, 1)
+    return adversarial.detach()
+
+
+def _uniform(images: Images, generator: torch.Generator) -> Images:
+    return torch.rand(images.shape, generator=generator, device=images.device).to(images.dtype)
+
+
+def _lengths(images: Images) -> Images:
+    """Return every image's L2 length, shape ``(n, 1, 1, 1)``, never 0."""
+    return images.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]

@@ -1,0 +1,58 @@
+"""Read features: extract them, and train a linear classifier on them."""
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from unbackdoor.errors import DataError
+from unbackdoor.types import Features, Labels, RawImages
+
+ITERATIONS = 5_000  # of L-BFGS; it converges in a few hundred
+
+
+@torch.no_grad()
+def extract(backbone: nn.Module, images: RawImages, *, batch_size: int = 250) -> Features:
+    """Return the features of ``images``, shape ``(n, d)``, float32, on the CPU.
+
+    Args:
+        backbone: Maps images in [0, 1] to features; used as it is, so in eval mode.
+        images: On any device; batches go to the backbone's.
+    """
+    device = next(backbone.parameters()).device
+    batches = images.split(batch_size)
+    return torch.cat([backbone(batch.to(device).float() / 255).float().cpu() for batch in batches])
+
+
+def linear_probe(features: Features, labels: Labels, *, classes: int) -> nn.Linear:
+    """Return a linear classifier of ``features``: logistic regression, run until it converges.
+
+    Features are standardized and the L2 penalty is scikit-learn's default (C = 1), so that nothing
+    is chosen, by test accuracy least of all; the result is deterministic. The standardization is
+    folded into the layer's weights. A class without examples is never predicted.
+
+    Raises:
+        DataError: If the labels are of fewer than two classes, or out of range.
+    """
+    present = labels.unique()
+    if len(present) < 2:
+        raise DataError(f"a probe needs two classes or more, got labels of {len(present)}")
+    if present[0] < 0 or present[-1] >= classes:
+        raise DataError(f"labels must lie in 0..{classes - 1}, got {present[0]}..{present[-1]}")
+    scaler = StandardScaler().fit(features.numpy())
+    fitted = LogisticRegression(max_iter=ITERATIONS).fit(
+        scaler.transform(features.numpy()), labels.numpy()
+    )
+    weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+    if len(present) == 2:  # scikit-learn then keeps one row, the difference of the two
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    weight = weight / torch.from_numpy(scaler.scale_)
+    bias = bias - weight @ torch.from_numpy(scaler.mean_)
+
+    probe = nn.Linear(features.shape[1], classes)
+    with torch.no_grad():
+        probe.weight.zero_()
+        probe.bias.fill_(-1e4)
+        probe.weight[present] = weight.float()
+        probe.bias[present] = bias.float()
+    return probe.requires_grad_(False)

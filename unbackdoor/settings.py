@@ -1,0 +1,215 @@
+"""Every setting a user can pass, as frozen dataclasses; imports no torch, so that help is instant.
+
+The dataclasses' field names are the names everywhere: ``search.epsilon`` in Python is
+``--search.epsilon`` on the command line and ``epsilon`` in the table ``[search]`` of a TOML file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter, Token
+
+from unbackdoor.errors import SettingsError
+
+
+def _ratio(_: type, tokens: Sequence[Token]) -> float:
+    """Read a number or a ratio of two, as ``8/255``, from a flag or a TOML string."""
+    above, slash, below = tokens[0].value.partition("/")
+    return float(above) / float(below) if slash else float(above)
+
+
+Ratio = Annotated[float, Parameter(converter=_ratio)]
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How a random view of an image is drawn.
+
+    Attributes:
+        min_area: Smallest crop, as a share of the image's area.
+        flip: Probability of a mirror image.
+        jitter: Strength of the colour jitter, SimCLR's s; 0 is off.
+        jitter_probability: Share of the views whose colours are jittered.
+        grey: Share of the views that lose their colours.
+        blur: Share of the views that are blurred.
+    """
+
+    min_area: float = 0.2
+    flip: float = 0.5
+    jitter: float = 0.5
+    jitter_probability: float = 0.8
+    grey: float = 0.2
+    blur: float = 0.0
+
+    def __post_init__(self) -> None:
+        _in_range("views.min_area", self.min_area, above=0, most=1)
+        for name in ("flip", "jitter_probability", "grey", "blur"):
+            _in_range(f"views.{name}", getattr(self, name), least=0, most=1)
+        _in_range("views.jitter", self.jitter, least=0)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How images with backdoor-like features are searched for, inside a ball around each view.
+
+    Attributes:
+        norm: Of the ball: every pixel within epsilon, or the whole image.
+        epsilon: Radius on the [0, 1] scale: 8/255 is 8 grey levels. For L2, 1024/255 is the paper's
+            1024.
+        steps: Gradient steps.
+        step_size: Length of a step, in units of ``step_unit``.
+        step_unit: Radii of the ball, the [0, 1] scale, or grey levels.
+        start: At a random place in the ball, or at its centre.
+        batch_norm: Normalize by the running statistics, or by those of the batch.
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    epsilon: Ratio = 8 / 255
+    steps: int = 20
+    step_size: float = 0.1
+    step_unit: Literal["epsilon", "pixel", "level"] = "epsilon"
+    start: Literal["random", "zero"] = "random"
+    batch_norm: Literal["running", "batch"] = "running"
+
+    def __post_init__(self) -> None:
+        if self.norm == "linf" and not 0 <= self.epsilon <= 1:
+            raise SettingsError(
+                f"search.epsilon is on the [0, 1] scale, got {self.epsilon}; "
+                "for 8 grey levels pass 8/255"
+            )
+        _in_range("search.epsilon", self.epsilon, least=0)
+        _in_range("search.steps", self.steps, least=0)
+        _in_range("search.step_size", self.step_size, least=0)
+
+
+@dataclass(frozen=True)
+class ProjectionSettings:
+    """A projection head between features and losses, trained first on the same images.
+
+    Attributes:
+        width: Of the projected features; 0 is no projection head.
+        epochs: Passes of its training, with the backbone frozen.
+        learning_rate: Of its training.
+    """
+
+    width: int = 0
+    epochs: int = 10
+    learning_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        _in_range("projection.width", self.width, least=0)
+        _in_range("projection.epochs", self.epochs, least=1)
+        _in_range("projection.learning_rate", self.learning_rate, above=0)
+
+
+@dataclass(frozen=True)
+class PurifySettings:
+    """How a backbone is purified; ``pull + distill + align`` is 1.
+
+    Attributes:
+        pull: Weight of the term that brings the found images back to their clean anchor.
+        distill: Weight of the term that keeps the original's features of clean images.
+        align: Weight of the term that keeps two clean views of an image together.
+        temperature: Of the contrastive loss.
+        epochs: Passes over the images.
+        batch_size: Images a step.
+        last_batch: What becomes of a last, smaller batch.
+        learning_rate: Of SGD.
+        momentum: Of SGD.
+        weight_decay: L2 penalty.
+        schedule: How the learning rate falls over the whole run.
+        batch_norm: What normalizes while tuning. ``batch``: every view's own batch statistics;
+            ``joint``: those of all views together; ``frozen``: the original's running statistics;
+            ``tracked``: running statistics that follow the tuned weights on plain images.
+        seed: Of batch order, views and starts of the search.
+        search: See :class:`SearchSettings`.
+        views: See :class:`ViewSettings`.
+        projection: See :class:`ProjectionSettings`.
+    """
+
+    pull: float = 0.3
+    distill: float = 0.5
+    align: float = 0.2
+    temperature: float = 0.5
+    epochs: int = 15
+    batch_size: int = 128
+    last_batch: Literal["drop", "keep"] = "drop"
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    batch_norm: Literal["batch", "joint", "frozen", "tracked"] = "tracked"
+    seed: int = 0
+    search: SearchSettings = field(default_factory=SearchSettings)
+    views: ViewSettings = field(default_factory=ViewSettings)
+    projection: ProjectionSettings = field(default_factory=ProjectionSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("pull", "distill", "align", "momentum", "weight_decay"):
+            _in_range(name, getattr(self, name), least=0)
+        for name in ("temperature", "learning_rate"):
+            _in_range(name, getattr(self, name), above=0)
+        _in_range("epochs", self.epochs, least=1)
+        _in_range("batch_size", self.batch_size, least=2)
+        total = self.pull + self.distill + self.align
+        if abs(total - 1) > 1e-6:
+            raise SettingsError(
+                f"pull + distill + align must be 1, got {self.pull} + {self.distill} + "
+                f"{self.align} = {total:g}"
+            )
+
+
+# The paper's own settings, as differences from the defaults above. Where the paper is silent, they
+# take the most common reading: batch norm in training mode, every view in a pass of its own.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "cifar10": {"batch_norm": "batch"},
+    "cifar10-simclr": {"batch_norm": "batch", "search": {"steps": 100}},
+    "imagenet100": {
+        "batch_norm": "batch",
+        "pull": 0.3,
+        "distill": 0.7,
+        "align": 0.0,
+        "learning_rate": 0.05,
+        "search": {"epsilon": 16 / 255},
+        "views": {"blur": 0.5},
+    },
+}
+
+
+@dataclass(frozen=True)
+class SupervisedSettings:
+    """How a victim is trained with labels: SGD, momentum 0.9, one cosine from ``learning_rate`` to 0.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images a step; a last, smaller batch is dropped.
+        learning_rate: Of the first step.
+        weight_decay: L2 penalty.
+        margin: Pixels of padding of the random crop; 0 turns augmentation off, mirror images too.
+        seed: Of weights, order, augmentation and poisoned rows.
+    """
+
+    epochs: int = 200
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    margin: int = 4
+    seed: int = 0
+
+
+def _in_range(
+    name: str,
+    value: float,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Raise a SettingsError unless ``value`` is a number in the range."""
+    too_low = (least is not None and not value >= least) or (above is not None and not value > above)
+    if too_low or (most is not None and not value <= most):
+        low = "" if least is None else f"at least {least:g}"
+        low = low if above is None else f"above {above:g}"
+        high = "" if most is None else f"at most {most:g}"
+        raise SettingsError(f"{name} must be {' and '.join(filter(None, (low, high)))}, got {value}")
