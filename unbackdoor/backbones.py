@@ -291,7 +291,9 @@ def build(arch: str, *, classes: int | None = None, head: str | None = None) -> 
     elif library in ("", "timm") and timm.is_model(name.partition(".")[0]):
         architecture = _build_timm(name, classes)
     else:
-        raise _unknown(arch, [*timm.list_models(), *_other_names()])
+        others = [f"torchvision/{name}" for name in _torchvision_names()]
+        others += [f"cifar/{name}" for name in SMALL_NETWORKS]
+        raise _unknown(arch, timm.list_models() + others)
     if head is None:
         return architecture
     return architecture._replace(heads=_chosen_heads(architecture.network, head))
@@ -409,9 +411,9 @@ def _match(
 
 
 def _count_classes(state: dict[str, Tensor], heads: Iterable[str]) -> int | None:
-    """Return the length of the last head's last tensor; ``None`` if ``state`` has no head."""
-    lengths = [len(value) for key, value in state.items() if _is_in(key, heads) and value.ndim]
-    return lengths[-1] if lengths else None
+    """Return the rows of the last head's last matrix; ``None`` if ``state`` has no head."""
+    rows = [len(value) for key, value in state.items() if _is_in(key, heads) and value.ndim > 1]
+    return rows[-1] if rows else None
 
 
 def _fill(
@@ -440,8 +442,6 @@ def _try(backbone: Backbone, *, arch: str, size: int) -> int:
     try:
         with torch.no_grad():
             features = backbone(images)
-    except ArchitectureError:
-        raise
     except Exception as error:  # the user's own network may raise anything
         cause = _in_short(error)
         raise ArchitectureError(f"{arch} fails on {size}-pixel images: {cause}") from error
@@ -470,19 +470,11 @@ def _torchvision_names() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def _other_names() -> list[str]:
-    return [f"torchvision/{name}" for name in _torchvision_names()] + [
-        f"cifar/{name}" for name in SMALL_NETWORKS
-    ]
-
-
 def _unknown(arch: str, names: list[str]) -> ArchitectureError:
     nearest = difflib.get_close_matches(arch, names, n=1)
-    hint = (
-        f"did you mean {nearest[0]!r}?"
-        if nearest
-        else ("pass a timm name, torchvision/NAME, cifar/NAME or path/to/file.py:function")
-    )
+    hint = "pass a timm name, torchvision/NAME, cifar/NAME or path/to/file.py:function"
+    if nearest:
+        hint = f"did you mean {nearest[0]!r}?"
     return ArchitectureError(f"arch {arch!r} is unknown; {hint}")
 
 
@@ -495,4 +487,5 @@ def _is_in(key: str, modules: Iterable[str]) -> bool:
 
 
 def _in_short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    line = str(error).partition("\n")[0]
+    return line if isinstance(error, ArchitectureError) else f"{type(error).__name__}: {line}"

@@ -384,10 +384,7 @@ def _record_span(file: IO[bytes], info: zipfile.ZipInfo, size: int) -> range:
 
 def _read_legacy(path: Path, size: int) -> _Content:
     """Read what ``torch.save`` wrote before 1.6: five pickles, then the storages one by one."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        stream = cast(
-            "IO[bytes]", view
-        )  # unlike a file, it allocates no more than there is to read
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         (magic,), _ = _follow_all(path, stream, pickles=1)
         if magic != LEGACY_MAGIC:
             raise CheckpointError(f"{path}: a pickle, but not one that torch.save wrote")
@@ -458,7 +455,7 @@ class _Followed(NamedTuple):
     storages: dict[str, _Storage]
 
 
-def _follow_all(path: Path, stream: IO[bytes], *, pickles: int) -> _Followed:
+def _follow_all(path: Path, stream: io.BytesIO | mmap.mmap, *, pickles: int) -> _Followed:
     """Follow pickles one after the other, and refuse the file if any names something dangerous."""
     names: set[_Name] = set()
     storages: dict[str, _Storage] = {}
@@ -500,11 +497,14 @@ def _dangerous(names: Iterable[_Name]) -> list[str]:
     return sorted(name.path for name in names if runs_code(name))
 
 
-def _follow(stream: IO[bytes], names: set[_Name], storages: dict[str, _Storage]) -> Any:
+def _follow(
+    stream: io.BytesIO | mmap.mmap, names: set[_Name], storages: dict[str, _Storage]
+) -> Any:
     """Follow one pickle's opcodes with stand-ins, and return what it would have made.
 
     Args:
-        stream: Left behind the pickle's end.
+        stream: Left behind the pickle's end. Not a file, which would set memory aside for a
+            string of any length before it sees how much there is.
         names: Takes every global the pickle names.
         storages: Takes every storage it declares, by key.
 
@@ -523,7 +523,7 @@ def _follow(stream: IO[bytes], names: set[_Name], storages: dict[str, _Storage])
         return result
 
     value: Any  # the opcode's own argument
-    for opcode, value, _ in pickletools.genops(stream):
+    for opcode, value, _ in pickletools.genops(cast("IO[bytes]", stream)):
         items: list[Any] = []
         if opcode.name in TAKES_MARK:
             items, stack = stack, marks.pop()

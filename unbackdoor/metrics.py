@@ -56,7 +56,7 @@ class Durability(NamedTuple):
         return max(self, key=lambda scores: scores.asr)
 
 
-def test_set(
+def make_test_set(
     images: RawImages,
     labels: Labels,
     *,

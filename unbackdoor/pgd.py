@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from unbackdoor.types import Images, Scalar
 
@@ -89,6 +91,6 @@ def _uniform(images: Images, generator: torch.Generator) -> Images:
     return torch.rand(images.shape, generator=generator, device=images.device).to(images.dtype)
 
 
-def _lengths(images: Images) -> Images:
-    """Return every image's L2 length, shape ``(n, 1, 1, 1)``, never 0."""
+def _lengths(images: Images) -> Float[Tensor, "n 1 1 1"]:
+    """Return every image's L2 length, never 0."""
     return images.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]

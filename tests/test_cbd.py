@@ -1,0 +1,247 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from unbackdoor.cbd import (
+    EpochLosses,
+    PurifyState,
+    learning_rate,
+    loss_terms,
+    purify,
+    search,
+    step_length,
+    steps_per_epoch,
+)
+from unbackdoor.errors import DataError, DivergedError
+from unbackdoor.losses import nt_xent
+from unbackdoor.settings import (
+    ProjectionSettings,
+    PurifySettings,
+    SearchSettings,
+    ViewSettings,
+)
+
+QUICK = PurifySettings(epochs=2, batch_size=16, search=SearchSettings(steps=2))
+
+
+@pytest.fixture
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ).eval()
+
+
+@pytest.fixture
+def images(generator):
+    return torch.randint(0, 256, (40, 3, 12, 12), dtype=torch.uint8, generator=generator)
+
+
+def as_unit(images):
+    return images.float() / 255
+
+
+def assert_equal_states(a, b):
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
+
+
+def test_the_terms_are_the_papers_equations_in_their_own_words(network, images):
+    settings = replace(QUICK, batch_norm="frozen")
+    original = copy.deepcopy(network)
+    network[0].weight.data.mul_(1.1)
+    i, j, k = as_unit(images[:36]).split(12)
+    terms = loss_terms(network, original, (i, j, k), settings)
+    tau = settings.temperature
+    assert terms.pull.item() == pytest.approx(
+        nt_xent(network(i), network(k), temperature=tau).item()
+    )
+    assert terms.distill.item() == pytest.approx(
+        nt_xent(network(i), original(i), temperature=tau).item()
+    )
+    assert terms.align.item() == pytest.approx(
+        nt_xent(network(i), network(j), temperature=tau).item()
+    )
+
+
+def test_pull_moves_no_gradient_into_the_anchor(network, images):
+    i, j, k = (view.requires_grad_(True) for view in as_unit(images[:36]).split(12))
+    terms = loss_terms(network, network, (i, j, k), replace(QUICK, batch_norm="frozen"))
+    of_anchor, of_found = torch.autograd.grad(terms.pull, [i, k], allow_unused=True)
+    assert of_anchor is None or of_anchor.abs().max() == 0
+    assert of_found.abs().max() > 0
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "joint"])
+def test_batch_norm_modes_differ_in_whose_statistics_they_use(batch_norm, network, images):
+    i, j, k = as_unit(images[:36]).split(12)
+    settings = replace(QUICK, batch_norm=batch_norm)
+    terms = loss_terms(copy.deepcopy(network), network, (i, j, k), settings)
+    student = copy.deepcopy(network).train()
+    if batch_norm == "batch":
+        anchor, _, found = student(i), student(j), student(k)
+    else:
+        anchor, _, found = student(torch.cat([i, j, k])).split(12)
+    assert terms.pull.item() == pytest.approx(nt_xent(anchor, found).item())
+
+
+def test_the_search_raises_the_loss_more_than_noise_and_stays_in_the_ball(network, images):
+    a, b = as_unit(images[:16]), as_unit(images[16:32])
+    settings = replace(QUICK, search=SearchSettings(epsilon=0.1, steps=10))
+    found = search(network, a, b, settings, generator=torch.Generator().manual_seed(0))
+    start = replace(settings, search=replace(settings.search, steps=0))
+    noise = search(network, a, b, start, generator=torch.Generator().manual_seed(0))
+
+    def loss(images):
+        return nt_xent(network(a), network(images)).item()
+
+    assert loss(found) > loss(noise) + 0.01
+    assert (found - b).abs().max() <= 0.1 + 1e-6
+
+
+def test_the_search_moves_neither_weights_nor_statistics(network, images):
+    before = copy.deepcopy(network)
+    for batch_norm in ("running", "batch"):
+        settings = replace(QUICK, search=SearchSettings(steps=2, batch_norm=batch_norm))
+        a, b = as_unit(images[:32]).split(16)
+        search(network, a, b, settings, generator=torch.Generator().manual_seed(0))
+    for name, tensor in before.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, network.get_buffer(name)), name
+    for weight in network.parameters():
+        assert weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("unit", "length"), [("epsilon", 0.1 * 8 / 255), ("pixel", 0.1), ("level", 0.1 / 255)]
+)
+def test_a_step_has_its_length_in_each_unit(unit, length):
+    assert step_length(SearchSettings(step_unit=unit)) == pytest.approx(length)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        QUICK,
+        replace(QUICK, batch_norm="batch"),
+        replace(QUICK, batch_norm="joint", schedule="cosine"),
+        replace(QUICK, batch_norm="frozen", last_batch="keep"),
+        replace(QUICK, search=SearchSettings(norm="l2", epsilon=1, steps=2, start="zero")),
+        replace(QUICK, projection=ProjectionSettings(width=4, epochs=1)),
+        replace(QUICK, pull=0, distill=1, align=0),
+    ],
+    ids=["default", "batch", "joint", "frozen", "l2", "projection", "distill-only"],
+)
+def test_purify_is_deterministic_changes_weights_and_leaves_the_victim_alone(
+    settings, network, images
+):
+    before = copy.deepcopy(network)
+    once, again = (purify(network, images, settings) for _ in range(2))
+    assert_equal_states(once.backbone, again.backbone)
+    assert_equal_states(network, before)
+    assert not torch.equal(once.backbone[0].weight, network[0].weight)
+    assert len(once.history) == 2
+    assert not any(module.training for module in once.backbone.modules())
+
+
+def test_another_seed_gives_another_result(network, images):
+    first, second = (purify(network, images, replace(QUICK, seed=seed)) for seed in (0, 1))
+    assert not torch.equal(first.backbone[0].weight, second.backbone[0].weight)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    stop_after, schedule, network, images
+):
+    settings = replace(QUICK, epochs=3, schedule=schedule)
+    states = []
+
+    def keep(state: PurifyState) -> None:
+        states.append(copy.deepcopy(state))
+
+    whole = purify(network, images, settings, on_epoch=keep)
+    rest = purify(network, images, settings, state=states[stop_after - 1])
+    assert_equal_states(whole.backbone, rest.backbone)
+    for one, other in zip(whole.history, rest.history, strict=True):
+        assert one[:4] == other[:4]
+
+
+def test_a_head_inside_the_module_is_carried_through_bit_equal(images):
+    class WithHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.body(x)
+
+    torch.manual_seed(0)
+    network = WithHead()
+    clean = purify(network, images, QUICK).backbone
+    assert torch.equal(clean.head.weight, network.head.weight)
+    assert not torch.equal(clean.body[0].weight, network.body[0].weight)
+
+
+def test_tracked_statistics_are_those_of_plain_images(network, images):
+    settings = replace(QUICK, batch_size=20)
+    clean = purify(network, images, settings).backbone
+    convolved = clean[0](as_unit(images))
+    torch.testing.assert_close(
+        clean[1].running_mean, convolved.mean((0, 2, 3)), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_state_is_the_one_after_the_last_epoch(network, images):
+    states = []
+    purify(network, images, QUICK, on_epoch=states.append)
+    assert [len(state.history) for state in states] == [1, 2]
+    assert isinstance(states[0].history[0], EpochLosses)
+    assert set(states[0].momentum) == {name for name, _ in network.named_parameters()}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(network, images):
+    with pytest.raises(DivergedError, match=r"epoch 1: the loss is no longer finite; pass a lower"):
+        purify(network, images, replace(QUICK, learning_rate=1e30))
+
+
+def test_collapsed_features_stop_the_run(images):
+    class Fades(nn.Module):
+        """Returns one and the same features once its weight has moved."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            features = x.flatten(1)[:, :8]
+            far = (self.weight - 1).abs() > 1e-9
+            return torch.where(far, 1 + 1e-6 * features, features) * self.weight.clamp(min=0.5)
+
+    settings = replace(QUICK, views=ViewSettings(min_area=1, flip=0, jitter=0, grey=0))
+    with pytest.raises(DivergedError, match=r"features have collapsed"):
+        purify(Fades(), images, settings)
+
+
+@pytest.mark.parametrize(("rest", "steps"), [("drop", 2), ("keep", 3)])
+def test_steps_count_the_last_batch_as_asked(rest, steps):
+    assert steps_per_epoch(40, replace(QUICK, last_batch=rest)) == steps
+    assert steps_per_epoch(33, replace(QUICK, last_batch=rest)) == 2  # one image has no negatives
+
+
+def test_too_few_images_are_refused(network, images):
+    with pytest.raises(DataError, match=r"7 images do not fill one batch of 16"):
+        purify(network, images[:7], QUICK)
+
+
+def test_the_learning_rate_is_constant_or_falls_to_zero():
+    assert learning_rate(QUICK, 0.9) == 0.02
+    cosine = replace(QUICK, schedule="cosine")
+    assert learning_rate(cosine, 0) == 0.02
+    assert learning_rate(cosine, 0.5) == pytest.approx(0.01)
+    assert learning_rate(cosine, 1) == pytest.approx(0)

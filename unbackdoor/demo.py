@@ -1,0 +1,307 @@
+"""Purify a small backdoored backbone that comes with the package, and score it before and after.
+
+The repair sees what a user's would: a checkpoint and unlabeled images. The trigger and the labels
+are used for scores and pictures alone.
+"""
+
+import importlib.resources
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.attacks.triggers import TRIGGERS
+from unbackdoor.backbones import Backbone
+from unbackdoor.cbd import search
+from unbackdoor.checkpoint import write_text
+from unbackdoor.data import LabeledImages, draw_rows, load_labeled
+from unbackdoor.errors import OutputError
+from unbackdoor.jobs import (
+    Outputs,
+    Source,
+    flatten,
+    losses_picture,
+    open_source,
+    purify_file,
+)
+from unbackdoor.metrics import Durability, Scores, TestSet, durability, fine_tune, make_test_set, score
+from unbackdoor.probe import extract
+from unbackdoor.report import Picture, Table, amplified_difference, images_picture, render_report, tsne_picture
+from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings
+from unbackdoor.types import Features, Labels, RawImages
+
+UNLABELED, PROBE = 2_500, 500  # of 5,000; the rest are test images
+SHOWN = 8  # images in the report
+EMBEDDED = 300  # images of each kind in the t-SNE
+CLASSES = 10
+
+# Chosen on a victim of seed 100 and on other images; docs/experiments/demo.md has the search.
+SETTINGS = PurifySettings()
+
+
+class Splits(NamedTuple):
+    """The embedded images by role; no image has two."""
+
+    unlabeled: RawImages
+    probe: LabeledImages
+    test: LabeledImages
+
+
+class Reading(NamedTuple):
+    """One backbone's scores: through its own head, and through a probe, three times."""
+
+    head: Scores
+    probe: Durability
+
+
+class DemoResult(NamedTuple):
+    """What the demo measured, and where it wrote."""
+
+    victim: Reading
+    fine_tuned: Reading  # with the probe's 500 labels
+    purified: Reading
+    report: Path
+
+
+def run_demo(
+    out: Path,
+    *,
+    seed: int = 0,
+    settings: PurifySettings = SETTINGS,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+    on_step: Callable[[int, int], None] | None = None,
+) -> DemoResult:
+    """Purify the shipped victim, print scores before and after, and write a report to ``out``.
+
+    Args:
+        out: Folder; made if absent.
+        seed: Of the split and of the repair.
+        settings: Of the repair.
+
+    Raises:
+        OutputError: If ``out`` holds an earlier demo and ``overwrite`` is not given.
+    """
+    report = out / "report.html"
+    if report.exists() and not overwrite:
+        raise OutputError(f"{report}: exists already; pass --force to replace it")
+    out.mkdir(parents=True, exist_ok=True)
+    settings = replace(settings, seed=seed)
+    splits = split_images(seed)
+    assets = importlib.resources.files("unbackdoor") / "assets"
+    record = json.loads((assets / "demo_victim.json").read_text())
+    trigger = TRIGGERS[record["attack"]["trigger"]](**record["attack"]["options"])
+    target = record["attack"]["target"]
+    test = make_test_set(splits.test.images, splits.test.labels, trigger=trigger, target=target)
+
+    with importlib.resources.as_file(assets / "demo_victim.safetensors") as checkpoint:
+        mean, std = tuple(record["mean"]), tuple(record["std"])
+        source = Source(checkpoint, record["arch"], mean, std, size=splits.test.images.shape[-1])
+        victim = open_source(source).backbone
+        say(f"running: {command_line(source, settings, out)}")
+        outputs = purify_file(
+            source,
+            "fashion-mnist",
+            out / "clean.safetensors",
+            settings,
+            limit=UNLABELED,
+            device="cpu",
+            overwrite=True,
+            say=say,
+            on_step=on_step,
+        )
+    purified = open_source(replace(source, checkpoint=outputs.tensors)).backbone
+
+    say("scoring")
+    tuned, head = fine_tune(victim, _head(victim), splits.probe.images, splits.probe.labels)
+    result = DemoResult(
+        victim=read(victim, _head(victim), splits, test),
+        fine_tuned=read(tuned, head, splits, test),
+        purified=read(purified, _head(purified), splits, test),
+        report=report,
+    )
+    tables = (scores_table(result, splits, test), durability_table(result))
+    for table in tables:
+        say("\n".join(as_text(table)))
+    page = render_report(
+        "unbackdoor demo: one backbone, before and after",
+        summary(result),
+        (*tables, *pictures(victim, purified, splits, test, settings, outputs)),
+    )
+    write_text(report, page, overwrite=True)
+    say(f"wrote {report}")
+    return result
+
+
+def split_images(seed: int) -> Splits:
+    """Split the embedded Fashion-MNIST images into unlabeled, probe and test images.
+
+    The unlabeled ones are those that ``--images fashion-mnist --limit 2500 --seed SEED`` takes.
+    """
+    images, labels, classes = load_labeled("fashion-mnist", split="test")
+    unlabeled = torch.from_numpy(draw_rows(len(images), UNLABELED, seed=seed))
+    is_left = torch.ones(len(images), dtype=torch.bool)
+    is_left[unlabeled] = False
+    left = is_left.nonzero().squeeze(1)
+    left = left[torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))]
+
+    def labeled(rows: Tensor) -> LabeledImages:
+        return LabeledImages(images[rows], labels[rows], classes)
+
+    return Splits(images[unlabeled], labeled(left[:PROBE]), labeled(left[PROBE:]))
+
+
+def command_line(source: Source, settings: PurifySettings, out: Path) -> str:
+    """Return the command that a user would type for the demo's repair, every setting spelled out."""
+    words = [
+        "unbackdoor purify", source.checkpoint.name, "--arch", source.arch,
+        "--images fashion-mnist --limit", str(UNLABELED), "--size", str(source.size),
+        "--mean", *map(str, source.mean or ()), "--std", *map(str, source.std or ()),
+    ]
+    for name, value in flatten(asdict(settings)):
+        words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return " ".join([*words, "--out", str(out / "clean.safetensors")])
+
+
+def read(backbone: nn.Module, head: nn.Module, splits: Splits, test: TestSet) -> Reading:
+    """Score ``backbone`` through ``head``, and through a probe as delivered and after use."""
+    return Reading(
+        head=score(backbone, head, test),
+        probe=durability(
+            backbone,
+            splits.probe.images,
+            splits.probe.labels,
+            test,
+            classes=CLASSES,
+            plain=splits.unlabeled,
+        ),
+    )
+
+
+def scores_table(result: DemoResult, splits: Splits, test: TestSet) -> Table:
+    """Return ACC, ASR and PA through probe and own head, in percent."""
+    rows = (
+        ("victim", result.victim),
+        (f"fine-tuned with {len(splits.probe.labels)} labels", result.fine_tuned),
+        ("purified without labels", result.purified),
+    )
+    return Table(
+        "Scores, percent",
+        ("backbone", "probe ACC", "probe ASR", "probe PA", "head ACC", "head ASR", "head PA"),
+        tuple(
+            (name, *percent(reading.probe.delivered), *percent(reading.head))
+            for name, reading in rows
+        ),
+        decimals=1,
+        note=f"ACC on {len(test.labels)} test images; ASR and PA on the {len(test.triggered)} of "
+        f"them that are not of the target class, triggered. The probe is linear, trained on "
+        f"{len(splits.probe.labels)} other images. The head is the victim's own.",
+    )
+
+
+def durability_table(result: DemoResult) -> Table:
+    """Return the probe's ASR as delivered and after what a user does to a backbone, in percent."""
+    rows = (
+        ("victim", result.victim.probe),
+        ("fine-tuned", result.fine_tuned.probe),
+        ("purified", result.purified.probe),
+    )
+    return Table(
+        "Does it last? ASR, percent",
+        ("backbone", "as delivered", "statistics re-estimated", "fine-tuned on clean images"),
+        tuple((name, *(100 * scores.asr for scores in probe)) for name, probe in rows),
+        decimals=1,
+        note="Batch-norm statistics are re-estimated on the unlabeled images; the fine-tuning has "
+        "the probe's labeled ones.",
+    )
+
+
+def summary(result: DemoResult) -> str:
+    """Return the result in two sentences."""
+    before, after = result.victim.probe.delivered, result.purified.probe.delivered
+    worst = result.purified.probe.worst
+    return (
+        f"Through a linear probe, the attack success rate fell from {before.asr:.1%} to "
+        f"{after.asr:.1%} ({worst.asr:.1%} in the worst of three readings), clean accuracy went "
+        f"from {before.acc:.1%} to {after.acc:.1%}. The repair had {UNLABELED} unlabeled images "
+        "and knew neither trigger nor target."
+    )
+
+
+def percent(scores: Scores) -> tuple[float, float, float]:
+    """Return ACC, ASR and PA in percent."""
+    return 100 * scores.acc, 100 * scores.asr, 100 * scores.pa
+
+
+def pictures(
+    victim: nn.Module,
+    purified: nn.Module,
+    splits: Splits,
+    test: TestSet,
+    settings: PurifySettings,
+    outputs: Outputs,
+) -> tuple[Picture, ...]:
+    """Return the report's pictures: triggered images, loss curves, features before and after."""
+    clean = splits.test.images[splits.test.labels != test.target][:SHOWN]
+    triggered = test.triggered[:SHOWN]
+    return (
+        images_picture(
+            "The attack",
+            {
+                "clean": clean,
+                "triggered": triggered,
+                "difference": amplified_difference(clean, triggered, gain=1),
+            },
+            caption="The victim takes the middle row for class "
+            f"{test.target} ({splits.test.classes[test.target]}).",
+        ),
+        losses_picture(json.loads(outputs.record.read_text())["history"]),
+        tsne_picture(
+            "Features of test images",
+            {
+                "before": feature_groups(victim, splits.test, test, settings),
+                "after": feature_groups(purified, splits.test, test, settings),
+            },
+            strong=("triggered", "searched"),
+            seed=settings.seed,
+            caption="Searched images are those that the contrastive search finds in each backbone.",
+        ),
+    )
+
+
+def feature_groups(
+    backbone: nn.Module, images: LabeledImages, test: TestSet, settings: PurifySettings
+) -> dict[str, Features]:
+    """Return features of clean images by class, of triggered and of searched ones."""
+    chosen = LabeledImages(images.images[:EMBEDDED], images.labels[:EMBEDDED], images.classes)
+    groups = {
+        name: extract(backbone, chosen.images[chosen.labels == label])
+        for label, name in enumerate(chosen.classes)
+    }
+    groups["triggered"] = extract(backbone, test.triggered[:EMBEDDED])
+    generator = torch.Generator().manual_seed(settings.seed)
+    plain = chosen.images.float() / 255
+    found = search(backbone, plain, plain, settings, generator=generator)
+    with torch.no_grad():
+        groups["searched"] = backbone(found)
+    return groups
+
+
+def as_text(table: Table) -> list[str]:
+    """Return a table as aligned lines for a terminal."""
+    cells = [[f"{c:.1f}" if isinstance(c, float) else str(c) for c in row] for row in table.rows]
+    lines = [list(table.columns), *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    body = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    return ["", table.title, *body]
+
+
+def _head(backbone: Backbone) -> nn.Module:
+    return backbone.heads[0]
