@@ -298,16 +298,20 @@ def requirements_without_a_pin(pyproject: dict, pins: str) -> list[str]:
         *(line for group in pyproject["dependency-groups"].values() for line in group),
     ]
     pinned = dict(re.findall(r"^([\w.-]+)==([^ ]+)", pins, re.MULTILINE))
-    requirements = [Requirement(line) for line in wanted]
-    return [str(r) for r in requirements if pinned.get(r.name, "0") not in r.specifier]
+    return [
+        line
+        for line in wanted
+        for requirement in [Requirement(line)]
+        if requirement.name not in pinned or pinned[requirement.name] not in requirement.specifier
+    ]
 
 
 def test_the_pins_cover_what_the_project_asks_for():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     pins = "".join(path.read_text() for path in (ROOT / "requirements").glob("*.txt"))
     assert requirements_without_a_pin(pyproject, pins) == []
-    changed = {**pyproject, "dependency-groups": {"test": ["pytest>=999", "no-such-package>=1"]}}
-    assert requirements_without_a_pin(changed, pins) == ["pytest>=999", "no-such-package>=1"]
+    changed = {**pyproject, "dependency-groups": {"test": ["pytest>=999", "no-such-package"]}}
+    assert requirements_without_a_pin(changed, pins) == ["pytest>=999", "no-such-package"]
 
 
 def test_the_wheel_holds_every_file_of_the_package(tmp_path):

@@ -1,10 +1,11 @@
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.checkpoint import Checkpoint, Tree
+from unbackdoor.checkpoint import Checkpoint, Tree, read_checkpoint
 from unbackdoor.errors import MismatchError
 from unbackdoor.matching import (
     describe_match,
@@ -80,6 +81,54 @@ def test_every_common_nesting_and_prefix_is_found_by_itself(nesting, prefix):
     assert set(match.head) == set(HEAD)
     assert "queue" in match.left_over
     assert match.other == ()
+
+
+def files_in_the_wild(one: dict[str, Tensor], two: dict[str, Tensor]) -> dict[str, Tree]:
+    trainer = {"optimizer": {"state": {0: torch.ones(2)}, "lr": 0.1}, "epoch": 3}
+    return {
+        "ddp": {"state_dict": prefixed("module.", one), **trainer},
+        "lightning": {
+            "pytorch-lightning_version": "2.0",
+            "state_dict": prefixed("model.backbone.", one),
+            "optimizer_states": [trainer["optimizer"]],
+            "hyper_parameters": argparse.Namespace(lr=0.1),
+        },
+        "moco": {
+            "arch": "resnet18",
+            "state_dict": {
+                **prefixed("module.encoder_k.", two),
+                **prefixed("module.encoder_q.", one),
+                "module.queue": torch.zeros(4, 8),
+                "module.queue_ptr": torch.zeros(1, dtype=torch.long),
+            },
+            **trainer,
+        },
+        "dino": {
+            "student": prefixed("module.backbone.", two),
+            "teacher": prefixed("backbone.", one) | {"head.mlp.0.weight": torch.zeros(3, 4)},
+            "args": argparse.Namespace(arch="vit"),
+            **trainer,
+        },
+        "byol": {
+            "online_network_state_dict": prefixed("online_network.", one),
+            "target_network_state_dict": prefixed("target_network.", two),
+        },
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("style", ["ddp", "lightning", "moco", "dino", "byol"])
+def test_files_as_common_trainers_write_them_are_recovered_bit_equal(tmp_path, style, zipped):
+    one, two = network(1).state_dict(), network(2).state_dict()
+    content = files_in_the_wild(one, two)[style]
+    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
+    found = read_checkpoint(tmp_path / "c.pth")
+    match = match_keys(found, shapes(network()), head=HEAD)
+    tensors = matched_tensors(found, match)
+    assert tensors.keys() == one.keys()
+    assert all(torch.equal(tensors[key], one[key]) for key in one)
+    assert len(match.other) == (style in ("moco", "dino", "byol"))
+    assert any(entry.startswith("optimizer") for entry in found.dropped) == (style != "byol")
 
 
 def test_the_head_may_have_any_number_of_classes_or_be_absent():

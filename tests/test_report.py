@@ -244,7 +244,7 @@ def test_amplified_difference_is_grey_without_change_and_clipped() -> None:
 
 def test_drawings_follow_dark_mode() -> None:
     svg = curves_picture("t", {"a": [2.0, 1.0]}, x_label="x", y_label="y").panels[0].svg
-    assert "prefers-color-scheme:dark" in svg
+    assert "@media(prefers-color-scheme:dark){" in svg
     assert "stroke: var(--ink)" in svg
     assert "fill: var(--paper)" in svg
 

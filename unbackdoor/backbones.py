@@ -443,8 +443,9 @@ def _try(backbone: Backbone, *, arch: str, size: int) -> int:
         with torch.no_grad():
             features = backbone(images)
     except Exception as error:  # the user's own network may raise anything
-        cause = _in_short(error)
-        raise ArchitectureError(f"{arch} fails on {size}-pixel images: {cause}") from error
+        part = f"{arch} without {', '.join(backbone.head_names)}" if backbone.heads else arch
+        cause = f"fails on {size}-pixel images: {_in_short(error)}"
+        raise ArchitectureError(f"{part} {cause}") from error
     if not features.isfinite().all():
         raise CheckpointError(f"{arch} with these weights yields NaN or infinite features")
     if features.shape[1] < 2 or features[0].equal(features[1]):

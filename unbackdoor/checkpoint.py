@@ -22,6 +22,7 @@ import pickletools
 import secrets
 import struct
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ Tree: TypeAlias = dict[str, Union["Tree", Tensor]]
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file that torch < 1.6 wrote
 ALIGNMENT = 16  # bytes; tensors that start elsewhere are copied out of the mapped file
-MOST_VISITS = 10_000  # of one container while walking a file; only bombs need more
+MOST_VISITS = 1_000  # of one container while walking a file; only bombs need more
 
 # Trainers' state: it belongs to the old weights, although it holds tensors.
 TRAINER_WORDS = ("optim", "scheduler", "scaler")
@@ -55,16 +56,16 @@ TRAINER_KEYS = ("callbacks", "loops", "amp", "rng_state", "rng_states")
 RUNS_CODE = (
     *("io.open", "io.open_code", "io.FileIO", "_io.open", "_io.open_code"),
     *("importlib", "_frozen_importlib", "_frozen_importlib_external", "imp", "zipimport"),
-    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
-        *("__import__", "globals", "locals", "vars", "setattr", "delattr", "input"),
-        *("execfile", "file", "reload"),
-    )),
+    *("builtins.__import__", "builtins.globals", "builtins.locals", "builtins.vars"),
+    *("builtins.setattr", "builtins.delattr", "builtins.input"),
+    *("builtins.execfile", "builtins.file"),  # Python 2's
     *("torch.load", "torch.hub", "torch.jit", "torch.package", "torch.utils.cpp_extension"),
     *("torch.storage._load_from_bytes", "torch.multiprocessing", "multiprocessing"),
-    *("code", "codeop", "marshal", "types.FunctionType", "dill", "joblib", "cloudpickle"),
+    *("code.interact", "code.InteractiveInterpreter", "code.InteractiveConsole", "codeop"),
+    *("marshal", "types.FunctionType", "dill", "joblib", "cloudpickle"),
     *("numpy.load", "numpy.save", "pandas.eval", "pandas.read_pickle", "pandas.io.pickle"),
     *("http", "urllib", "ftplib", "smtplib", "telnetlib", "xmlrpc", "platform.popen"),
-    *("tempfile", "fileinput", "pkgutil", "site", "sqlite3"),
+    *("tempfile", "fileinput", "pkgutil", "sqlite3"),
 )  # fmt: skip
 
 TAKES_MARK = (  # opcodes that take everything above the last mark
@@ -232,8 +233,13 @@ def _compact(tree: Tree) -> Tree:
     }
 
 
+def printable(text: str) -> str:
+    """Return ``text`` from a file with ``?`` for whatever could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return printable(next(iter(str(error).splitlines()), type(error).__name__)[:200])
 
 
 def _read_file(path: Path) -> _Content:
@@ -352,7 +358,9 @@ def _read_zip(path: Path, size: int) -> _Content:
     folder = pickles[0].removesuffix("data.pkl")
     for name, info in records.items():
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise CheckpointError(f"{path}: {name} is compressed, which torch.save never does")
+            raise CheckpointError(
+                f"{path}: {printable(name)} is compressed, which torch.save never does"
+            )
     if sum(info.file_size for info in records.values()) > size:
         raise CheckpointError(f"{path}: its records claim more than the file's {size} bytes")
 
@@ -378,7 +386,7 @@ def _record_span(file: IO[bytes], info: zipfile.ZipInfo, size: int) -> range:
     name_and_extra = struct.unpack("<26x2H", file.read(30))
     start = info.header_offset + 30 + sum(name_and_extra)
     if start + info.file_size > size:
-        raise CheckpointError(f"{info.filename} reaches beyond the end of the file")
+        raise ValueError(f"{info.filename} reaches beyond the end of the file")
     return range(start, start + info.file_size)
 
 
@@ -464,7 +472,7 @@ def _follow_all(path: Path, stream: io.BytesIO | mmap.mmap, *, pickles: int) -> 
     finally:  # a file that breaks off after the name is no less dangerous
         if dangerous := _dangerous(names):
             raise UnsafeCheckpointError(
-                f"{path}: not loaded, because it names {', '.join(dangerous)}, "
+                f"{path}: not loaded, because it names {printable(', '.join(dangerous))}, "
                 "which could run code on loading. Ask its author for a .safetensors file."
             )
 
@@ -486,6 +494,8 @@ def _dangerous(names: Iterable[_Name]) -> list[str]:
     pairs = {pair for name in names for pair in readings(name)}
     pickled = b"".join(text(module) + text(name) + b"\x93" for module, name in pairs)
     verdict = scan_pickle_bytes(io.BytesIO(b"\x80\x04" + pickled + b"."), "names")
+    if len(verdict.globals) != len(pairs):
+        raise ValueError("picklescan cannot judge the names in the pickle")
     refused = {(g.module, g.name) for g in verdict.globals if g.safety is SafetyLevel.Dangerous}
 
     def runs_code(name: _Name) -> bool:
@@ -518,6 +528,8 @@ def _follow(
     def named(module: Any, name: Any) -> _Name:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("a name is no string")
+        # As pickle does: protocols 0 to 2 name what Python 2 called it.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         result = _Name(module, name)
         names.add(result)
         return result
@@ -637,6 +649,8 @@ def _call(function: Any, arguments: Any) -> Any:
             return data
         case "torch._tensor._rebuild_from_type_v2", (inner, _, inner_arguments, _):
             return _call(inner, inner_arguments)
+        case "builtins.set" | "builtins.frozenset", (list() as entries,):
+            return _Object("set", items=entries)
         case "collections.OrderedDict", (list() as entries,):  # as Python 2 wrote it
             return _Object(path, pairs=[(key, value) for key, value in entries])
     return _Object(path)
@@ -682,7 +696,7 @@ class _Harvest:
             tree = self.module(value, "")
         else:
             for key, inner in _children(value):
-                dotted = f"{name}.{key}" if name else key
+                dotted = printable(f"{name}.{key}" if name else key)
                 if _is_trainer_state(key) and not isinstance(inner, _View):
                     self.dropped.append(f"{dotted} ({_kind(inner)})")
                 elif (taken := self.take(inner, dotted)) is not None:
@@ -702,7 +716,7 @@ class _Harvest:
         tree: Tree = {}
         for key, value in (*_children(state["_parameters"]), *_children(state.get("_buffers"))):
             if value is not None and key not in skipped:
-                tensor = self.take(value, prefix + key)
+                tensor = self.take(value, printable(prefix + key))
                 if isinstance(tensor, Tensor):
                     tree[prefix + key] = tensor
         for key, value in _children(state["_modules"]):
@@ -718,7 +732,7 @@ class _Harvest:
             raise CheckpointError(f"{self.path}: repeats one part of itself without end")
         if isinstance(value, _Object) and "._rebuild_" in value.kind:
             raise CheckpointError(
-                f"{self.path}: {name} is no plain tensor ({value.kind}); quantized, sparse and "
+                f"{self.path}: {name} is no plain tensor ({_kind(value)}); quantized, sparse and "
                 "other special tensors are not supported, save them as dense ones"
             )
 
@@ -732,7 +746,7 @@ class _Harvest:
             )
         numel, itemsize = math.prod(view.shape), view.dtype.itemsize
         last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
-        if numel and max((last + 1) * itemsize, 0) > claimed:
+        if numel and (last + 1) * itemsize > claimed:
             raise CheckpointError(f"{self.path}: {name} {view.shape} reaches beyond its storage")
         if numel * itemsize > self.mapped.nbytes():
             raise CheckpointError(f"{self.path}: {name} {view.shape} is larger than the file")
@@ -776,5 +790,5 @@ def _children(value: Any) -> list[tuple[str, Any]]:
 
 def _kind(value: Any) -> str:
     if isinstance(value, _Name):
-        return f"class {value.path}"
-    return value.kind if isinstance(value, _Object) else type(value).__name__
+        return printable(f"class {value.path}")
+    return printable(value.kind) if isinstance(value, _Object) else type(value).__name__

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbackdoor.checkpoint import Checkpoint, Tree
+from unbackdoor.checkpoint import Checkpoint, Tree, printable
 from unbackdoor.errors import MismatchError
 
 # Other names of the same module: what the network calls it -> what the file may call it.
@@ -122,13 +122,13 @@ def describe_match(match: Match, checkpoint: Checkpoint) -> str:
     if match.left_over:
         lines.append(f"left over, kept as it is: {_grouped(match.left_over)}")
     if match.other:
-        places = ", ".join(place or "the top of the file" for place in match.other)
+        places = _shortened(place or "the top of the file" for place in match.other)
         lines.append(
             f"warning: would have fitted as well, and stays as it came: {places} "
             "(choose by --nesting and --prefix)"
         )
     if apart := state_dicts_apart(match, checkpoint.tree):
-        lines.append(f"beside the matched state dict, kept as it is: {', '.join(apart)}")
+        lines.append(f"beside the matched state dict, kept as it is: {_shortened(apart)}")
     if checkpoint.dropped:
         lines.append(f"dropped: {_shortened(checkpoint.dropped)}")
     return "\n".join(lines)
@@ -284,7 +284,7 @@ def _explain(
     rows = [("network", "expects", "file")]
     for key, name in nearest.unfit.items():
         there = nearest.tensors.get(name)
-        found = "absent" if there is None else f"{name} {_shape(there.shape)}"
+        found = "absent" if there is None else printable(f"{name} {_shape(there.shape)}")
         rows.append((key, _shape(expected[key]), found))
     widths = [max(len(row[column]) for row in rows[: MOST_LINES + 1]) for column in (0, 1)]
     table = [f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows[: MOST_LINES + 1]]
@@ -337,7 +337,7 @@ def _shape(shape: torch.Size) -> str:
 
 
 def _shortened(words: Iterable[str]) -> str:
-    shown = list(words)
+    shown = [printable(word) for word in words]
     rest = len(shown) - MOST_LINES
     return ", ".join(shown[:MOST_LINES]) + (f", and {rest} more" if rest > 0 else "")
 

@@ -431,7 +431,7 @@ def _label(text: str) -> str:
 def _svg(figure: Figure) -> str:
     """Return the figure as SVG whose ink and paper follow the reader's light or dark mode."""
     file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # they differ between runs
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # no date, no version
     figure.savefig(file, format="svg", metadata=nothing)
     text = file.getvalue()
     text = text[text.index("<svg") :].replace("\n", " ")

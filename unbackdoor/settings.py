@@ -16,6 +16,8 @@ from unbackdoor.errors import SettingsError
 def _ratio(_: type, tokens: Sequence[Token]) -> float:
     """Read a number or a ratio of two, as ``8/255``, from a flag or a TOML string."""
     above, slash, below = tokens[0].value.partition("/")
+    if slash and float(below) == 0:
+        raise ValueError(f"{tokens[0].value} divides by zero")
     return float(above) / float(below) if slash else float(above)
 
 

@@ -5,20 +5,16 @@ with a ``__call__`` that is a pure function of the batch. A new trigger is one s
 line in ``TRIGGERS`` and one in the test list.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, TypeAlias
 
 from unbackdoor.errors import DataError
 from unbackdoor.patterns import checkerboard
 from unbackdoor.types import RawImages
 
 
-class Trigger(Protocol):
-    """Maps stored images to stored images of the same shape; pure, and the same for every image."""
-
-    def __call__(self, images: RawImages) -> RawImages:
-        """Return a triggered copy of ``images``."""
-        ...
+Trigger: TypeAlias = Callable[[RawImages], RawImages]
 
 
 @dataclass(frozen=True)

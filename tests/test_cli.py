@@ -1,0 +1,130 @@
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from unbackdoor.cli import main
+from unbackdoor.networks import SMALL_NETWORKS
+
+COMMAND = [sys.executable, "-m", "unbackdoor"]
+
+
+def ask(*words):
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+
+
+def unwrapped(capsys):
+    said = capsys.readouterr()
+    return " ".join((said.out + said.err).replace("│", " ").split())
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    torch.save(SMALL_NETWORKS["wrn16_1"](10).state_dict(), tmp_path / "victim.pt")
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (i * 30, 100, 0)).save(tmp_path / "photos" / f"{i}.png")
+    return [
+        "purify", str(tmp_path / "victim.pt"), "--arch", "cifar/wrn16_1", "--size", "16",
+        "--images", str(tmp_path / "photos"), "--out", str(tmp_path / "clean.safetensors"),
+        "--device", "cpu",
+    ]
+
+
+QUICK = ["--epochs", "1", "--batch-size", "8", "--search.steps", "1"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["purify", "--help"], ["--version"]])
+def test_help_answers_in_less_than_half_a_second(words):
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert ask(*words).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5  # of the processor: other work on the machine does not count
+
+
+def test_every_setting_is_a_flag():
+    text = ask("purify", "--help").stdout
+    for flag in ("--pull", "--search.norm", "--search.step-unit", "--views.blur",
+                 "--projection.width", "--batch-norm", "--schedule", "--preset", "--precision"):
+        assert flag in text
+
+
+def test_purify_writes_its_three_files(inputs, tmp_path, capsys):
+    assert main([*inputs, *QUICK]) == 0
+    said = capsys.readouterr().out
+    assert "matched: 80 of 80 body tensors" in said
+    assert "epoch 1/1" in said
+    for suffix in ("safetensors", "json", "html"):
+        assert (tmp_path / f"clean.{suffix}").exists()
+    assert main([*inputs, *QUICK]) == 2
+    assert "exists already; pass --force" in capsys.readouterr().err
+    assert main([*inputs, *QUICK, "--force"]) == 0
+
+
+def test_flags_go_before_the_config_and_the_config_before_the_preset(inputs, tmp_path, capsys):
+    (tmp_path / "c.toml").write_text(
+        'epochs = 3\npull = 0.4\ndistill = 0.6\n[search]\nepsilon = "4/255"\n'
+    )
+    words = ["--preset", "imagenet100", "--config", str(tmp_path / "c.toml"), *QUICK]
+    assert main([*inputs, *words]) == 0
+    settings = json.loads((tmp_path / "clean.json").read_text())["settings"]
+    assert settings["epochs"] == 1  # a flag
+    assert settings["search"]["steps"] == 1  # a flag beside a table
+    assert settings["search"]["epsilon"] == 4 / 255  # the file
+    assert (settings["pull"], settings["distill"]) == (0.4, 0.6)  # the file
+    assert settings["learning_rate"] == 0.05  # the preset
+    assert settings["momentum"] == 0.9  # the default
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--search.stepps", "3"], "Did you mean --search.steps?"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--search.epsilon", "8"], "for 8 grey levels pass 8/255"),
+        (["--search.epsilon", "1/0"], "1/0"),
+        (["--preset", "cifar"], "--preset 'cifar' is unknown; there are cifar10"),
+        (["--config", "none.toml"], "--config none.toml: no such file"),
+        (["--batch-norm", "off"], "batch"),
+        (["--arch", "cifar/wrn99"], "unknown"),
+        (["--images", "no/such/folder"], "no/such/folder"),
+        (["--mean", "123", "117", "104"], "[0, 1]"),
+    ],
+)
+def test_a_users_error_is_one_message_and_exit_code_2(words, message, inputs, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    kept = inputs
+    for name in ("--arch", "--images"):
+        if name in words:
+            at = inputs.index(name)
+            kept = inputs[:at] + inputs[at + 2 :]
+    assert main([*kept, *QUICK[2:], *words]) == 2
+    said = unwrapped(capsys)
+    assert message in said
+    assert "Traceback" not in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unknown_name_in_a_config_is_answered_with_the_nearest(inputs, tmp_path, capsys):
+    (tmp_path / "c.toml").write_text("[search]\nepsilom = 0.1\n")
+    assert main([*inputs, "--config", str(tmp_path / "c.toml")]) == 2
+    assert "Did you mean --search.epsilon?" in unwrapped(capsys)
+
+
+def test_a_hostile_checkpoint_is_one_message_and_exit_code_2(inputs, tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return eval, (f"open({str(tmp_path / 'boom')!r}, 'w')",)
+
+    torch.save({"state_dict": Bomb()}, tmp_path / "victim.pt")
+    assert main([*inputs, *QUICK]) == 2
+    assert "not loaded" in capsys.readouterr().err
+    assert not (tmp_path / "boom").exists()

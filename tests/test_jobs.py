@@ -1,0 +1,222 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from unbackdoor.backbones import build, network_state
+from unbackdoor.errors import DataError, DivergedError, OutputError
+from unbackdoor.jobs import Source, dry_run, flatten, open_source, plan_outputs, purify_file
+from unbackdoor.settings import PurifySettings, SearchSettings
+
+QUICK = PurifySettings(epochs=2, batch_size=8, search=SearchSettings(steps=1))
+
+
+@pytest.fixture
+def photos(tmp_path, generator):
+    folder = tmp_path / "photos" / "deep"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:02}.png")
+    return str(tmp_path / "photos")
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """A file in the wild's style: nested, prefixed, with an optimizer and a projector."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build("cifar/wrn16_1", classes=4).network
+    tensors = {f"module.{key}": value for key, value in network.state_dict().items()}
+    tensors["module.projector.0.weight"] = torch.ones(2, 2)
+    content = {
+        "state_dict": tensors,
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}},
+        "epoch": 90,
+    }
+    path = tmp_path / "victim.pth"
+    torch.save(content, path)
+    return path
+
+
+def run(victim, photos, out, settings=QUICK, **options):
+    source = Source(victim, "cifar/wrn16_1", size=16)
+    return purify_file(source, photos, out, settings, device="cpu", say=lambda _: None, **options)
+
+
+def test_a_pt_output_drops_in_where_the_input_was(victim, photos, tmp_path):
+    out = run(victim, photos, tmp_path / "clean.pt").tensors
+    before, after = (torch.load(path, weights_only=True) for path in (victim, out))
+    assert set(after) == {"state_dict"}
+    assert list(after["state_dict"]) == list(before["state_dict"])
+    changed = {
+        key for key, old in before["state_dict"].items() if not old.equal(after["state_dict"][key])
+    }
+    assert "module.conv1.weight" in changed
+    untouched = {"module.fc.weight", "module.fc.bias", "module.projector.0.weight"}
+    assert changed & untouched == set()
+    for key, old in before["state_dict"].items():
+        assert old.dtype == after["state_dict"][key].dtype
+
+
+def test_a_safetensors_output_is_flat_and_tells_where_it_comes_from(victim, photos, tmp_path):
+    outputs = run(victim, photos, tmp_path / "clean.safetensors")
+    old = torch.load(victim, weights_only=True)["state_dict"]
+    assert set(load_file(outputs.tensors)) == set(old)
+    with safetensors.safe_open(outputs.tensors, framework="pt") as file:
+        metadata = file.metadata()
+    record = json.loads(outputs.record.read_text())
+    assert json.loads(metadata["input"]) == record["input"]
+    assert json.loads(metadata["settings"])["search"]["steps"] == 1
+    assert record["input"]["name"] == "victim.pth"
+    assert record["dropped"] == ["optimizer (dict)", "epoch (int)"]
+    assert record["images"]["count"] == 20
+    assert len(record["history"]) == 2
+    assert record["evidence"]["before"]["cosine"] == pytest.approx(1)
+    assert record["evidence"]["after"]["cosine"] < 1
+    assert str(tmp_path) not in outputs.record.read_text() + str(metadata)
+    assert not outputs.state.exists()
+    page = outputs.report.read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "Label-free evidence" in page
+    assert "https://" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_output_is_read_like_the_input_and_repeats_bit_for_bit(victim, photos, tmp_path):
+    first = run(victim, photos, tmp_path / "a.safetensors").tensors
+    second = run(victim, photos, tmp_path / "b.pt").tensors
+    one, other = (
+        network_state(open_source(Source(path, "cifar/wrn16_1", size=16)).backbone)
+        for path in (first, second)
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_half_precision_files_stay_half_precision(photos, tmp_path):
+    tensors = build("cifar/wrn16_1").network.half().state_dict()
+    save_file(tensors, tmp_path / "half.safetensors")
+    out = run(tmp_path / "half.safetensors", photos, tmp_path / "clean.safetensors").tensors
+    assert load_file(out)["conv1.weight"].dtype == torch.float16
+
+
+def test_a_killed_run_resumes_to_the_same_file(victim, photos, tmp_path):
+    class KilledError(BaseException):
+        pass
+
+    def kill(step, steps):
+        if step == 3:  # in the second epoch
+            raise KilledError
+
+    whole = run(victim, photos, tmp_path / "whole.safetensors").tensors
+    with pytest.raises(KilledError):
+        run(victim, photos, tmp_path / "killed.safetensors", on_step=kill)
+    assert not (tmp_path / "killed.safetensors").exists()
+    with pytest.raises(OutputError, match="can go on from here; pass --resume, or --force"):
+        run(victim, photos, tmp_path / "killed.safetensors")
+    resumed = run(victim, photos, tmp_path / "killed.safetensors", resume=True).tensors
+    torch.testing.assert_close(load_file(whole), load_file(resumed), rtol=0, atol=0)
+
+
+def test_a_diverged_run_keeps_the_last_good_epoch(victim, photos, tmp_path):
+    out = tmp_path / "clean.safetensors"
+
+    def poison_weights(step, steps):
+        if step == 3:
+            torch.nn.Module.__call__ = broken
+
+    original = torch.nn.Module.__call__
+
+    def broken(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        return result * float("nan") if isinstance(result, torch.Tensor) else result
+
+    try:
+        with pytest.raises(DivergedError, match=r"epoch 2: .*; the last good epoch is kept in"):
+            run(victim, photos, out, on_step=poison_weights)
+    finally:
+        torch.nn.Module.__call__ = original
+    assert not out.exists()
+    kept = run(victim, photos, out, replace(QUICK, epochs=1), resume=True)
+    assert len(json.loads(kept.record.read_text())["history"]) == 1
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(victim, photos, tmp_path):
+    lines = []
+    before = sorted(tmp_path.rglob("*"))
+    estimate = dry_run(
+        Source(victim, "cifar/wrn16_1", size=16),
+        photos,
+        tmp_path / "clean.pt",
+        QUICK,
+        device="cpu",
+        say=lines.append,
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+    assert estimate.steps == 4
+    assert estimate.seconds_per_step > 0
+    assert estimate.memory > 2**20
+    text = "\n".join(lines)
+    assert "80 of 80 body tensors" in text
+    assert "wrote nothing" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("clean.onnx", r"end it in .safetensors, .pt, .pth, .bin"),
+        ("nowhere/clean.pt", "there is no folder"),
+        ("victim.pth", "is the input, which is never changed; pass another --out"),
+        ("old.pt", "exists already; pass --force"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_first(name, message, victim, tmp_path):
+    (tmp_path / "old.pt").touch()
+    with pytest.raises(OutputError, match=message):
+        plan_outputs(victim, tmp_path / name, overwrite=name == "victim.pth", resume=False)
+
+
+def test_too_few_images_are_refused_before_anything_runs(victim, photos, tmp_path):
+    with pytest.raises(DataError, match="20 images do not fill one batch of 64"):
+        run(victim, photos, tmp_path / "clean.pt", replace(QUICK, batch_size=64))
+    assert not list(tmp_path.glob("clean*"))
+
+
+def test_flatten_gives_dotted_names():
+    assert flatten({"a": 1, "b": {"c": [2], "d": {"e": None}}}) == [
+        ("a", 1), ("b.c", [2]), ("b.d.e", None),
+    ]
+
+
+SMALL = {
+    "timm/test_resnet": 64,
+    "timm/test_convnext": 64,
+    "timm/test_vit": 160,
+}
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_resnet_convnext_and_vit_are_purified(arch, photos, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build(arch, classes=3).network
+    victim: Path = tmp_path / "victim.safetensors"
+    save_file(network.state_dict(), victim)
+    settings = replace(QUICK, epochs=1)
+    source = Source(victim, arch, size=SMALL[arch])
+    outputs = purify_file(
+        source, photos, tmp_path / "clean.safetensors", settings, device="cpu", say=lambda _: None
+    )
+    old, new = load_file(victim), load_file(outputs.tensors)
+    assert list(old) == list(new)
+    heads = [key for key in old if key.startswith(("fc.", "head.fc.", "head."))]
+    changed = [key for key in old if not old[key].equal(new[key])]
+    assert len(changed) > len(old) / 2
+    for key in heads:
+        if old[key].shape[0] == 3:
+            assert old[key].equal(new[key])
