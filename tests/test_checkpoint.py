@@ -607,9 +607,11 @@ def test_safetensors_are_read_and_written_with_metadata(tmp_path):
     w = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     tree = {"w": w.t(), "same": w, "part": w[:2], "half": w.half()}
     write_tensors(tmp_path / "x.safetensors", tree, metadata={"seed": "1"}, overwrite=False)
+    (tmp_path / "plain").touch()
     found = read_checkpoint(tmp_path / "x.safetensors")
     assert (found.kind, found.dropped) == ("safetensors", ())
     assert same(dict(sorted(found.tree.items())), dict(sorted(tree.items())))
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"seed": "1"}
 
@@ -650,6 +652,8 @@ def test_outputs_are_refused_with_a_reason(tmp_path):
         write_tensors(target, {"model": {"w": w}}, metadata={}, overwrite=True)
     with pytest.raises(OutputError, match=r"unknown kind of output '\.onnx'"):
         write_tensors(tmp_path / "x.onnx", {"w": w}, metadata={}, overwrite=False)
+    with pytest.raises(OutputError, match=r"cannot be written: 'torch\.complex128'"):
+        write_tensors(target, {"w": w.to(torch.complex128)}, metadata={}, overwrite=True)
     with pytest.raises(OutputError, match="there is no folder"):
         write_text(tmp_path / "none" / "x.json", "{}", overwrite=False)
     with pytest.raises(OutputError, match="cannot be written"):

@@ -197,11 +197,14 @@ def _replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
         raise OutputError(f"{path}: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors leaves its files readable to their owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
         raise OutputError(f"{path}: cannot be written: {_first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -162,8 +162,7 @@ def load_images(
             return np.arange(count)
         if limit > count:
             raise DataError(f"limit is {limit} images, but {source} holds only {count}")
-        generator = torch.Generator().manual_seed(seed)
-        return np.sort(torch.randperm(count, generator=generator)[:limit].numpy())
+        return draw_rows(count, limit, seed=seed)
 
     scheme, place = _parse(source)
     split: Split = "test" if (scheme, place) == ("fashion-mnist", "") else "train"
@@ -173,6 +172,12 @@ def load_images(
         return TensorImages(unpacked.images[rows], size=pixels)
     files = _of_split(_find(place), split) if scheme else _find(place)
     return FileImages(_index(files, draw), size=pixels, max_broken=max_broken)
+
+
+def draw_rows(count: int, limit: int, *, seed: int) -> Integers:
+    """Return ``limit`` of ``count`` row numbers, drawn without replacement, in order."""
+    generator = torch.Generator().manual_seed(seed)
+    return np.sort(torch.randperm(count, generator=generator)[:limit].numpy())
 
 
 def from_tensor(images: Tensor) -> ImageSource:

@@ -163,7 +163,7 @@ def command_line(source: Source, settings: PurifySettings, out: Path) -> str:
         "--mean", *map(str, source.mean or ()), "--std", *map(str, source.std or ()),
     ]
     for name, value in flatten(asdict(settings)):
-        words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+        words += [f"--{name.replace('_', '-')}", str(value)]
     return " ".join([*words, "--out", str(out / "clean.safetensors")])
 
 

@@ -1,0 +1,84 @@
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unbackdoor.cli import app
+from unbackdoor.data import load_images
+from unbackdoor.demo import SETTINGS, UNLABELED, run_demo, split_images
+from unbackdoor.errors import OutputError
+
+
+def test_no_image_has_two_roles_and_the_unlabeled_ones_are_what_purify_draws():
+    splits = split_images(3)
+    parts = [splits.unlabeled, splits.probe.images, splits.test.images]
+    assert [len(part) for part in parts] == [2500, 500, 2000]
+    rows = {bytes(image.numpy()) for part in parts for image in part}
+    embedded = load_images("fashion-mnist")
+    distinct = {bytes(image.numpy()) for image in embedded.read(range(len(embedded)))}
+    assert rows == distinct
+    drawn = load_images("fashion-mnist", limit=UNLABELED, seed=3)
+    assert torch.equal(drawn.read(range(UNLABELED)), splits.unlabeled)
+    assert not torch.equal(splits.unlabeled, split_images(4).unlabeled)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out, lines = tmp_path_factory.mktemp("demo"), []
+    torch.set_num_threads(2)  # as a user runs it
+    try:
+        return run_demo(out, say=lines.append), lines, out
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.slow
+def test_the_demo_removes_the_backdoor_durably(finished):
+    result, _, _ = finished
+    assert result.victim.head.asr >= 0.95
+    assert result.purified.head.asr <= 0.10
+    assert result.purified.probe.worst.asr <= 0.10
+    assert result.purified.probe.delivered.acc >= result.victim.probe.delivered.acc - 0.06
+    assert result.fine_tuned.head.asr > 0.5
+
+
+@pytest.mark.slow
+def test_the_same_run_without_the_pull_term_keeps_the_backdoor(tmp_path):
+    torch.set_num_threads(2)
+    try:
+        share = SETTINGS.pull + SETTINGS.distill
+        control = replace(SETTINGS, pull=0.0, distill=share)
+        result = run_demo(tmp_path, settings=control, say=lambda _: None)
+    finally:
+        torch.set_num_threads(1)
+    assert result.purified.head.asr >= 0.90
+
+
+@pytest.mark.slow
+def test_the_demo_prints_a_command_that_purify_understands_and_means_the_same(finished):
+    _, lines, out = finished
+    (line,) = (line for line in lines if line.startswith("running: "))
+    words = line.removeprefix("running: ").split()
+    _, bound, _ = app.parse_args(words[1:], exit_on_error=False, print_error=False)
+    assert bound.arguments["settings"] == SETTINGS
+    assert (out / "clean.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_prints_scores_and_writes_one_self_contained_page(finished):
+    _, lines, out = finished
+    text = "\n".join(lines)
+    for word in ("probe ASR", "head ASR", "victim", "fine-tuned with 500 labels", "Does it last?"):
+        assert word in text
+    page = (out / "report.html").read_text()
+    assert len(page) < 2_000_000
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    for title in ("The attack", "Losses", "Features of test images"):
+        assert title in page
+
+
+def test_an_earlier_demo_is_not_overwritten(tmp_path):
+    (tmp_path / "report.html").touch()
+    with pytest.raises(OutputError, match="exists already; pass --force"):
+        run_demo(tmp_path)
