@@ -29,9 +29,18 @@ def inputs(tmp_path):
     for i in range(8):
         Image.new("RGB", (16, 16), (i * 30, 100, 0)).save(tmp_path / "photos" / f"{i}.png")
     return [
-        "purify", str(tmp_path / "victim.pt"), "--arch", "cifar/wrn16_1", "--size", "16",
-        "--images", str(tmp_path / "photos"), "--out", str(tmp_path / "clean.safetensors"),
-        "--device", "cpu",
+        "purify",
+        str(tmp_path / "victim.pt"),
+        "--arch",
+        "cifar/wrn16_1",
+        "--size",
+        "16",
+        "--images",
+        str(tmp_path / "photos"),
+        "--out",
+        str(tmp_path / "clean.safetensors"),
+        "--device",
+        "cpu",
     ]
 
 
@@ -51,8 +60,17 @@ def test_help_answers_in_less_than_half_a_second(words):
 
 def test_every_setting_is_a_flag():
     text = ask("purify", "--help").stdout
-    for flag in ("--pull", "--search.norm", "--search.step-unit", "--views.blur",
-                 "--projection.width", "--batch-norm", "--schedule", "--preset", "--precision"):
+    for flag in (
+        "--pull",
+        "--search.norm",
+        "--search.step-unit",
+        "--views.blur",
+        "--projection.width",
+        "--batch-norm",
+        "--schedule",
+        "--preset",
+        "--precision",
+    ):
         assert flag in text
 
 

@@ -189,7 +189,9 @@ def test_too_few_images_are_refused_before_anything_runs(victim, photos, tmp_pat
 
 def test_flatten_gives_dotted_names():
     assert flatten({"a": 1, "b": {"c": [2], "d": {"e": None}}}) == [
-        ("a", 1), ("b.c", [2]), ("b.d.e", None),
+        ("a", 1),
+        ("b.c", [2]),
+        ("b.d.e", None),
     ]
 
 

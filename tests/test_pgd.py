@@ -104,6 +104,4 @@ def test_linf_pgd_equals_foolbox(steps, generator):
 
 def test_linf_pgd_refuses_an_epsilon_in_grey_levels(images, generator):
     with pytest.raises(ValueError, match=r"for 8 levels pass 8/255"):
-        linf_pgd(
-            lambda x: x.sum(), images, epsilon=8, step_size=1, steps=1, generator=generator
-        )
+        linf_pgd(lambda x: x.sum(), images, epsilon=8, step_size=1, steps=1, generator=generator)

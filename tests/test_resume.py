@@ -37,9 +37,7 @@ def test_a_state_survives_the_disk_bit_for_bit(state, tmp_path):
         (of(replace(PurifySettings(), views=ViewSettings(grey=0))), "views was .*, now .*"),
     ],
 )
-def test_a_state_of_another_run_is_refused_and_the_difference_named(
-    other, named, state, tmp_path
-):
+def test_a_state_of_another_run_is_refused_and_the_difference_named(other, named, state, tmp_path):
     save_state(tmp_path / "s.safetensors", state, of())
     with pytest.raises(OutputError, match=f"belongs to another run: {named}"):
         load_state(tmp_path / "s.safetensors", other)

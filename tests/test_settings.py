@@ -37,7 +37,10 @@ def test_settings_are_frozen():
     ("make", "message"),
     [
         (lambda: SearchSettings(epsilon=8), r"\[0, 1\] scale, got 8; for 8 grey levels pass 8/255"),
-        (lambda: SearchSettings(norm="l2", epsilon=-1), "search.epsilon must be at least 0, got -1"),
+        (
+            lambda: SearchSettings(norm="l2", epsilon=-1),
+            "search.epsilon must be at least 0, got -1",
+        ),
         (lambda: SearchSettings(steps=-1), "search.steps must be at least 0, got -1"),
         (lambda: PurifySettings(pull=0.9), r"pull \+ distill \+ align must be 1, got .* = 1.6"),
         (lambda: PurifySettings(pull=-0.2, distill=1), "pull must be at least 0, got -0.2"),

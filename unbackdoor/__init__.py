@@ -11,9 +11,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unbackdoor.backbones import Backbone, load_backbone
+    from unbackdoor.cbd import Purified, purify
     from unbackdoor.data import load_images
     from unbackdoor.errors import UnbackdoorError
-    from unbackdoor.cbd import Purified, purify
     from unbackdoor.settings import PRESETS, PurifySettings, SearchSettings, ViewSettings
 
 __all__ = [

@@ -143,8 +143,9 @@ def purify(
                     on_step(step, steps)
             _check_finite(losses, epoch)
             _check_spread(feature_spread(student, watched), spread, epoch)
-            means = torch.stack(losses).mean(0).tolist()
-            history = (*history, EpochLosses(*means, seconds=time.monotonic() - started))
+            pull, distill, align, mean = torch.stack(losses).mean(0).tolist()
+            seconds = time.monotonic() - started
+            history = (*history, EpochLosses(pull, distill, align, mean, seconds))
             if on_epoch is not None:
                 on_epoch(_state(student, optimizer, history))
         if settings.batch_norm == "tracked":
@@ -298,9 +299,7 @@ def epoch_generator(seed: int, epoch: int, device: torch.device) -> torch.Genera
     return torch.Generator(device).manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
-def epoch_batches(
-    source: ImageSource, settings: PurifySettings, epoch: int
-) -> Iterator[RawImages]:
+def epoch_batches(source: ImageSource, settings: PurifySettings, epoch: int) -> Iterator[RawImages]:
     """Yield the images of one epoch, shuffled by seed and epoch alone."""
     shuffle = epoch_generator(settings.seed, epoch, torch.device("cpu"))
     order = torch.randperm(len(source), generator=shuffle)
@@ -339,9 +338,7 @@ def _to_unit(raw: RawImages, device: torch.device) -> Images:
     return raw.to(device, non_blocking=True).float() / 255
 
 
-def _plain_batches(
-    source: ImageSource, batch_size: int, device: torch.device
-) -> Iterator[Images]:
+def _plain_batches(source: ImageSource, batch_size: int, device: torch.device) -> Iterator[Images]:
     """Yield up to ``REESTIMATED`` images in the source's order, whole batches only."""
     count = min(len(source), REESTIMATED)
     count = count // batch_size * batch_size or count

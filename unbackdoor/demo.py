@@ -28,11 +28,26 @@ from unbackdoor.jobs import (
     open_source,
     purify_file,
 )
-from unbackdoor.metrics import Durability, Scores, TestSet, durability, fine_tune, make_test_set, score
+from unbackdoor.metrics import (
+    Durability,
+    Scores,
+    TestSet,
+    durability,
+    fine_tune,
+    make_test_set,
+    score,
+)
 from unbackdoor.probe import extract
-from unbackdoor.report import Picture, Table, amplified_difference, images_picture, render_report, tsne_picture
-from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings
-from unbackdoor.types import Features, Labels, RawImages
+from unbackdoor.report import (
+    Picture,
+    Table,
+    amplified_difference,
+    images_picture,
+    render_report,
+    tsne_picture,
+)
+from unbackdoor.settings import PurifySettings
+from unbackdoor.types import Features, RawImages
 
 UNLABELED, PROBE = 2_500, 500  # of 5,000; the rest are test images
 SHOWN = 8  # images in the report
@@ -156,11 +171,20 @@ def split_images(seed: int) -> Splits:
 
 
 def command_line(source: Source, settings: PurifySettings, out: Path) -> str:
-    """Return the command that a user would type for the demo's repair, every setting spelled out."""
+    """Return the command that a user would type for the demo's repair, with every setting."""
     words = [
-        "unbackdoor purify", source.checkpoint.name, "--arch", source.arch,
-        "--images fashion-mnist --limit", str(UNLABELED), "--size", str(source.size),
-        "--mean", *map(str, source.mean or ()), "--std", *map(str, source.std or ()),
+        "unbackdoor purify",
+        source.checkpoint.name,
+        "--arch",
+        source.arch,
+        "--images fashion-mnist --limit",
+        str(UNLABELED),
+        "--size",
+        str(source.size),
+        "--mean",
+        *map(str, source.mean or ()),
+        "--std",
+        *map(str, source.std or ()),
     ]
     for name, value in flatten(asdict(settings)):
         words += [f"--{name.replace('_', '-')}", str(value)]
@@ -297,7 +321,12 @@ def as_text(table: Table) -> list[str]:
     lines = [list(table.columns), *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     body = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
+            ]
+        )
         for line in lines
     ]
     return ["", table.title, *body]

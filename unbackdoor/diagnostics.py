@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from unbackdoor.probe import extract
 from unbackdoor.cbd import search
+from unbackdoor.probe import extract
 from unbackdoor.settings import PurifySettings
 from unbackdoor.types import Features, Images, RawImages
 from unbackdoor.views import random_views
@@ -95,9 +95,7 @@ def measure(
     )
 
 
-def random_noise(
-    images: Images, settings: PurifySettings, *, generator: torch.Generator
-) -> Images:
+def random_noise(images: Images, settings: PurifySettings, *, generator: torch.Generator) -> Images:
     """Return ``images`` with random noise as far away as the search may go, in [0, 1].
 
     L∞: every pixel moves by epsilon, up or down; L2: a random direction of length epsilon.

@@ -6,21 +6,20 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import nn
 
 from unbackdoor import __version__
-from unbackdoor.backbones import Loaded, network_state, open_backbone
-from unbackdoor.checkpoint import sha256_of, write_tensors, write_text
+from unbackdoor.backbones import Backbone, Loaded, network_state, open_backbone
+from unbackdoor.cbd import EpochLosses, PurifyState, purify, steps_per_epoch
+from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import ImageSource, load_images
-from unbackdoor.devices import Precision, peak_memory, pick_device, pick_precision
+from unbackdoor.devices import peak_memory, pick_device, pick_precision
 from unbackdoor.diagnostics import Evidence, measure
 from unbackdoor.errors import DivergedError, OutputError
 from unbackdoor.matching import describe_match, flat_tree, replace_tensors, state_dicts_apart
-from unbackdoor.cbd import EpochLosses, PurifyState, purify, steps_per_epoch
-from unbackdoor.report import Note, Table, bars_picture, curves_picture, render_report
+from unbackdoor.report import Table, bars_picture, curves_picture, render_report
 from unbackdoor.resume import identity, load_state, save_state
 from unbackdoor.settings import PurifySettings
 
@@ -120,7 +119,9 @@ def purify_file(
         UnbackdoorError: See ``errors``; nothing is written then but the state of finished epochs.
     """
     outputs = plan_outputs(source.checkpoint, out, overwrite=overwrite, resume=resume)
-    loaded, photos = open_both(source, images, settings, limit=limit, max_broken=max_broken, say=say)
+    loaded, photos = open_both(
+        source, images, settings, limit=limit, max_broken=max_broken, say=say
+    )
     where = pick_device(device)
     how = pick_precision(precision, where)
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=photos.fingerprint)
@@ -157,7 +158,9 @@ def purify_file(
     }
     record = make_record(source, loaded, images, photos, settings, history, evidence)
     record |= {"device": str(where), "precision": how, "output": outputs.tensors.name}
-    write_outputs(outputs, loaded, backbone, record, overwrite=overwrite or resume, say=say)
+    write_outputs(
+        outputs, loaded, cast("Backbone", backbone), record, overwrite=overwrite or resume, say=say
+    )
     return outputs
 
 
@@ -178,7 +181,9 @@ def dry_run(
     Arguments and errors are those of :func:`purify_file`.
     """
     outputs = plan_outputs(source.checkpoint, out, overwrite=True, resume=False)
-    loaded, photos = open_both(source, images, settings, limit=limit, max_broken=max_broken, say=say)
+    loaded, photos = open_both(
+        source, images, settings, limit=limit, max_broken=max_broken, say=say
+    )
     where = pick_device(device)
     times = [time.monotonic()]
     short = replace(
@@ -196,8 +201,8 @@ def dry_run(
     estimate = Estimate(steps, times[-1] - times[-2], peak_memory(where))
     seconds = round(steps * estimate.seconds_per_step)
     say(
-        f"would take about {seconds // 3600} h {seconds // 60 % 60} min {seconds % 60} s on {where}: "
-        f"{steps} steps of {estimate.seconds_per_step:.2f} s, "
+        f"would take about {seconds // 3600} h {seconds // 60 % 60} min {seconds % 60} s "
+        f"on {where}: {steps} steps of {estimate.seconds_per_step:.2f} s, "
         f"{estimate.memory / 2**20:.0f} MiB at the peak"
     )
     say(f"would write {outputs.tensors}, {outputs.record} and {outputs.report}; wrote nothing")
@@ -249,6 +254,7 @@ def open_both(
     loaded = open_source(source)
     say(f"{source.checkpoint}: {loaded.checkpoint.kind}, sha256 {loaded.checkpoint.sha256[:16]}")
     say(describe_match(loaded.match, loaded.checkpoint))
+    say(f"{source.arch}: {loaded.dimension} features")
     photos = load_images(
         images, size=loaded.size, limit=limit, seed=settings.seed, max_broken=max_broken
     )
@@ -281,7 +287,11 @@ def make_record(
     return {
         "schema": 1,
         "unbackdoor": __version__,
-        "input": {"name": checkpoint.path.name, "kind": checkpoint.kind, "sha256": checkpoint.sha256},
+        "input": {
+            "name": checkpoint.path.name,
+            "kind": checkpoint.kind,
+            "sha256": checkpoint.sha256,
+        },
         "arch": source.arch.rpartition("/")[2] if ".py:" in source.arch else source.arch,
         "matched": {
             "nesting": list(match.nesting),
@@ -309,18 +319,18 @@ def make_record(
 def write_outputs(
     outputs: Outputs,
     loaded: Loaded,
-    backbone: nn.Module,
+    backbone: Backbone,
     record: dict[str, Any],
     *,
     overwrite: bool,
     say: Say,
 ) -> None:
     """Write record, report and, last, tensors; then delete the state."""
-    tree = replace_tensors(loaded.checkpoint, loaded.match, network_state(backbone))
+    tree: Tree = replace_tensors(loaded.checkpoint, loaded.match, network_state(backbone))
     if outputs.tensors.suffix in FLAT:
         for apart in state_dicts_apart(loaded.match, tree):
             say(f"not in {outputs.tensors.name}, which is flat: {apart}")
-        tree = flat_tree(loaded.match, tree)
+        tree = {**flat_tree(loaded.match, tree)}
     provenance = {
         name: record[name] if isinstance(record[name], str) else json.dumps(record[name])
         for name in ("unbackdoor", "input", "arch", "images", "settings", "versions", "device")
@@ -354,8 +364,14 @@ def report_of(record: Mapping[str, Any]) -> str:
             bars_picture(
                 "How far features move",
                 {
-                    "searched images": {"before": before["adversarial"], "after": after["adversarial"]},
-                    "random noise, same radius": {"before": before["noise"], "after": after["noise"]},
+                    "searched images": {
+                        "before": before["adversarial"],
+                        "after": after["adversarial"],
+                    },
+                    "random noise, same radius": {
+                        "before": before["noise"],
+                        "after": after["noise"],
+                    },
                 },
                 x_label="mean cosine distance to the clean image's features",
                 decimals=3,

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.batchnorm import reestimate
 from unbackdoor.errors import DataError
 from unbackdoor.probe import extract, linear_probe
-from unbackdoor.types import Features, Labels, RawImages
+from unbackdoor.types import Labels, RawImages
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def score(backbone: nn.Module, head: nn.Module, test: TestSet) -> Scores:
     """Score ``head`` on the features of ``backbone``."""
 
     def predict(images: RawImages) -> Labels:
-        features: Features = extract(backbone, images)
-        return head(features).argmax(1)
+        logits: Tensor = head(extract(backbone, images))
+        return logits.argmax(1)
 
     others = test.labels[test.labels != test.target]
     triggered = predict(test.triggered)

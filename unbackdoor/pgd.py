@@ -93,4 +93,5 @@ def _uniform(images: Images, generator: torch.Generator) -> Images:
 
 def _lengths(images: Images) -> Float[Tensor, "n 1 1 1"]:
     """Return every image's L2 length, never 0."""
-    return images.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+    lengths: Tensor = images.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return lengths[:, None, None, None]

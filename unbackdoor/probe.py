@@ -1,8 +1,8 @@
 """Read features: extract them, and train a linear classifier on them."""
 
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
+from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]  # no types
+from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]  # no types
 from torch import nn
 
 from unbackdoor.errors import DataError

@@ -20,7 +20,9 @@ def display(what: str) -> Iterator[Display]:
     """Show how far ``what`` has come while inside; the bar appears with the first step."""
     console = Console(markup=False, highlight=False, soft_wrap=True)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(what, total=None, visible=False)
 
         def on_step(done: int, steps: int) -> None:

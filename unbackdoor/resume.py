@@ -11,9 +11,9 @@ from pathlib import Path
 import safetensors
 from torch import Tensor
 
+from unbackdoor.cbd import EpochLosses, PurifyState
 from unbackdoor.checkpoint import Tree, write_tensors
 from unbackdoor.errors import CheckpointError, OutputError
-from unbackdoor.cbd import EpochLosses, PurifyState
 from unbackdoor.settings import PurifySettings
 
 

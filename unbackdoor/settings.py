@@ -181,7 +181,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class SupervisedSettings:
-    """How a victim is trained with labels: SGD, momentum 0.9, one cosine from ``learning_rate`` to 0.
+    """How a victim is trained with labels: SGD, momentum 0.9, a cosine from ``learning_rate`` to 0.
 
     Attributes:
         epochs: Passes over the training images.
@@ -209,9 +209,13 @@ def _in_range(
     most: float | None = None,
 ) -> None:
     """Raise a SettingsError unless ``value`` is a number in the range."""
-    too_low = (least is not None and not value >= least) or (above is not None and not value > above)
+    too_low = (least is not None and not value >= least) or (
+        above is not None and not value > above
+    )
     if too_low or (most is not None and not value <= most):
         low = "" if least is None else f"at least {least:g}"
         low = low if above is None else f"above {above:g}"
         high = "" if most is None else f"at most {most:g}"
-        raise SettingsError(f"{name} must be {' and '.join(filter(None, (low, high)))}, got {value}")
+        raise SettingsError(
+            f"{name} must be {' and '.join(filter(None, (low, high)))}, got {value}"
+        )

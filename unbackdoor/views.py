@@ -1,4 +1,4 @@
-"""Random views of a batch: every image draws its own, and all are computed at once on its device."""
+"""Random views of a batch: every image draws its own, all are computed at once on its device."""
 
 import math
 
@@ -111,7 +111,10 @@ def blur(images: Images, settings: ViewSettings, *, generator: torch.Generator) 
     kernel = (-0.5 * (distance / (sigma[:, None] * max(scale, 0.25))) ** 2).exp()
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, dim=0)
     flat = images.reshape(1, n * channels, height, width)
-    for shape, pad in (((-1, 1, 2 * radius + 1, 1), (0, 0, radius, radius)), ((-1, 1, 1, 2 * radius + 1), (radius, radius, 0, 0))):
+    for shape, pad in (
+        ((-1, 1, 2 * radius + 1, 1), (0, 0, radius, radius)),
+        ((-1, 1, 1, 2 * radius + 1), (radius, radius, 0, 0)),
+    ):
         flat = F.conv2d(F.pad(flat, pad, mode="reflect"), kernel.view(shape), groups=n * channels)
     return torch.where(chosen[:, None, None, None], flat.view_as(images), images)
 

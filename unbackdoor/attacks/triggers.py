@@ -13,7 +13,6 @@ from unbackdoor.errors import DataError
 from unbackdoor.patterns import checkerboard
 from unbackdoor.types import RawImages
 
-
 Trigger: TypeAlias = Callable[[RawImages], RawImages]
 
 
