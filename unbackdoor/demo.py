@@ -46,7 +46,7 @@ from unbackdoor.report import (
     render_report,
     tsne_picture,
 )
-from unbackdoor.settings import PurifySettings
+from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings
 from unbackdoor.types import Features, RawImages
 
 UNLABELED, PROBE = 2_500, 500  # of 5,000; the rest are test images
@@ -55,7 +55,16 @@ EMBEDDED = 300  # images of each kind in the t-SNE
 CLASSES = 10
 
 # Chosen on a victim of seed 100 and on other images; docs/experiments/demo.md has the search.
-SETTINGS = PurifySettings()
+SETTINGS = PurifySettings(
+    pull=0.3,
+    distill=0.7,
+    align=0.0,
+    temperature=0.1,
+    epochs=5,
+    schedule="cosine",
+    search=SearchSettings(epsilon=4 / 255, steps=5, step_size=0.4),
+    views=ViewSettings(min_area=0.9, jitter=0.0, grey=0.0),
+)
 
 
 class Splits(NamedTuple):
