@@ -652,7 +652,7 @@ def test_outputs_are_refused_with_a_reason(tmp_path):
         write_tensors(target, {"model": {"w": w}}, metadata={}, overwrite=True)
     with pytest.raises(OutputError, match=r"unknown kind of output '\.onnx'"):
         write_tensors(tmp_path / "x.onnx", {"w": w}, metadata={}, overwrite=False)
-    with pytest.raises(OutputError, match=r"cannot be written: 'torch\.complex128'"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*complex128"):
         write_tensors(target, {"w": w.to(torch.complex128)}, metadata={}, overwrite=True)
     with pytest.raises(OutputError, match="there is no folder"):
         write_text(tmp_path / "none" / "x.json", "{}", overwrite=False)

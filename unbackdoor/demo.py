@@ -6,14 +6,16 @@ are used for scores and pictures alone.
 
 import importlib.resources
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from unbackdoor import __version__
 from unbackdoor.attacks.triggers import TRIGGERS
 from unbackdoor.backbones import Backbone
 from unbackdoor.cbd import search
@@ -110,6 +112,7 @@ def run_demo(
     Raises:
         OutputError: If ``out`` holds an earlier demo and ``overwrite`` is not given.
     """
+    started = time.monotonic()
     report = out / "report.html"
     if report.exists() and not overwrite:
         raise OutputError(f"{report}: exists already; pass --force to replace it")
@@ -157,7 +160,9 @@ def run_demo(
         (*tables, *pictures(victim, purified, splits, test, settings, outputs)),
     )
     write_text(report, page, overwrite=True)
-    say(f"wrote {report}")
+    scores = scores_record(result, settings, seconds=time.monotonic() - started)
+    write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n", overwrite=True)
+    say(f"wrote {report} and {out / 'scores.json'}")
     return result
 
 
@@ -263,6 +268,29 @@ def summary(result: DemoResult) -> str:
         f"from {before.acc:.1%} to {after.acc:.1%}. The repair had {UNLABELED} unlabeled images "
         "and knew neither trigger nor target."
     )
+
+
+def scores_record(
+    result: DemoResult, settings: PurifySettings, *, seconds: float
+) -> dict[str, Any]:
+    """Return all scores, as shares, with what they come from, as JSON can hold it."""
+    return {
+        "schema": 1,
+        "command": f"unbackdoor demo --seed {settings.seed}",
+        "data": "fashion-mnist, the 5,000 embedded test images",
+        "settings": asdict(settings),
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {"unbackdoor": __version__, "torch": torch.__version__},
+        "seconds": round(seconds, 1),
+        "scores": {
+            name: {
+                "head": asdict(reading.head),
+                **{when: asdict(scores) for when, scores in reading.probe._asdict().items()},
+            }
+            for name, reading in zip(("victim", "fine_tuned", "purified"), result[:3], strict=True)
+        },
+    }
 
 
 def percent(scores: Scores) -> tuple[float, float, float]:
