@@ -71,8 +71,9 @@ def test_a_safetensors_output_is_flat_and_tells_where_it_comes_from(victim, phot
     with safetensors.safe_open(outputs.tensors, framework="pt") as file:
         metadata = file.metadata()
     record = json.loads(outputs.record.read_text())
-    assert json.loads(metadata["input"]) == record["input"]
-    assert json.loads(metadata["settings"])["search"]["steps"] == 1
+    provenance = json.loads(metadata["unbackdoor"])
+    assert provenance["input"] == record["input"]
+    assert provenance["settings"]["search"]["steps"] == 1
     assert record["input"]["name"] == "victim.pth"
     assert record["dropped"] == ["optimizer (dict)", "epoch (int)"]
     assert record["images"]["count"] == 20

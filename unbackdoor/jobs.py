@@ -331,13 +331,12 @@ def write_outputs(
         for apart in state_dicts_apart(loaded.match, tree):
             say(f"not in {outputs.tensors.name}, which is flat: {apart}")
         tree = {**flat_tree(loaded.match, tree)}
-    provenance = {
-        name: record[name] if isinstance(record[name], str) else json.dumps(record[name])
-        for name in ("unbackdoor", "input", "arch", "images", "settings", "versions", "device")
-    }
+    kept = ("unbackdoor", "input", "arch", "images", "settings", "versions", "device", "precision")
+    provenance = {name: record[name] for name in kept}
+    metadata = {"format": "pt", "unbackdoor": json.dumps(provenance)}  # others ask for a format
     write_text(outputs.record, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
     write_text(outputs.report, report_of(record), overwrite=overwrite)
-    write_tensors(outputs.tensors, tree, metadata=provenance, overwrite=overwrite)
+    write_tensors(outputs.tensors, tree, metadata=metadata, overwrite=overwrite)
     outputs.state.unlink(missing_ok=True)
     for path in outputs[:3]:
         say(f"wrote {path} (sha256 {sha256_of(path)[:16]})")
