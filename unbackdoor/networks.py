@@ -154,10 +154,13 @@ def count_weights(network: nn.Module) -> int:
 
 
 def initialize(network: nn.Module, *, generator: torch.Generator) -> None:
-    """Draw all weights anew: He's normal for convolutions, one and zero for batch norms."""
+    """Draw all weights anew: He's normal for convolutions, normal for linear layers, no biases."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", generator=generator)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01, generator=generator)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from unbackdoor.devices import autocast, peak_memory, pick_device, pick_precision
+from unbackdoor.errors import SettingsError
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_what_the_machine_has():
+    expected = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
+    assert pick_device("auto").type == expected
+    assert pick_device("cpu") == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(SettingsError, match="'cuda' is not available here; pass --device auto"):
+        pick_device("cuda")
+
+
+def test_a_cpu_computes_in_float32_unless_told_otherwise():
+    assert pick_precision("auto", CPU) == "fp32"
+    assert pick_precision("bf16", CPU) == "bf16"
+    a = torch.ones(2, 2)
+    with autocast(CPU, "fp32"):
+        assert (a @ a).dtype == torch.float32
+    with autocast(CPU, "bf16"):
+        assert (a @ a).dtype == torch.bfloat16
+
+
+def test_the_peak_counts_what_was_allocated():
+    before = peak_memory(CPU)
+    block = torch.ones(before // 4 + 2**25)  # more than the peak so far
+    assert peak_memory(CPU) > before
+    del block
