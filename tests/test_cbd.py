@@ -107,6 +107,13 @@ def test_the_search_raises_the_loss_more_than_noise_and_stays_in_the_ball(networ
     assert (found - b).abs().max() <= 0.1 + 1e-6
 
 
+def test_a_shared_search_adds_one_perturbation_to_all_images(network, images):
+    a, b = as_unit(images[:16]), 0.25 + 0.5 * as_unit(images[16:32])
+    settings = replace(QUICK, search=SearchSettings(shared=True, epsilon=0.1, steps=3))
+    shift = search(network, a, b, settings, generator=torch.Generator().manual_seed(0)) - b
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift), atol=1e-6, rtol=0)
+
+
 def test_the_search_moves_neither_weights_nor_statistics(network, images):
     before = copy.deepcopy(network)
     for batch_norm in ("running", "batch"):
@@ -135,10 +142,11 @@ def test_a_step_has_its_length_in_each_unit(unit, length):
         replace(QUICK, batch_norm="joint", schedule="cosine"),
         replace(QUICK, batch_norm="frozen", last_batch="keep"),
         replace(QUICK, search=SearchSettings(norm="l2", epsilon=1, steps=2, start="zero")),
+        replace(QUICK, search=SearchSettings(shared=True, steps=2)),
         replace(QUICK, projection=ProjectionSettings(width=4, epochs=1)),
         replace(QUICK, pull=0, distill=1, align=0),
     ],
-    ids=["default", "batch", "joint", "frozen", "l2", "projection", "distill-only"],
+    ids=["default", "batch", "joint", "frozen", "l2", "shared", "projection", "distill-only"],
 )
 def test_purify_is_deterministic_changes_weights_and_leaves_the_victim_alone(
     settings, network, images

@@ -8,6 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from unbackdoor.data import ImageSource, from_tensor
 from unbackdoor.devices import Precision, autocast
 from unbackdoor.errors import DataError, DivergedError
 from unbackdoor.losses import nt_xent
-from unbackdoor.pgd import l2_pgd, linf_pgd
+from unbackdoor.pgd import l2_pgd, linf_pgd, shared_pgd
 from unbackdoor.settings import PurifySettings, SearchSettings
 from unbackdoor.types import Features, Images, RawImages, Scalar
 from unbackdoor.views import random_views
@@ -169,7 +170,8 @@ def search(
         generator: Draws the starts; on the device of ``images``.
 
     Source:
-        The paper's equation 3: PGD on the contrastive loss, every image on its own.
+        The paper's equation 3: PGD on the contrastive loss, every image on its own. With
+        ``search.shared``, one perturbation for the batch, which the paper does not have.
     """
     options = settings.search
 
@@ -180,6 +182,8 @@ def search(
         with torch.no_grad():
             target = embed(anchor)
         ascend = linf_pgd if options.norm == "linf" else l2_pgd
+        if options.shared:
+            ascend = partial(shared_pgd, norm=options.norm)
         return ascend(
             loss_fn,
             images,

@@ -259,14 +259,16 @@ def durability_table(result: DemoResult) -> Table:
 
 
 def summary(result: DemoResult) -> str:
-    """Return the result in two sentences."""
-    before, after = result.victim.probe.delivered, result.purified.probe.delivered
-    worst = result.purified.probe.worst
+    """Return the result in a few sentences."""
+    before, after = result.victim, result.purified
     return (
-        f"Through a linear probe, the attack success rate fell from {before.asr:.1%} to "
-        f"{after.asr:.1%} ({worst.asr:.1%} in the worst of three readings), clean accuracy went "
-        f"from {before.acc:.1%} to {after.acc:.1%}. The repair had {UNLABELED} unlabeled images "
-        "and knew neither trigger nor target."
+        f"Through the backbone's own head, the attack success rate went from {before.head.asr:.1%} "
+        f"to {after.head.asr:.1%} and clean accuracy from {before.head.acc:.1%} to "
+        f"{after.head.acc:.1%}. Through a linear probe, attack success went from "
+        f"{before.probe.delivered.asr:.1%} to {after.probe.delivered.asr:.1%} "
+        f"({after.probe.worst.asr:.1%} in the worst of three readings) and accuracy from "
+        f"{before.probe.delivered.acc:.1%} to {after.probe.delivered.acc:.1%}. The repair had "
+        f"{UNLABELED} unlabeled images and knew neither trigger nor target."
     )
 
 

@@ -1,6 +1,7 @@
 """Projected gradient ascent on pixels, for any loss."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -85,6 +86,54 @@ def l2_pgd(
             moved = adversarial + step_size * gradient / _lengths(gradient) - images
             adversarial = (images + moved * (epsilon / _lengths(moved)).clamp(max=1)).clamp(0, 1)
     return adversarial.detach()
+
+
+def shared_pgd(
+    loss_fn: Callable[[Images], Scalar],
+    images: Images,
+    *,
+    norm: Literal["linf", "l2"],
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    generator: torch.Generator | None,
+) -> Images:
+    """Search for one perturbation that, added to all ``images``, raises ``loss_fn``.
+
+    A backdoor is one change that moves all images; a perturbation of each image alone need not
+    come near it.
+
+    Args:
+        norm: Of the ball that the perturbation stays in: a step follows the gradient's sign, or
+            the gradient divided by its length.
+        generator: Draws the start, uniformly in the L∞ ball, or at half the radius in a random
+            direction; None starts at zero.
+
+    The rest is as in :func:`linf_pgd`. The images are clipped to [0, 1] after the perturbation is
+    added, so that each may lose a part of it.
+
+    Source:
+        Moosavi-Dezfooli et al. 2017, https://arxiv.org/abs/1610.08401, without its per-image inner
+        search.
+    """
+    if epsilon < 0:
+        raise ValueError(f"epsilon must not be negative, got {epsilon}")
+    delta = torch.zeros_like(images[:1])
+    if generator is not None and norm == "linf":
+        delta = epsilon * (2 * _uniform(delta, generator) - 1)
+    elif generator is not None:
+        direction = torch.randn(delta.shape, generator=generator, device=images.device)
+        delta = (0.5 * epsilon * direction / _lengths(direction)).to(images.dtype)
+    for _ in range(steps):
+        delta.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss_fn((images + delta).clamp(0, 1)), delta)
+        with torch.no_grad():
+            if norm == "linf":
+                delta = (delta + step_size * gradient.sign()).clamp(-epsilon, epsilon)
+            else:
+                delta = delta + step_size * gradient / _lengths(gradient)
+                delta = delta * (epsilon / _lengths(delta)).clamp(max=1)
+    return (images + delta).clamp(0, 1).detach()
 
 
 def _uniform(images: Images, generator: torch.Generator) -> Images:

@@ -63,6 +63,7 @@ class SearchSettings:
         step_size: Length of a step, in units of ``step_unit``.
         step_unit: Radii of the ball, the [0, 1] scale, or grey levels.
         start: At a random place in the ball, or at its centre.
+        shared: One perturbation for all images of a batch, or one for each.
         batch_norm: Normalize by the running statistics, or by those of the batch.
     """
 
@@ -72,6 +73,7 @@ class SearchSettings:
     step_size: float = 0.1
     step_unit: Literal["epsilon", "pixel", "level"] = "epsilon"
     start: Literal["random", "zero"] = "random"
+    shared: bool = False
     batch_norm: Literal["running", "batch"] = "running"
 
     def __post_init__(self) -> None:
