@@ -321,3 +321,8 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path):
     packed = set(zipfile.ZipFile(wheel).namelist())
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "assets").iterdir()]
     assert {str(path.relative_to(ROOT)) for path in files} <= packed
+
+
+def test_the_readmes_table_is_what_the_records_say():
+    command = [sys.executable, str(ROOT / "scripts/readme_table.py"), "--check"]
+    subprocess.run(command, check=True)

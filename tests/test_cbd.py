@@ -7,7 +7,6 @@ from torch import nn
 
 from unbackdoor.cbd import (
     EpochLosses,
-    PurifyState,
     learning_rate,
     loss_terms,
     purify,
@@ -160,6 +159,21 @@ def test_purify_is_deterministic_changes_weights_and_leaves_the_victim_alone(
     assert not any(module.training for module in once.backbone.modules())
 
 
+def test_bfloat16_stays_close_to_float32_and_resumes_bit_for_bit(network, images):
+    states = []
+    settings = replace(QUICK, epochs=3)
+    exact = purify(network, images, settings)
+    rounded = purify(network, images, settings, precision="bf16", on_epoch=states.append)
+    rest = purify(network, images, settings, precision="bf16", state=states[0])
+    assert_equal_states(rounded.backbone, rest.backbone)
+    assert rounded.backbone[0].weight.dtype == torch.float32
+    moved, other = (
+        (clean.backbone[0].weight - network[0].weight).flatten() for clean in (exact, rounded)
+    )
+    assert torch.cosine_similarity(moved, other, dim=0) > 0.9
+    assert other.norm().item() == pytest.approx(moved.norm().item(), rel=0.2)
+
+
 def test_another_seed_gives_another_result(network, images):
     first, second = (purify(network, images, replace(QUICK, seed=seed)) for seed in (0, 1))
     assert not torch.equal(first.backbone[0].weight, second.backbone[0].weight)
@@ -173,10 +187,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     settings = replace(QUICK, epochs=3, schedule=schedule)
     states = []
 
-    def keep(state: PurifyState) -> None:
-        states.append(copy.deepcopy(state))
-
-    whole = purify(network, images, settings, on_epoch=keep)
+    whole = purify(network, images, settings, on_epoch=states.append)
     rest = purify(network, images, settings, state=states[stop_after - 1])
     assert_equal_states(whole.backbone, rest.backbone)
     for one, other in zip(whole.history, rest.history, strict=True):
@@ -213,12 +224,13 @@ def test_a_state_is_the_one_after_the_last_epoch(network, images):
     states = []
     purify(network, images, QUICK, on_epoch=states.append)
     assert [len(state.history) for state in states] == [1, 2]
+    assert not states[0].student["0.weight"].equal(states[1].student["0.weight"])
     assert isinstance(states[0].history[0], EpochLosses)
     assert set(states[0].momentum) == {name for name, _ in network.named_parameters()}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(network, images):
-    with pytest.raises(DivergedError, match=r"epoch 1: the loss is no longer finite; pass a lower"):
+    with pytest.raises(DivergedError, match=r"epoch 1: the loss is no longer finite; start again"):
         purify(network, images, replace(QUICK, learning_rate=1e30))
 
 

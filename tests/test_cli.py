@@ -1,7 +1,10 @@
+import dataclasses
 import json
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from PIL import Image
 
 from unbackdoor.cli import main
 from unbackdoor.networks import SMALL_NETWORKS
+from unbackdoor.settings import PurifySettings, flatten
 
 COMMAND = [sys.executable, "-m", "unbackdoor"]
 
@@ -60,18 +64,8 @@ def test_help_answers_in_less_than_half_a_second(words):
 
 def test_every_setting_is_a_flag():
     text = ask("purify", "--help").stdout
-    for flag in (
-        "--pull",
-        "--search.norm",
-        "--search.step-unit",
-        "--views.blur",
-        "--projection.width",
-        "--batch-norm",
-        "--schedule",
-        "--preset",
-        "--precision",
-    ):
-        assert flag in text
+    for name, _ in flatten(dataclasses.asdict(PurifySettings())):
+        assert f"--{name.replace('_', '-')}" in text
 
 
 def test_purify_writes_its_three_files(inputs, tmp_path, capsys):
@@ -135,6 +129,39 @@ def test_an_unknown_name_in_a_config_is_answered_with_the_nearest(inputs, tmp_pa
     (tmp_path / "c.toml").write_text("[search]\nepsilom = 0.1\n")
     assert main([*inputs, "--config", str(tmp_path / "c.toml")]) == 2
     assert "Did you mean --search.epsilon?" in unwrapped(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs = 2.5", "epochs is a whole number, got 2.5"),
+        ('preset = "cifar10"', "'preset' is no setting; pass it as a flag"),
+        ("force = true", "'force' is no setting"),
+        ("[purify]\nepochs = 2", "'purify' is no setting"),
+        ("epochs 2", "c.toml: "),
+    ],
+)
+def test_a_config_holds_settings_and_nothing_else(text, message, inputs, tmp_path, capsys):
+    (tmp_path / "c.toml").write_text(text)
+    assert main([*inputs, "--config", str(tmp_path / "c.toml")]) == 2
+    assert message in unwrapped(capsys)
+
+
+def test_an_interrupted_run_says_how_to_continue(inputs, tmp_path):
+    words = [*inputs, "--batch-size", "8", "--search.steps", "1"]
+    endless = [*COMMAND, *words, "--epochs", "1000"]
+    with subprocess.Popen(endless, stderr=subprocess.PIPE, text=True) as process:
+        state = tmp_path / "clean.state.safetensors"
+        while not state.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1]
+    assert process.returncode == 130
+    assert "run the same command with --resume to continue" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "clean.safetensors").exists()
+    assert main([*words, "--resume", "--epochs", "2"]) == 0
 
 
 def test_a_hostile_checkpoint_is_one_message_and_exit_code_2(inputs, tmp_path, capsys):

@@ -6,8 +6,9 @@ import torch
 
 from unbackdoor.cli import app
 from unbackdoor.data import load_images
-from unbackdoor.demo import SETTINGS, UNLABELED, run_demo, split_images
+from unbackdoor.demo import SETTINGS, UNLABELED, command_line, run_demo, split_images
 from unbackdoor.errors import OutputError
+from unbackdoor.jobs import Source
 
 
 def test_no_image_has_two_roles_and_the_unlabeled_ones_are_what_purify_draws():
@@ -55,14 +56,16 @@ def test_the_same_run_without_the_pull_term_keeps_the_backdoor(tmp_path):
     assert result.purified.head.asr >= 0.90
 
 
-@pytest.mark.slow
-def test_the_demo_prints_a_command_that_purify_understands_and_means_the_same(finished):
-    _, lines, out = finished
-    (line,) = (line for line in lines if line.startswith("running: "))
-    words = line.removeprefix("running: ").split()
+def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
+    source = Source(tmp_path / "v.safetensors", "cifar/wrn16_1", (0.2,) * 3, (0.3,) * 3, size=28)
+    words = command_line(source, SETTINGS, tmp_path).split()
+    assert words[0] == "unbackdoor"
     _, bound, _ = app.parse_args(words[1:], exit_on_error=False, print_error=False)
-    assert bound.arguments["settings"] == SETTINGS
-    assert (out / "clean.safetensors").exists()
+    given = bound.arguments
+    assert given["settings"] == SETTINGS
+    assert (given["checkpoint"], given["arch"]) == (source.checkpoint, source.arch)
+    assert (given["mean"], given["std"], given["size"]) == (source.mean, source.std, 28)
+    assert (given["images"], given["limit"], given["device"]) == ("fashion-mnist", 2500, "cpu")
 
 
 @pytest.mark.slow
@@ -78,7 +81,8 @@ def test_the_demo_prints_scores_and_writes_one_self_contained_page(finished):
         assert title in page
 
 
-def test_an_earlier_demo_is_not_overwritten(tmp_path):
-    (tmp_path / "report.html").touch()
+@pytest.mark.parametrize("name", ["report.html", "scores.json", "clean.safetensors"])
+def test_files_that_are_there_are_not_overwritten(name, tmp_path):
+    (tmp_path / name).touch()
     with pytest.raises(OutputError, match="exists already; pass --force"):
         run_demo(tmp_path)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unbackdoor.devices import autocast, peak_memory, pick_device, pick_precision
+from unbackdoor.devices import in_precision, peak_memory, pick_device, pick_precision
 from unbackdoor.errors import SettingsError
 
 CPU = torch.device("cpu")
@@ -28,11 +28,20 @@ def test_a_device_that_is_not_there_is_refused():
 def test_a_cpu_computes_in_float32_unless_told_otherwise():
     assert pick_precision("auto", CPU) == "fp32"
     assert pick_precision("bf16", CPU) == "bf16"
-    a = torch.ones(2, 2)
-    with autocast(CPU, "fp32"):
-        assert (a @ a).dtype == torch.float32
-    with autocast(CPU, "bf16"):
-        assert (a @ a).dtype == torch.bfloat16
+
+
+def test_a_network_in_bfloat16_returns_float32_and_sees_changed_weights():
+    network = torch.nn.Linear(64, 8)
+    images = torch.rand(4, 64)
+    rounded = in_precision(network, "bf16")
+    with torch.no_grad():
+        exact, before = network(images), rounded(images)
+        assert before.dtype == torch.float32
+        assert not before.equal(exact)
+        torch.testing.assert_close(before, exact, atol=0.02, rtol=0.02)
+        network.weight.mul_(2)
+        assert not rounded(images).equal(before)
+    assert in_precision(network, "fp32") is network
 
 
 def test_the_peak_counts_what_was_allocated():

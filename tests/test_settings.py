@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from unbackdoor.errors import SettingsError
-from unbackdoor.settings import PRESETS, PurifySettings, SearchSettings, ViewSettings
+from unbackdoor.settings import PRESETS, PurifySettings, SearchSettings, ViewSettings, flatten
 
 
 def build(preset):
@@ -47,6 +47,7 @@ def test_settings_are_frozen():
         (lambda: PurifySettings(temperature=0), "temperature must be above 0, got 0"),
         (lambda: PurifySettings(temperature=float("nan")), "temperature must be above 0, got nan"),
         (lambda: PurifySettings(epochs=0), "epochs must be at least 1, got 0"),
+        (lambda: PurifySettings(seed=-1), "seed must be at least 0 and at most"),
         (lambda: PurifySettings(batch_size=1), "batch_size must be at least 2, got 1"),
         (lambda: ViewSettings(min_area=0), "views.min_area must be above 0 and at most 1, got 0"),
         (lambda: ViewSettings(grey=1.5), "views.grey must be at least 0 and at most 1, got 1.5"),
@@ -59,3 +60,11 @@ def test_values_out_of_range_are_refused_by_name(make, message):
 
 def test_l2_may_exceed_one():
     assert SearchSettings(norm="l2", epsilon=1024 / 255).epsilon > 4
+
+
+def test_flatten_gives_dotted_names():
+    assert flatten({"a": 1, "b": {"c": [2], "d": {"e": None}}}) == [
+        ("a", 1),
+        ("b.c", [2]),
+        ("b.d.e", None),
+    ]

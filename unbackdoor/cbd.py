@@ -17,10 +17,11 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.batchnorm import batch_statistics, reestimate, track
 from unbackdoor.data import ImageSource, from_tensor
-from unbackdoor.devices import Precision, autocast
+from unbackdoor.devices import Precision, deterministic, in_precision
 from unbackdoor.errors import DataError, DivergedError
 from unbackdoor.losses import nt_xent
 from unbackdoor.pgd import l2_pgd, linf_pgd, shared_pgd
+from unbackdoor.probe import extract
 from unbackdoor.settings import PurifySettings, SearchSettings
 from unbackdoor.types import Features, Images, RawImages, Scalar
 from unbackdoor.views import random_views
@@ -83,7 +84,7 @@ def purify(
         settings: See :class:`PurifySettings`.
         device: Where to compute; the copy that is returned is there too.
         precision: ``bf16`` runs networks in bfloat16; weights and losses stay float32.
-        state: Continue after its last epoch, to the same result as an uninterrupted run.
+        state: Continue after its last epoch; on a CPU to the same bits as an uninterrupted run.
         on_step: Called after every step with the number of steps done and of all steps.
         on_epoch: Called after every epoch with the state to continue from.
 
@@ -111,11 +112,14 @@ def purify(
     )
     history = () if state is None else _restore(state, student, optimizer)
 
-    with autocast(device, precision):
-        projection = train_projection(original, source, settings, device=device)
-        embed, embed_original = (nn.Sequential(net, projection) for net in (student, original))
-        watched = _to_unit(source.read(range(min(WATCHED, len(source)))), device)
-        spread = feature_spread(original, watched)
+    network, network_before = (in_precision(net, precision) for net in (student, original))
+    with deterministic():
+        projection = train_projection(network_before, source, settings, device=device)
+        embed, embed_original = (
+            nn.Sequential(net, projection) for net in (network, network_before)
+        )
+        watched = source.read(range(min(WATCHED, len(source))))
+        spread = feature_spread(network_before, watched, batch_size=settings.batch_size)
         step = len(history) * (steps // settings.epochs)
         for epoch in range(len(history), settings.epochs):
             started, losses = time.monotonic(), []
@@ -134,7 +138,7 @@ def purify(
                 loss.backward()
                 optimizer.step()
                 if settings.batch_norm == "tracked":
-                    track(student, plain)
+                    track(network, plain)
 
                 step += 1
                 losses.append(torch.stack([*terms, loss]).detach())
@@ -143,14 +147,15 @@ def purify(
                 if on_step is not None:
                     on_step(step, steps)
             _check_finite(losses, epoch)
-            _check_spread(feature_spread(student, watched), spread, epoch)
+            reached = feature_spread(network, watched, batch_size=settings.batch_size)
+            _check_spread(reached, spread, epoch)
             pull, distill, align, mean = torch.stack(losses).mean(0).tolist()
             seconds = time.monotonic() - started
             history = (*history, EpochLosses(pull, distill, align, mean, seconds))
             if on_epoch is not None:
                 on_epoch(_state(student, optimizer, history))
         if settings.batch_norm == "tracked":
-            reestimate(student, _plain_batches(source, settings.batch_size, device))
+            reestimate(network, _plain_batches(source, settings.batch_size, device))
     return Purified(student.requires_grad_(False), history)
 
 
@@ -327,10 +332,9 @@ def steps_per_epoch(images: int, settings: PurifySettings) -> int:
     return steps
 
 
-@torch.no_grad()
-def feature_spread(backbone: nn.Module, images: Images) -> float:
+def feature_spread(backbone: nn.Module, images: RawImages, *, batch_size: int) -> float:
     """Return the variance of the unit features of ``images``, 0 (all alike) to 1."""
-    unit = F.normalize(backbone(images).float(), dim=1)
+    unit = F.normalize(extract(backbone, images, batch_size=batch_size), dim=1)
     return 1 - unit.mean(0).pow(2).sum().item()
 
 
@@ -353,7 +357,8 @@ def _plain_batches(source: ImageSource, batch_size: int, device: torch.device) -
 def _check_finite(losses: list[Tensor], epoch: int) -> None:
     if not torch.stack(losses).isfinite().all():
         raise DivergedError(
-            f"epoch {epoch + 1}: the loss is no longer finite; pass a lower --learning-rate"
+            f"epoch {epoch + 1}: the loss is no longer finite; "
+            "start again with a lower --learning-rate"
         )
 
 
@@ -361,7 +366,7 @@ def _check_spread(spread: float, original: float, epoch: int) -> None:
     if not spread > COLLAPSED * original:
         raise DivergedError(
             f"epoch {epoch + 1}: the features have collapsed, their spread is {spread:.2g} and was "
-            f"{original:.2g}; pass a larger --distill or a lower --learning-rate"
+            f"{original:.2g}; start again with a larger --distill or a lower --learning-rate"
         )
 
 
@@ -369,11 +374,12 @@ def _state(
     student: nn.Module, optimizer: torch.optim.SGD, history: tuple[EpochLosses, ...]
 ) -> PurifyState:
     momentum = {
-        name: optimizer.state[weight]["momentum_buffer"]
+        name: optimizer.state[weight]["momentum_buffer"].clone()
         for name, weight in student.named_parameters()
         if optimizer.state[weight].get("momentum_buffer") is not None
     }
-    return PurifyState(history, student.state_dict(), momentum)
+    weights = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    return PurifyState(history, weights, momentum)
 
 
 def _restore(
@@ -382,5 +388,6 @@ def _restore(
     student.load_state_dict(state.student)
     for name, weight in student.named_parameters():
         if name in state.momentum:
-            optimizer.state[weight]["momentum_buffer"] = state.momentum[name].to(weight.device)
+            buffer = state.momentum[name].to(weight.device, copy=True)
+            optimizer.state[weight]["momentum_buffer"] = buffer
     return state.history

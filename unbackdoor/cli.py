@@ -1,7 +1,9 @@
 """The command line: reads arguments, calls, prints. No logic, and no torch until a command runs."""
 
 import sys
+import tomllib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,10 +14,17 @@ from cyclopts.config import Dict, Toml
 from unbackdoor import __version__
 from unbackdoor.errors import SettingsError, UnbackdoorError
 from unbackdoor.progress import display
-from unbackdoor.settings import PRESETS, PurifySettings
+from unbackdoor.settings import PRESETS, PurifySettings, flatten
+
+NO_SETTINGS = {  # arguments of `purify` that belong on the command line, and our own commands
+    *("purify", "demo", "checkpoint", "config", "preset", "arch", "images", "out", "nesting"),
+    *("prefix", "head", "mean", "std", "size", "limit", "max_broken", "max-broken", "device"),
+    *("precision", "resume", "force", "dry_run", "dry-run"),
+}
 
 app = App(
     name="unbackdoor",
+    suppress_keyboard_interrupt=False,
     version=__version__,
     help="Remove backdoors from pre-trained vision backbones with unlabeled images.",
 )
@@ -27,12 +36,34 @@ def fill_settings(_: App, __: tuple[str, ...], arguments: ArgumentCollection) ->
     if path := given.get("--config"):
         if not Path(path).is_file():
             raise SettingsError(f"--config {path}: no such file")
+        check_config(Path(path))
         Toml(path, use_commands_as_keys=False)(app, (), arguments)
     if name := given.get("--preset"):
         if name not in PRESETS:
             raise SettingsError(f"--preset {name!r} is unknown; there are {', '.join(PRESETS)}")
         preset = dict(PRESETS[name])
         Dict(preset, use_commands_as_keys=False, source=f"preset {name}")(app, (), arguments)
+
+
+def check_config(path: Path) -> None:
+    """Refuse what is no setting in a TOML file, and fractions where a whole number belongs.
+
+    The nearest name of an unknown key is cyclopts' to give.
+
+    Raises:
+        SettingsError: If the file is not TOML, or holds something else than settings.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--config {path}: {error}") from error
+    flags = [key for key in table if key in NO_SETTINGS]
+    if flags:
+        raise SettingsError(f"--config {path}: {flags[0]!r} is no setting; pass it as a flag")
+    whole = {name for name, value in flatten(asdict(PurifySettings())) if type(value) is int}
+    for name, value in flatten(table):
+        if name in whole and type(value) is not int:
+            raise SettingsError(f"--config {path}: {name} is a whole number, got {value!r}")
 
 
 @app.command(config=fill_settings)
@@ -117,18 +148,23 @@ def purify(
     if dry_run:
         jobs.dry_run(source, images, out, settings, **options)
         return
-    with display("purify") as shown:
-        jobs.purify_file(
-            source,
-            images,
-            out,
-            settings,
-            **options,
-            overwrite=force,
-            resume=resume,
-            say=shown.say,
-            on_step=shown.on_step,
-        )
+    try:
+        with display("purify") as shown:
+            jobs.purify_file(
+                source,
+                images,
+                out,
+                settings,
+                **options,
+                overwrite=force,
+                resume=resume,
+                say=shown.say,
+                on_step=shown.on_step,
+            )
+    except KeyboardInterrupt:
+        if jobs.name_outputs(out).state.exists():
+            print("run the same command with --resume to continue", file=sys.stderr)
+        raise
 
 
 @app.command
@@ -168,6 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; run again with --resume to continue", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        print(f"error: out of memory ({error}); pass a smaller --batch-size", file=sys.stderr)
+        return 2
     return 0

@@ -25,7 +25,6 @@ from unbackdoor.errors import OutputError
 from unbackdoor.jobs import (
     Outputs,
     Source,
-    flatten,
     losses_picture,
     open_source,
     purify_file,
@@ -48,7 +47,7 @@ from unbackdoor.report import (
     render_report,
     tsne_picture,
 )
-from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings
+from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings, flatten
 from unbackdoor.types import Features, RawImages
 
 UNLABELED, PROBE = 2_500, 500  # of 5,000; the rest are test images
@@ -56,7 +55,7 @@ SHOWN = 8  # images in the report
 EMBEDDED = 300  # images of each kind in the t-SNE
 CLASSES = 10
 
-# Chosen on victims of seeds 100 and 101 and on other images; docs/experiments/demo.md has the search.
+# Chosen on other victims and other images: docs/experiments/demo.md.
 SETTINGS = PurifySettings(
     pull=0.3,
     distill=0.7,
@@ -113,8 +112,9 @@ def run_demo(
     """
     started = time.monotonic()
     report = out / "report.html"
-    if report.exists() and not overwrite:
-        raise OutputError(f"{report}: exists already; pass --force to replace it")
+    for name in ("report.html", "scores.json", "clean.safetensors", "clean.json", "clean.html"):
+        if (out / name).exists() and not overwrite:
+            raise OutputError(f"{out / name}: exists already; pass --force to replace it")
     out.mkdir(parents=True, exist_ok=True)
     settings = replace(settings, seed=seed)
     splits = split_images(seed)
@@ -187,8 +187,8 @@ def command_line(source: Source, settings: PurifySettings, out: Path) -> str:
     """Return the command that a user would type for the demo's repair, with every setting."""
     words = [
         "unbackdoor purify",
-        source.checkpoint.name,
-        "--arch",
+        str(source.checkpoint),
+        "--device cpu --arch",
         source.arch,
         "--images fashion-mnist --limit",
         str(UNLABELED),
@@ -200,7 +200,12 @@ def command_line(source: Source, settings: PurifySettings, out: Path) -> str:
         *map(str, source.std or ()),
     ]
     for name, value in flatten(asdict(settings)):
-        words += [f"--{name.replace('_', '-')}", str(value)]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            group, _, last = flag.rpartition(".")
+            words.append(f"--{flag}" if value else f"--{group}.no-{last}")
+        else:
+            words += [f"--{flag}", str(value)]
     return " ".join([*words, "--out", str(out / "clean.safetensors")])
 
 

@@ -3,9 +3,11 @@
 import contextlib
 import resource
 import sys
+from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
 from unbackdoor.errors import SettingsError
 
@@ -36,11 +38,39 @@ def pick_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) 
     return name
 
 
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which networks run in ``precision``; weights stay float32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+class InBfloat16(nn.Module):
+    """Runs a network in bfloat16 and returns float32; its weights stay float32.
+
+    Autocast covers the network's own pass alone, so that views, search and losses stay exact, and
+    keeps no cast weights, which would outlive an optimizer's step.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the network's output."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, cache_enabled=False):
+            output: Tensor = self.network(images)
+        return output.float()
+
+
+def in_precision(network: nn.Module, precision: Precision) -> nn.Module:
+    """Return ``network``, to be run in ``precision``; both share their weights."""
+    return network if precision == "fp32" else InBfloat16(network)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Let cuDNN choose deterministic kernels while inside; elsewhere nothing changes."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def peak_memory(device: torch.device) -> int:

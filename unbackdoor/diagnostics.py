@@ -65,10 +65,11 @@ def measure(
     """
     device = next(backbone.parameters()).device
     generator = torch.Generator(device).manual_seed(settings.seed)
-    clean = extract(backbone, images)
-    before = clean if backbone is original else extract(original, images)
+    size = settings.batch_size
+    clean = extract(backbone, images, batch_size=size)
+    before = clean if backbone is original else extract(original, images, batch_size=size)
     views, searched, noisy = [], [], []
-    for batch in images.split(settings.batch_size):
+    for batch in images.split(size):
         if len(batch) < 2:
             continue  # one image has no negatives
         plain = batch.to(device).float() / 255

@@ -10,6 +10,7 @@
     ├── DataError               images or labels that are missing, broken, too few
     ├── SettingsError           an unknown option, or a value outside its range
     ├── OutputError             the output exists, or cannot be written
+    ├── DeviceError             the device has too little memory
     └── DivergedError           training ended in NaN or in a collapsed feature space
 """
 
@@ -44,6 +45,10 @@ class SettingsError(UnbackdoorError):
 
 class OutputError(UnbackdoorError):
     """The output exists already, or cannot be written."""
+
+
+class DeviceError(UnbackdoorError):
+    """The device has too little memory."""
 
 
 class DivergedError(UnbackdoorError):

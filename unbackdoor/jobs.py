@@ -17,13 +17,14 @@ from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import ImageSource, load_images
 from unbackdoor.devices import peak_memory, pick_device, pick_precision
 from unbackdoor.diagnostics import Evidence, measure
-from unbackdoor.errors import DivergedError, OutputError
+from unbackdoor.errors import DeviceError, DivergedError, OutputError
 from unbackdoor.matching import describe_match, flat_tree, replace_tensors, state_dicts_apart
 from unbackdoor.report import Table, bars_picture, curves_picture, render_report
 from unbackdoor.resume import identity, load_state, save_state
-from unbackdoor.settings import PurifySettings
+from unbackdoor.settings import PurifySettings, flatten
 
 MEASURED = 256  # images that the evidence before and after is measured on
+MOST_NAMED = 10  # broken images in the account; the record has all
 FLAT, NESTED = (".safetensors",), (".pt", ".pth", ".bin")
 
 Say = Callable[[str], None]
@@ -125,9 +126,11 @@ def purify_file(
     where = pick_device(device)
     how = pick_precision(precision, where)
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=photos.fingerprint)
-    of |= {"device": str(where), "precision": how}
+    of |= describe_network(source, loaded) | {"device": str(where), "precision": how}
     state = load_state(outputs.state, of) if resume else None
-    if state is not None:
+    if state is None:
+        outputs.state.unlink(missing_ok=True)  # of another run, which is being overwritten
+    else:
         say(f"resuming after epoch {len(state.history)} of {settings.epochs}")
 
     def on_epoch(reached: PurifyState) -> None:
@@ -145,6 +148,8 @@ def purify_file(
             on_step=on_step,
             on_epoch=on_epoch,
         )
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{where} is out of memory; pass a smaller --batch-size") from error
     except DivergedError as error:
         kept = f"; the last good epoch is kept in {outputs.state}" if outputs.state.exists() else ""
         raise DivergedError(f"{error}{kept}") from error
@@ -156,6 +161,9 @@ def purify_file(
         "before": measure(original, original, sample, settings),
         "after": measure(backbone, original, sample, settings),
     }
+    if photos.broken:
+        named = ", ".join(photos.broken[:MOST_NAMED])
+        say(f"{len(photos.broken)} broken images were replaced by the next good one: {named}")
     record = make_record(source, loaded, images, photos, settings, history, evidence)
     record |= {"device": str(where), "precision": how, "output": outputs.tensors.name}
     write_outputs(
@@ -185,17 +193,21 @@ def dry_run(
         source, images, settings, limit=limit, max_broken=max_broken, say=say
     )
     where = pick_device(device)
-    times = [time.monotonic()]
-    short = replace(
-        settings, epochs=2, last_batch="keep", projection=replace(settings.projection, epochs=1)
-    )
+    times: list[float] = []
+
+    def on_step(step: int, steps: int) -> None:
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        times.append(time.monotonic())
+
+    size = min(settings.batch_size, len(photos))
     purify(
         loaded.backbone,
-        photos.read(range(min(settings.batch_size, len(photos)))),
-        short,
+        photos.read([row for row in range(size) for _ in range(2)]),  # two batches, one epoch
+        replace(settings, epochs=1, batch_size=size),
         device=where,
         precision=pick_precision(precision, where),
-        on_step=lambda step, steps: times.append(time.monotonic()),
+        on_step=on_step,
     )
     steps = settings.epochs * steps_per_epoch(len(photos), settings)
     estimate = Estimate(steps, times[-1] - times[-2], peak_memory(where))
@@ -220,14 +232,16 @@ def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) 
         raise OutputError(f"{out}: end it in {', '.join(FLAT + NESTED)}")
     if not out.parent.is_dir():
         raise OutputError(f"{out}: there is no folder {out.parent}")
-    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
-        raise OutputError(f"{out}: is the input, which is never changed; pass another --out")
-    outputs = Outputs(
-        out,
-        out.with_suffix(".json"),
-        out.with_suffix(".html"),
-        out.with_suffix(".state.safetensors"),
-    )
+    outputs = name_outputs(out)
+    given = checkpoint.resolve()
+    for path in outputs:
+        if path.resolve() == given or given in path.resolve().parents:
+            raise OutputError(
+                f"{path}: would change the input {checkpoint}, which never happens; "
+                "pass another --out"
+            )
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; pass another --out")
     if resume or overwrite:
         return outputs
     for path in outputs[:3]:
@@ -239,6 +253,12 @@ def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) 
             "or --force to start again"
         )
     return outputs
+
+
+def name_outputs(out: Path) -> Outputs:
+    """Return the names of all files that go with ``out``."""
+    suffixes = (".json", ".html", ".state.safetensors")
+    return Outputs(out, *(out.with_suffix(suffix) for suffix in suffixes))
 
 
 def open_both(
@@ -261,6 +281,19 @@ def open_both(
     say(f"{images}: {len(photos)} unlabeled images, brought to {loaded.size} × {loaded.size}")
     steps_per_epoch(len(photos), settings)
     return loaded, photos
+
+
+def describe_network(source: Source, loaded: Loaded) -> dict[str, str]:
+    """Return what makes a checkpoint's tensors this network, for the state of a run."""
+    match, backbone = loaded.match, loaded.backbone
+    return {
+        "arch": source.arch,
+        "place": ".".join((*match.nesting, match.prefix)),
+        "head": ", ".join(backbone.head_names),
+        "mean": str(backbone.mean.flatten().tolist()),
+        "std": str(backbone.std.flatten().tolist()),
+        "size": str(loaded.size),
+    }
 
 
 def describe_epoch(state: PurifyState, settings: PurifySettings) -> str:
@@ -434,14 +467,3 @@ def losses_picture(history: list[dict[str, float]]) -> Any:
         x_label="epoch",
         y_label="mean loss",
     )
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the leaves of nested tables with dotted names."""
-    leaves: list[tuple[str, Any]] = []
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            leaves += flatten(value, f"{prefix}{name}.")
-        else:
-            leaves.append((f"{prefix}{name}", value))
-    return leaves

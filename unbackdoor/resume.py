@@ -64,12 +64,12 @@ def load_state(path: Path, of: dict[str, str]) -> PurifyState:
         history = tuple(EpochLosses(*epoch) for epoch in json.loads(metadata["history"]))
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: this state is damaged ({error}); delete it and run without --resume"
+            f"{path}: this state is damaged ({error}); start again with --force"
         ) from error
     for name, wanted in of.items():
         if found.get(name) != wanted:
             raise OutputError(
                 f"{path}: belongs to another run: {name} was {found.get(name)}, now {wanted}; "
-                "run with the old settings, or without --resume to start again"
+                "resume as it was started, or start again with --force"
             )
     return PurifyState(history, tensors["student"], tensors["momentum"])

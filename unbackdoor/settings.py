@@ -154,6 +154,7 @@ class PurifySettings:
             _in_range(name, getattr(self, name), least=0)
         for name in ("temperature", "learning_rate"):
             _in_range(name, getattr(self, name), above=0)
+        _in_range("seed", self.seed, least=0, most=2**32 - 1)
         _in_range("epochs", self.epochs, least=1)
         _in_range("batch_size", self.batch_size, least=2)
         total = self.pull + self.distill + self.align
@@ -200,6 +201,17 @@ class SupervisedSettings:
     weight_decay: float = 5e-4
     margin: int = 4
     seed: int = 0
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the leaves of nested tables with dotted names."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            leaves += flatten(value, f"{prefix}{name}.")
+        else:
+            leaves.append((f"{prefix}{name}", value))
+    return leaves
 
 
 def _in_range(
