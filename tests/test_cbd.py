@@ -14,7 +14,7 @@ from unbackdoor.cbd import (
     step_length,
     steps_per_epoch,
 )
-from unbackdoor.errors import DataError, DivergedError
+from unbackdoor.errors import DataError, DivergedError, SettingsError
 from unbackdoor.losses import nt_xent
 from unbackdoor.settings import (
     ProjectionSettings,
@@ -192,6 +192,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert_equal_states(whole.backbone, rest.backbone)
     for one, other in zip(whole.history, rest.history, strict=True):
         assert one[:4] == other[:4]
+
+
+def test_a_state_with_more_epochs_than_asked_for_is_refused(network, images):
+    states = []
+    purify(network, images, QUICK, on_epoch=states.append)
+    with pytest.raises(SettingsError, match="the state is of 2 epochs, more than the 1 asked for"):
+        purify(network, images, replace(QUICK, epochs=1), state=states[1])
 
 
 def test_a_head_inside_the_module_is_carried_through_bit_equal(images):

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from unbackdoor.batchnorm import batch_statistics, reestimate, track
 from unbackdoor.data import ImageSource, from_tensor
 from unbackdoor.devices import Precision, deterministic, in_precision
-from unbackdoor.errors import DataError, DivergedError
+from unbackdoor.errors import DataError, DivergedError, SettingsError
 from unbackdoor.losses import nt_xent
 from unbackdoor.pgd import l2_pgd, linf_pgd, shared_pgd
 from unbackdoor.probe import extract
@@ -90,6 +90,7 @@ def purify(
 
     Raises:
         DataError: If the images do not fill one batch.
+        SettingsError: If ``state`` has more epochs than the settings ask for.
         DivergedError: If the loss is no longer finite or the features collapse.
 
     Source:
@@ -111,6 +112,11 @@ def purify(
         weight_decay=settings.weight_decay,
     )
     history = () if state is None else _restore(state, student, optimizer)
+    if len(history) > settings.epochs:
+        raise SettingsError(
+            f"the state is of {len(history)} epochs, more than the {settings.epochs} asked for; "
+            f"pass --epochs {len(history)}, or start again with --force"
+        )
 
     network, network_before = (in_precision(net, precision) for net in (student, original))
     with deterministic():
