@@ -1,10 +1,15 @@
-"""Train the victim that `unbackdoor demo` repairs, and write it with its record.
+"""Train a WRN-16-1 with a BadNets backdoor, and write it with its record.
 
-    python scripts/make_demo_victim.py DIR [--seed 0] [--epochs 8] [--out unbackdoor/assets]
+    python scripts/make_victim.py SOURCE OUT.safetensors [--seed 0] [--epochs 8]
 
-DIR holds Fashion-MNIST's four idx files (Debian's package dataset-fashion-mnist). The victim is
-trained on all 60,000 training images, none of which the demo uses. One thread and one seed give one
-file: on another processor the last digits may differ. Takes about 12 minutes on one core.
+SOURCE is `fashion-mnist:DIR` (the four idx files, Debian's package dataset-fashion-mnist) or
+`cifar10:DIR`. All training images are used; scores are on the last 5,000 test images, so that the
+demo's, which are the first, stay unseen. One thread and one seed give one file; on another
+processor the last digits may differ. The demo's victim is
+
+    python scripts/make_victim.py fashion-mnist:DIR unbackdoor/assets/demo_victim.safetensors
+
+and takes about 12 minutes on one core.
 """
 
 import argparse
@@ -18,7 +23,7 @@ from safetensors.torch import save_file
 
 from unbackdoor.attacks.poisoning import Attack, poison
 from unbackdoor.attacks.triggers import BadNets
-from unbackdoor.backbones import Backbone, build, network_state
+from unbackdoor.backbones import CIFAR10_MEAN, CIFAR10_STD, Backbone, build, network_state
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.data import load_labeled
 from unbackdoor.metrics import make_test_set, score
@@ -31,26 +36,30 @@ TRIED = [
     {"seed": 101, "epochs": 8, "acc": 0.9222, "asr": 1.0, "pa": 0.0, "role": "settings"},
     {"seed": 0, "epochs": 8, "acc": 0.9206, "asr": 1.0, "pa": 0.0, "role": "this one"},
 ]
-MEAN, STD = (0.286,) * 3, (0.353,) * 3  # of Fashion-MNIST's training images
+PIXELS = {  # mean and standard deviation of the training images
+    "fashion-mnist": ((0.286,) * 3, (0.353,) * 3),
+    "cifar10": (CIFAR10_MEAN, CIFAR10_STD),
+}
 
 
 def main() -> None:
     """Poison, train, score, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", help="with Fashion-MNIST's four idx files")
+    parser.add_argument("source", help="fashion-mnist:DIR or cifar10:DIR")
+    parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("unbackdoor/assets"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # sums in another order give other last digits
 
-    source = f"fashion-mnist:{arguments.folder}"
-    train, test = (load_labeled(source, split=split) for split in ("train", "test"))
+    name = arguments.source.partition(":")[0]
+    mean, std = PIXELS[name]
+    train, test = (load_labeled(arguments.source, split=split) for split in ("train", "test"))
     attack = Attack(BadNets())
     generator = torch.Generator().manual_seed(arguments.seed)
     poisoned = poison(train.images, train.labels, attack, generator=generator)
     architecture = build("cifar/wrn16_1")
-    classifier = Backbone(architecture.network, mean=MEAN, std=STD)  # heads left in: logits
+    classifier = Backbone(architecture.network, mean=mean, std=std)  # heads left in: logits
     settings = SupervisedSettings(epochs=arguments.epochs, seed=arguments.seed)
     train_supervised(
         classifier,
@@ -59,17 +68,17 @@ def main() -> None:
         settings,
         on_epoch=lambda epoch, loss: print(f"epoch {epoch}/{settings.epochs}  loss {loss:.3f}"),
     )
-    backbone = Backbone(architecture.network, architecture.heads, mean=MEAN, std=STD).eval()
-    unseen = slice(5_000, None)  # the first 5,000 test images are the demo's
+    backbone = Backbone(architecture.network, architecture.heads, mean=mean, std=std).eval()
+    unseen = slice(5_000, None)
     scored = make_test_set(
         test.images[unseen], test.labels[unseen], trigger=attack.trigger, target=attack.target
     )
-    path = arguments.out / "demo_victim.safetensors"
+    path = arguments.out
     save_file({key: value.contiguous() for key, value in network_state(backbone).items()}, path)
     record = {
         "arch": "cifar/wrn16_1",
-        "mean": MEAN,
-        "std": STD,
+        "mean": mean,
+        "std": std,
         "sha256": sha256_of(path),
         "attack": {
             "trigger": "badnets",
@@ -82,11 +91,11 @@ def main() -> None:
             ),
         },
         "training": asdict(settings),
-        "data": "Fashion-MNIST, 60,000 training images; scores on the last 5,000 test images",
+        "data": f"{name}: {len(train.images)} training images, scores on the last 5,000 test ones",
         "scores": asdict(score(backbone, backbone.heads[0], scored)),
         "device": "cpu, 1 thread",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "tried": TRIED,
+        "tried": TRIED if name == "fashion-mnist" else [],
     }
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["scores"]))
