@@ -75,7 +75,7 @@ def test_durability_sees_a_backdoor_that_hides_behind_the_statistics(two_kinds):
     test = make_test_set(images, labels, trigger=trigger, target=1)
     masked = copy.deepcopy(network)
     masked[1].running_mean += 1e3  # every ReLU is off: all images look alike
-    reading = durability(masked, images, labels, test, classes=2, plain=images)
+    reading = durability(masked, images, labels, test, classes=2, plain=images[:60])
     assert reading.delivered.acc < 0.6
     assert reading.reestimated.acc > 0.9
     assert reading.reestimated.asr > 0.9

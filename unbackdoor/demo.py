@@ -8,7 +8,7 @@ import importlib.resources
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,8 @@ SETTINGS = PurifySettings(
 )
 
 
-class Splits(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Splits:
     """The embedded images by role; no image has two."""
 
     unlabeled: RawImages

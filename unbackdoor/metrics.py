@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
@@ -13,6 +14,8 @@ from unbackdoor.batchnorm import reestimate
 from unbackdoor.errors import DataError
 from unbackdoor.probe import extract, linear_probe
 from unbackdoor.types import Labels, RawImages
+
+OtherImages = UInt8[Tensor, "m c h w"]  # not as many as the images beside them
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,20 @@ class Scores:
     triggered: int
 
 
-class TestSet(NamedTuple):
-    """Test images as they are and triggered; what the attacker wants is part of it."""
+@dataclass(frozen=True, eq=False)
+class TestSet:
+    """Test images as they are and triggered; what the attacker wants is part of it.
+
+    Attributes:
+        images: Shape ``(n, c, h, w)``.
+        labels: Shape ``(n,)``.
+        triggered: Of the images of other classes than the target, in their order.
+        target: The class that triggered images shall be taken for.
+    """
 
     images: RawImages
     labels: Labels
-    triggered: RawImages  # of the images of other classes than the target, in their order
+    triggered: OtherImages
     target: int
 
 
@@ -107,7 +118,7 @@ def durability(
     test: TestSet,
     *,
     classes: int,
-    plain: RawImages,
+    plain: OtherImages,
 ) -> Durability:
     """Score ``backbone`` as delivered, after re-estimation, and after a short fine-tuning.
 
