@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 
@@ -24,35 +25,29 @@ def test_no_image_has_two_roles_and_the_unlabeled_ones_are_what_purify_draws():
     assert not torch.equal(splits.unlabeled, split_images(4).unlabeled)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out, lines = tmp_path_factory.mktemp("demo"), []
+@pytest.fixture
+def two_threads():
     torch.set_num_threads(2)  # as a user runs it
-    try:
-        return run_demo(out, say=lines.append), lines, out
-    finally:
-        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.mark.slow
-def test_the_demo_removes_the_backdoor_durably(finished):
-    result, _, _ = finished
+@pytest.mark.usefixtures("two_threads")
+def test_the_demo_removes_the_backdoor_durably(tmp_path):
+    result = run_demo(tmp_path, say=lambda _: None)
     assert result.victim.head.asr >= 0.95
+    assert result.fine_tuned.head.asr > 0.5
     assert result.purified.head.asr <= 0.10
     assert result.purified.probe.worst.asr <= 0.10
     assert result.purified.probe.delivered.acc >= result.victim.probe.delivered.acc - 0.06
-    assert result.fine_tuned.head.asr > 0.5
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
 def test_the_same_run_without_the_pull_term_keeps_the_backdoor(tmp_path):
-    torch.set_num_threads(2)
-    try:
-        share = SETTINGS.pull + SETTINGS.distill
-        control = replace(SETTINGS, pull=0.0, distill=share)
-        result = run_demo(tmp_path, settings=control, say=lambda _: None)
-    finally:
-        torch.set_num_threads(1)
+    control = replace(SETTINGS, pull=0.0, distill=SETTINGS.pull + SETTINGS.distill)
+    result = run_demo(tmp_path, settings=control, say=lambda _: None)
     assert result.purified.head.asr >= 0.90
 
 
@@ -68,17 +63,21 @@ def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
     assert (given["images"], given["limit"], given["device"]) == ("fashion-mnist", 2500, "cpu")
 
 
-@pytest.mark.slow
-def test_the_demo_prints_scores_and_writes_one_self_contained_page(finished):
-    _, lines, out = finished
+def test_the_demo_prints_scores_and_writes_one_self_contained_page(tmp_path):
+    lines = []
+    quick = replace(SETTINGS, epochs=1, search=replace(SETTINGS.search, steps=1))
+    result = run_demo(tmp_path, settings=quick, say=lines.append)
+    assert result.victim.head.asr >= 0.95
     text = "\n".join(lines)
     for word in ("probe ASR", "head ASR", "victim", "fine-tuned with 500 labels", "Does it last?"):
         assert word in text
-    page = (out / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
     assert len(page) < 2_000_000
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     for title in ("The attack", "Losses", "Features of test images"):
         assert title in page
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert scores["purified"]["delivered"]["asr"] == result.purified.probe.delivered.asr
 
 
 @pytest.mark.parametrize("name", ["report.html", "scores.json", "clean.safetensors"])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from matplotlib import style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -23,9 +24,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE  # type: ignore[import-untyped]  # ships no annotations
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from unbackdoor.types import Features, RawImages
+from unbackdoor.types import RawImages
 
 INK, PAPER = "#010203", "#fdfefc"  # stand-ins, replaced by the reader's light or dark colours
 # Okabe and Ito 2008, for all colour vision; the blue is lighter, to show on a dark page as well.
@@ -100,6 +102,9 @@ figure,tr{break-inside:avoid}
 h2{break-after:avoid}
 details::details-content{display:block;content-visibility:visible}}
 """
+
+
+GroupFeatures = Float[Tensor, "_n d"]  # groups differ in their number of rows
 
 
 class Flagged(NamedTuple):
@@ -317,7 +322,7 @@ def amplified_difference(clean: RawImages, changed: RawImages, *, gain: int) -> 
 
 def tsne_picture(
     title: str,
-    panels: Mapping[str, Mapping[str, Features]],
+    panels: Mapping[str, Mapping[str, GroupFeatures]],
     *,
     strong: Sequence[str],
     seed: int,
@@ -363,7 +368,7 @@ class _Points(NamedTuple):
     members: np.ndarray  # (n,), the number of each point's group
 
 
-def _embed(groups: Sequence[Features], *, seed: int, limit: int) -> _Points:
+def _embed(groups: Sequence[GroupFeatures], *, seed: int, limit: int) -> _Points:
     features = F.normalize(torch.cat(list(groups)).detach().float().cpu())
     members = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
     rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:limit]
