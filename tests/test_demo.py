@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,13 @@ def test_the_same_run_without_the_pull_term_keeps_the_backdoor(tmp_path):
     control = replace(SETTINGS, pull=0.0, distill=SETTINGS.pull + SETTINGS.distill)
     result = run_demo(tmp_path, settings=control, say=lambda _: None)
     assert result.purified.head.asr >= 0.90
+
+
+def test_the_example_file_has_the_demos_settings(tmp_path):
+    path = str(Path(__file__).resolve().parents[1] / "examples/shared-search.toml")
+    words = f"purify v.pt --arch resnet18 --images x --out {tmp_path}/o.pt --config {path}".split()
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    assert bound.arguments["settings"] == SETTINGS
 
 
 def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
