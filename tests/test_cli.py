@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unbackdoor.cli import main
+from unbackdoor.cli import app, main
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import PurifySettings, flatten
 
@@ -123,6 +123,29 @@ def test_a_users_error_is_one_message_and_exit_code_2(words, message, inputs, tm
     assert message in said
     assert "Traceback" not in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+WHOLE_NUMBERS = [
+    (command, argument.name)
+    for command in ("purify", "demo")
+    for argument in app[command].assemble_argument_collection()
+    if argument.hint in (int, int | None)
+]
+
+
+@pytest.mark.parametrize(("command", "flag"), WHOLE_NUMBERS)
+@pytest.mark.parametrize("value", ["2.5", "2.0", "1e2", "two"])
+def test_a_whole_number_is_never_rounded(command, flag, value, capsys):
+    needed = ["x.pt", "--arch", "x", "--images", "x", "--out", "x"] if command == "purify" else []
+    assert main([command, *needed, flag, value]) == 2
+    said = unwrapped(capsys)
+    assert f"Invalid value for {flag}: '{value}' is not a whole number" in said
+    assert "Traceback" not in said
+
+
+def test_the_whole_numbers_are_found():
+    found = {flag for _, flag in WHOLE_NUMBERS}
+    assert {"--epochs", "--batch-size", "--search.steps", "--seed", "--size", "--limit"} <= found
 
 
 def test_an_unknown_name_in_a_config_is_answered_with_the_nearest(inputs, tmp_path, capsys):

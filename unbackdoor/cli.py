@@ -14,7 +14,7 @@ from cyclopts.config import Dict, Toml
 from unbackdoor import __version__
 from unbackdoor.errors import SettingsError, UnbackdoorError
 from unbackdoor.progress import display
-from unbackdoor.settings import PRESETS, PurifySettings, flatten
+from unbackdoor.settings import PRESETS, PurifySettings, Whole, flatten
 
 NO_SETTINGS = {  # arguments of `purify` that belong on the command line, and our own commands
     *("purify", "demo", "checkpoint", "config", "preset", "arch", "images", "out", "nesting"),
@@ -78,11 +78,11 @@ def purify(
     settings: Annotated[PurifySettings, Parameter(name="*")] = PurifySettings(),
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
-    size: int | None = None,
+    size: Whole | None = None,
     head: str | None = None,
     nesting: str | None = None,
     prefix: str | None = None,
-    limit: int | None = None,
+    limit: Whole | None = None,
     max_broken: float = 0.01,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
@@ -171,7 +171,7 @@ def purify(
 def demo(
     *,
     out: Path = Path("unbackdoor-demo"),
-    seed: int = 0,
+    seed: Whole = 0,
     force: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Purify a small backdoored backbone that comes with the package, and show what changed.

@@ -21,7 +21,16 @@ def _ratio(_: type, tokens: Sequence[Token]) -> float:
     return float(above) / float(below) if slash else float(above)
 
 
+def _whole(_: type, tokens: Sequence[Token]) -> int:
+    """Read a whole number; cyclopts alone would round a fraction without a word."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is not a whole number") from None
+
+
 Ratio = Annotated[float, Parameter(converter=_ratio)]
+Whole = Annotated[int, Parameter(converter=_whole)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class SearchSettings:
 
     norm: Literal["linf", "l2"] = "linf"
     epsilon: Ratio = 8 / 255
-    steps: int = 20
+    steps: Whole = 20
     step_size: float = 0.1
     step_unit: Literal["epsilon", "pixel", "level"] = "epsilon"
     start: Literal["random", "zero"] = "random"
@@ -97,8 +106,8 @@ class ProjectionSettings:
         learning_rate: Of its training.
     """
 
-    width: int = 0
-    epochs: int = 10
+    width: Whole = 0
+    epochs: Whole = 10
     learning_rate: float = 0.05
 
     def __post_init__(self) -> None:
@@ -136,15 +145,15 @@ class PurifySettings:
     distill: float = 0.5
     align: float = 0.2
     temperature: float = 0.5
-    epochs: int = 15
-    batch_size: int = 128
+    epochs: Whole = 15
+    batch_size: Whole = 128
     last_batch: Literal["drop", "keep"] = "drop"
     learning_rate: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: Literal["constant", "cosine"] = "constant"
     batch_norm: Literal["batch", "joint", "frozen", "tracked"] = "tracked"
-    seed: int = 0
+    seed: Whole = 0
     search: SearchSettings = field(default_factory=SearchSettings)
     views: ViewSettings = field(default_factory=ViewSettings)
     projection: ProjectionSettings = field(default_factory=ProjectionSettings)
