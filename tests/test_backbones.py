@@ -305,6 +305,12 @@ def test_a_network_of_fixed_size_refuses_another(tmp_path):
         load_backbone(path, "test_vit3", size=32)
 
 
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_size_that_no_image_has_is_refused(size, tmp_path):
+    with pytest.raises(SettingsError, match=f"size is in pixels, at least 1, got {size}"):
+        load_backbone(tmp_path / "none.pt", "test_resnet", size=size)
+
+
 # Names
 
 
@@ -360,6 +366,18 @@ def test_a_users_network_must_say_how_it_normalizes(own, tmp_path):
     with pytest.raises(ArchitectureError, match="--mean 0 0 0 --std 1 1 1 means no normalization"):
         load_backbone(path, f"{own}:silent")
     load_backbone(path, f"{own}:silent", mean=(0, 0, 0))
+
+
+def test_a_network_for_grey_images_is_refused_since_all_images_are_rgb(tmp_path):
+    path = tmp_path / "grey.py"
+    path.write_text(
+        "from torch import nn\n"
+        "def network():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AvgPool2d(30), nn.Flatten())\n"
+    )
+    checkpoint = saved(filled(build(f"{path}:network").network), tmp_path)
+    with pytest.raises(ArchitectureError, match=r"fails on 32-pixel RGB images: .*1 channel"):
+        load_backbone(checkpoint, f"{path}:network", mean=(0.5,), std=(0.5,), size=32)
 
 
 def test_a_last_layer_of_another_name_is_no_head_unless_it_is_named(own):

@@ -222,8 +222,11 @@ def open_backbone(
         MismatchError: If tensors and architecture do not fit each other.
         ArchitectureError: If there is no such architecture, or it yields no feature vectors, or
             its normalization or image size is unknown and not given.
-        SettingsError: If ``mean`` or ``std`` lies outside [0, 1] or they differ in length.
+        SettingsError: If ``mean`` or ``std`` lies outside [0, 1] or they differ in length, or
+            ``size`` is below 1.
     """
+    if size is not None and size < 1:
+        raise SettingsError(f"size is in pixels, at least 1, got {size}")
     source = read_checkpoint(checkpoint)
     architecture = build(arch, head=head)
     match = _match(source, arch, architecture, nesting=nesting, prefix=prefix)
@@ -437,14 +440,13 @@ def _fill(
 
 def _try(backbone: Backbone, *, arch: str, size: int) -> int:
     """Return the number of features of two noise images, or raise what is wrong with them."""
-    channels = backbone.mean.shape[1]
-    images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
             features = backbone(images)
     except Exception as error:  # the user's own network may raise anything
         part = f"{arch} without {', '.join(backbone.head_names)}" if backbone.heads else arch
-        cause = f"fails on {size}-pixel images: {_in_short(error)}"
+        cause = f"fails on {size}-pixel RGB images: {_in_short(error)}"
         raise ArchitectureError(f"{part} {cause}") from error
     if not features.isfinite().all():
         raise CheckpointError(f"{arch} with these weights yields NaN or infinite features")
