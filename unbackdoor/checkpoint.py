@@ -45,6 +45,7 @@ Tree: TypeAlias = dict[str, Union["Tree", Tensor]]
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file that torch < 1.6 wrote
+LFS_POINTER = b"version https://git-lfs"  # begins what a clone without Git LFS holds instead
 ALIGNMENT = 16  # bytes; tensors that start elsewhere are copied out of the mapped file
 MOST_VISITS = 1_000  # of one container while walking a file; only bombs need more
 
@@ -252,11 +253,11 @@ def _read_file(path: Path) -> _Content:
         start = b""
         if size > 0:
             with path.open("rb") as file:
-                start = file.read(9)
+                start = file.read(len(LFS_POINTER))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        if start[8:] == b"{":
+        if start[8:9] == b"{":
             return _Content("safetensors", _read_safetensors(path), ())
         if start.startswith(b"PK\x03\x04"):
             return _read_zip(path, size)
@@ -267,6 +268,8 @@ def _read_file(path: Path) -> _Content:
     except Exception as error:  # a hostile or damaged file can make any line below fail
         raise CheckpointError(f"{path}: damaged or cut short ({_first_line(error)})") from error
     what = "neither a safetensors file nor one that torch.save wrote" if start else "is empty"
+    if start == LFS_POINTER:
+        what = "only a pointer to the file, by Git LFS; get the file itself by git lfs pull"
     raise CheckpointError(f"{path}: {what}")
 
 
