@@ -44,7 +44,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from unbackdoor.errors import DataError
@@ -342,6 +342,8 @@ class FileImages:
                 return _open_image(self._index.read(candidate))
             except MemoryError:
                 raise
+            except UnidentifiedImageError:  # its text is a place in memory
+                self._reasons[candidate] = f"none of {', '.join(IMAGE_FORMATS)}"
             except Exception as error:  # Pillow raises nearly anything on a damaged file
                 self._reasons[candidate] = str(error)
             if len(self._reasons) > self._max_broken:
@@ -354,7 +356,8 @@ class FileImages:
         if len(reasons) == len(self):
             head = f"all {len(self)} images are broken"
         listed = [f"  {_printable(self._index.names[row])}: {why}" for row, why in reasons[:5]]
-        return "\n".join([f"{head}; the first are", *listed])
+        advice = [] if len(reasons) == len(self) else ["Remove them, or raise --max-broken."]
+        return "\n".join([f"{head}; the first are", *listed, *advice])
 
     def _hash(self) -> str:
         digest = hashlib.sha256(repr(self.size).encode())
