@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,57 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     nn.init.constant_(network.conv1.weight, torch.nan)
     with pytest.raises(CheckpointError, match="yields NaN or infinite features"):
         load_backbone(saved(network, tmp_path), "cifar/wrn16_1")
+
+
+def as_published(key: str) -> str:
+    """Return the name that ConvNeXt's authors gave to what timm calls ``key``."""
+    for ours, theirs in (
+        (r"^stem\.", "downsample_layers.0."),
+        (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+        (r"^stages\.(\d+)\.blocks\.", r"stages.\1."),
+        ("conv_dw", "dwconv"),
+        (r"mlp\.fc", "pwconv"),
+        (r"^head\.norm", "norm"),
+        (r"^head\.fc", "head"),
+    ):
+        key = re.sub(ours, theirs, key)
+    return key
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder."])
+def test_a_file_with_its_authors_names_is_read_as_timm_would(tmp_path, prefix):
+    network = filled(build("test_convnext", classes=7).network)
+    published = {prefix + as_published(k): v for k, v in network.state_dict().items()}
+    assert f"{prefix}downsample_layers.1.0.weight" in published
+    path = tmp_path / "published.pth"
+    torch.save({"model": published}, path)
+    loaded = open_backbone(path, "test_convnext")
+    assert loaded.match.left_over == ()
+    assert set(loaded.match.keys.values()) == set(published)
+    images = noise(64)
+    with torch.no_grad():
+        assert loaded.backbone.logits(images).equal(network((images - 0.5) / 0.5))
+
+
+def test_what_timm_would_change_beyond_names_is_a_mismatch(tmp_path):
+    tensors = filled(build("test_vit").network).state_dict()
+    tensors["patch_embed.proj.weight"] = tensors["patch_embed.proj.weight"].flatten(1)
+    save_file(tensors, tmp_path / "flat.safetensors")
+    with pytest.raises(MismatchError, match=r"patch_embed\.proj\.weight +64x3x16x16"):
+        load_backbone(tmp_path / "flat.safetensors", "test_vit")
+
+
+def test_what_timm_changes_in_place_is_a_mismatch(tmp_path, monkeypatch):
+    def convert(tensors, network):
+        tensors["first"] += 1
+        return {**tensors, "stem.0.weight": tensors["first"]}
+
+    tensors = filled(build("test_convnext").network).state_dict()
+    tensors["first"] = tensors.pop("stem.0.weight")
+    save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.setattr("timm.models.convnext.checkpoint_filter_fn", convert)
+    with pytest.raises(MismatchError, match=r"stem\.0\.weight +24x3x4x4 +absent"):
+        load_backbone(tmp_path / "x.safetensors", "test_convnext")
 
 
 # Normalization and size

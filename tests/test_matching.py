@@ -357,3 +357,34 @@ def test_the_account_names_what_was_matched_left_over_and_dropped():
         "(choose by --nesting and --prefix)",
         "dropped: optimizer (dict), epoch (int)",
     ]
+
+
+# Foreign names
+
+
+def test_foreign_names_are_tried_where_ours_do_not_fit():
+    state = network().state_dict()
+    foreign = {"stem": state.pop("conv1.weight")} | state
+    tree: Tree = {"model": prefixed("module.", foreign)}
+    wanted = shapes(network())
+    with pytest.raises(MismatchError):
+        match_keys(checkpoint(tree), wanted, head=HEAD)
+    match = match_keys(
+        checkpoint(tree), wanted, head=HEAD, rename=lambda tensors: {"conv1.weight": "stem"}
+    )
+    assert (match.nesting, match.prefix) == (("model",), "module.")
+    assert match.keys["conv1.weight"] == "module.stem"
+    assert set(match.keys) == set(wanted)
+    assert match.left_over == ()
+
+
+def test_one_tensor_is_never_two_of_the_networks():
+    state = network().state_dict()
+    del state["bn1.weight"]
+    with pytest.raises(MismatchError, match=r"bn1\.weight +4 +absent"):
+        match_keys(
+            checkpoint(state),
+            shapes(network()),
+            head=HEAD,
+            rename=lambda tensors: {"bn1.weight": "bn1.bias"},
+        )

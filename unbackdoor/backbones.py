@@ -9,7 +9,8 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -403,14 +404,46 @@ def _match(
 ) -> Match:
     expected = {key: value.shape for key, value in architecture.network.state_dict().items()}
     head = tuple(key for key in expected if _is_in(key, architecture.heads))
+    rename = partial(_timm_names, architecture.network)
     try:
-        return match_keys(source, expected, head=head, nesting=nesting, prefix=prefix)
+        return match_keys(
+            source, expected, head=head, nesting=nesting, prefix=prefix, rename=rename
+        )
     except MismatchError as error:
         named = source.config.get("architecture")
         if named is None or named == arch:
             raise
         hint = f"The checkpoint's config.json names the architecture {named!r}, --arch {arch!r}."
         raise MismatchError(f"{error}\n{hint}") from error
+
+
+def _timm_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return which of ``tensors`` timm would load under which key, where it changes only names.
+
+    timm converts the published files of many papers on loading. What it reshapes or resamples is
+    left out, for that could not be written back under the file's own keys.
+    """
+    module = sys.modules[type(network).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    if convert is None or not module.__name__.startswith("timm.models."):
+        return {}
+    stand_ins = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    try:
+        converted = convert(dict(stand_ins), network)
+    except Exception:  # whatever a file that is not of this family makes it stumble on
+        return {}
+    names = {
+        _place(stand_in): name
+        for name, stand_in in stand_ins.items()
+        if stand_in._version == 0  # else its values were changed in place
+    }
+    found = {key: names.get(_place(value)) for key, value in converted.items()}
+    return {key: name for key, name in found.items() if name is not None}
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Return what two tensors have in common that are the same piece of memory in one shape."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _count_classes(state: dict[str, Tensor], heads: Iterable[str]) -> int | None:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,9 @@ TAKEN_LAST = frozenset({"k", "key", "momentum", "target", "ema", "swa", "average
 COUNTER = "num_batches_tracked"  # of batch norms; older files have none, and it moves no output
 MOST_PREFIXES = 20  # tried for each state dict and spelling
 MOST_LINES = 12  # of a table in an error, of groups in the account
+
+Rename = Callable[[Mapping[str, Tensor]], Mapping[str, str]]
+"""From a state dict of foreign names to: network key -> foreign name, as far as known."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def match_keys(
     head: tuple[str, ...] = (),
     nesting: str | None = None,
     prefix: str | None = None,
+    rename: Rename | None = None,
 ) -> Match:
     """Find where a checkpoint holds a network's tensors.
 
@@ -76,6 +80,7 @@ def match_keys(
             the number of classes, and may be absent.
         nesting: Look only in this state dict, dotted; empty for the top of the file.
         prefix: Try only this prefix; empty for none.
+        rename: Tried where no name of our own fits.
 
     Raises:
         MismatchError: If no state dict holds all of the body with equal shapes.
@@ -87,6 +92,9 @@ def match_keys(
             f"{checkpoint.path}: holds no tensors at --nesting {nesting!r}, only at {places}"
         )
     fits = sorted((c for c in candidates if not c.unfit), key=_preference)
+    if not fits and rename is not None:
+        renamed = _renamed(checkpoint.tree, expected, head, nesting, prefix, rename)
+        fits = sorted((c for c in renamed if not c.unfit), key=_preference)
     if not fits:
         nearest = min(candidates, key=lambda c: (len(c.unfit), len(c.absent)))
         raise MismatchError(_explain(checkpoint, nearest, expected))
@@ -223,17 +231,63 @@ def _candidates(
             if prefix is None:
                 prefixes = _suggested_prefixes(tensors, spelled)
             else:
-                prefixes = [prefix if prefix.endswith(".") or not prefix else f"{prefix}."]
+                prefixes = [_dotted(prefix)]
             for start in prefixes:
-                keys: dict[str, str] = {}
-                unfit: dict[str, str] = {}
-                for word, key in spelled.items():
-                    name = start + word
-                    if name in tensors and _fits(tensors[name].shape, expected[key], key in head):
-                        keys[key] = name
-                    elif key not in head and not (key.endswith(COUNTER) and name not in tensors):
-                        unfit[key] = name
-                yield _Candidate(path, start, tensors, keys, unfit)
+                yield _candidate(path, start, tensors, expected, head, spelled)
+
+
+def _candidate(
+    path: tuple[str, ...],
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, torch.Size],
+    head: tuple[str, ...],
+    spelled: Mapping[str, str],
+) -> _Candidate:
+    """Read a state dict by names, ``spelled``: name after the prefix -> network key."""
+    keys: dict[str, str] = {}
+    unfit: dict[str, str] = {}
+    for word, key in spelled.items():
+        name = prefix + word
+        if name in tensors and _fits(tensors[name].shape, expected[key], key in head):
+            keys[key] = name
+        elif key not in head and not (key.endswith(COUNTER) and name not in tensors):
+            unfit[key] = name
+    return _Candidate(path, prefix, tensors, keys, unfit)
+
+
+def _renamed(
+    tree: Tree,
+    expected: Mapping[str, torch.Size],
+    head: tuple[str, ...],
+    nesting: str | None,
+    prefix: str | None,
+    rename: Rename,
+) -> Iterator[_Candidate]:
+    """Yield every reading by foreign names, under every prefix that most keys of a place have."""
+    for path, tensors in _state_dicts(tree, ()):
+        if nesting is not None and nesting != ".".join(path):
+            continue
+        votes = Counter(
+            "".join(f"{part}." for part in name.split(".")[:i])
+            for name in tensors
+            for i in range(name.count(".") + 1)
+        )
+        common = [start for start, count in votes.items() if count > len(tensors) / 2]
+        for start in common if prefix is None else [_dotted(prefix)]:
+            inside = {
+                name.removeprefix(start): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(start)
+            }
+            foreign = {key: name for key, name in rename(inside).items() if key in expected}
+            spelled = {foreign.get(key, key): key for key in expected}
+            if len(spelled) == len(expected):  # else one tensor would be two of the network's
+                yield _candidate(path, start, tensors, expected, head, spelled)
+
+
+def _dotted(prefix: str) -> str:
+    return prefix if prefix.endswith(".") or not prefix else f"{prefix}."
 
 
 def _state_dicts(
