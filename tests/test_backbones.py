@@ -49,6 +49,16 @@ def constant():
     nn.init.zeros_(net.conv.weight)
     return net
 
+class Fused(nn.Module):
+    mean, std, size = (0.5,) * 3, (0.5,) * 3, 32
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, images):
+        return images.mean((2, 3)) @ self.fc.weight.T + self.fc.bias
+
 def crashing():
     raise KeyError("width")
 
@@ -418,6 +428,14 @@ def test_a_users_network_must_say_how_it_normalizes(own, tmp_path):
     with pytest.raises(ArchitectureError, match="--mean 0 0 0 --std 1 1 1 means no normalization"):
         load_backbone(path, f"{own}:silent")
     load_backbone(path, f"{own}:silent", mean=(0, 0, 0))
+
+
+def test_a_head_that_cannot_be_cut_off_is_refused_with_the_way_out(own, tmp_path):
+    arch = f"{own}:Fused"
+    path = saved(filled(build(arch).network), tmp_path)
+    with pytest.raises(ArchitectureError, match=r"Fused without fc fails.* --head none takes"):
+        load_backbone(path, arch)
+    assert open_backbone(path, arch, head="none").dimension == 10
 
 
 def test_a_network_for_grey_images_is_refused_since_all_images_are_rgb(tmp_path):

@@ -480,6 +480,8 @@ def _try(backbone: Backbone, *, arch: str, size: int) -> int:
     except Exception as error:  # the user's own network may raise anything
         part = f"{arch} without {', '.join(backbone.head_names)}" if backbone.heads else arch
         cause = f"fails on {size}-pixel RGB images: {_in_short(error)}"
+        if backbone.heads and _has_logits(backbone, images):
+            cause += ". With its head it works; --head none takes the logits for features."
         raise ArchitectureError(f"{part} {cause}") from error
     if not features.isfinite().all():
         raise CheckpointError(f"{arch} with these weights yields NaN or infinite features")
@@ -487,6 +489,15 @@ def _try(backbone: Backbone, *, arch: str, size: int) -> int:
         shape = tuple(features.shape)
         raise ArchitectureError(f"{arch} yields no usable features: shape {shape}, or all alike")
     return int(features.shape[1])
+
+
+def _has_logits(backbone: Backbone, images: Images) -> bool:
+    try:
+        with torch.no_grad():
+            backbone.logits(images)
+    except Exception:  # as in _try
+        return False
+    return True
 
 
 def _check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
