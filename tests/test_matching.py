@@ -359,6 +359,18 @@ def test_the_account_names_what_was_matched_left_over_and_dropped():
     ]
 
 
+@pytest.mark.parametrize("start", ["", "module."])
+def test_a_network_that_only_wraps_another_fits_what_the_inner_one_was_saved_as(start):
+    state = network().state_dict()
+    wanted = {f"net.inner.{key}": shape for key, shape in shapes(network()).items()}
+    head = tuple(f"net.inner.{key}" for key in HEAD)
+    match = match_keys(checkpoint(prefixed(start, state)), wanted, head=head)
+    assert match.keys == {f"net.inner.{key}": start + key for key in state}
+    assert match.head == head
+    whole = match_keys(checkpoint(prefixed("net.inner.", state)), wanted, head=head)
+    assert (whole.prefix, whole.other) == ("", ())
+
+
 # Foreign names
 
 

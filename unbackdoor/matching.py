@@ -1,5 +1,6 @@
 """Fit the tensors of a checkpoint to the keys of a network, by names and shapes only."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -92,6 +93,9 @@ def match_keys(
             f"{checkpoint.path}: holds no tensors at --nesting {nesting!r}, only at {places}"
         )
     fits = sorted((c for c in candidates if not c.unfit), key=_preference)
+    if not fits and (outer := _wrapper(key for key in expected if key not in head)):
+        inner = _candidates(checkpoint.tree, expected, head, nesting, prefix, outer)
+        fits = sorted((c for c in inner if not c.unfit), key=_preference)
     if not fits and rename is not None:
         renamed = _renamed(checkpoint.tree, expected, head, nesting, prefix, rename)
         fits = sorted((c for c in renamed if not c.unfit), key=_preference)
@@ -219,13 +223,18 @@ def _candidates(
     head: tuple[str, ...],
     nesting: str | None,
     prefix: str | None,
+    outer: str = "",
 ) -> Iterator[_Candidate]:
-    """Yield every reading that the file's own keys suggest, and at least one a state dict."""
+    """Yield every reading that the file's own keys suggest, and at least one a state dict.
+
+    Args:
+        outer: What the network's own keys begin with, and the file's do not.
+    """
     for path, tensors in _state_dicts(tree, ()):
         if nesting is not None and nesting != ".".join(path):
             continue
         for spelling in SPELLINGS:
-            spelled = {_spell(key, spelling): key for key in expected}
+            spelled = {_spell(key.removeprefix(outer), spelling): key for key in expected}
             if len(spelled) < len(expected):
                 continue  # the network uses both words, for different modules
             if prefix is None:
@@ -284,6 +293,13 @@ def _renamed(
             spelled = {foreign.get(key, key): key for key in expected}
             if len(spelled) == len(expected):  # else one tensor would be two of the network's
                 yield _candidate(path, start, tensors, expected, head, spelled)
+
+
+def _wrapper(body: Iterable[str]) -> str:
+    """Return the modules that hold all of a network: ``net.`` if it only wraps another one."""
+    parts = zip(*(key.split(".")[:-1] for key in body), strict=False)
+    common = itertools.takewhile(lambda names: len(set(names)) == 1, parts)
+    return "".join(f"{names[0]}." for names in common)
 
 
 def _dotted(prefix: str) -> str:
