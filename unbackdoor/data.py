@@ -682,7 +682,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         arrow = importlib.import_module("pyarrow")
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise DataError(f"{path}: needs pyarrow; pip install 'unbackdoor[parquet]'") from None
+        raise DataError(f"{path}: needs pyarrow; pip install pyarrow") from None
     try:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             yield file
