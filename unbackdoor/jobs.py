@@ -407,8 +407,8 @@ def report_of(record: Mapping[str, Any]) -> str:
                 },
                 x_label="mean cosine distance to the clean image's features",
                 decimals=3,
-                caption="A backbone that an adversary can move no further than noise does has no "
-                "shortcut within this radius.",
+                caption="Where searched images move no further than noise, this search found no "
+                "shortcut within this radius; another might.",
             ),
             losses_picture(record["history"]),
             Table(
