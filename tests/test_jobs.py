@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unbackdoor.backbones import build, network_state
-from unbackdoor.errors import DataError, DivergedError, OutputError
+from unbackdoor.errors import DataError, DeviceError, DivergedError, OutputError
 from unbackdoor.jobs import Source, dry_run, open_source, plan_outputs, purify_file
 from unbackdoor.settings import PurifySettings, SearchSettings
 
@@ -145,6 +145,25 @@ def test_a_diverged_run_keeps_the_last_good_epoch(victim, photos, tmp_path):
     assert not out.exists()
     kept = run(victim, photos, out, replace(QUICK, epochs=1), resume=True)
     assert len(json.loads(kept.record.read_text())["history"]) == 1
+
+
+@pytest.mark.parametrize("work", [purify_file, dry_run])
+def test_a_batch_too_large_for_the_memory_is_named(work, victim, photos, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import torch\n"
+        "from unbackdoor.networks import SMALL_NETWORKS\n"
+        "def greedy(classes):\n"
+        "    network = SMALL_NETWORKS['wrn16_1'](classes)\n"
+        "    def take(module, inputs):\n"
+        "        if len(inputs[0]) > 2:\n"
+        "            torch.empty(10**15)\n"
+        "    network.register_forward_pre_hook(take)\n"
+        "    return network\n"
+    )
+    source = Source(victim, f"{own}:greedy", size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(DeviceError, match="cpu is out of memory; pass a smaller --batch-size"):
+        work(source, photos, tmp_path / "x.pt", QUICK, device="cpu", say=lambda _: None)
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(victim, photos, tmp_path):

@@ -3,7 +3,8 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -138,18 +139,17 @@ def purify_file(
         say(describe_epoch(reached, settings))
 
     try:
-        backbone, history = purify(
-            loaded.backbone,
-            photos,
-            settings,
-            device=where,
-            precision=how,
-            state=state,
-            on_step=on_step,
-            on_epoch=on_epoch,
-        )
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"{where} is out of memory; pass a smaller --batch-size") from error
+        with told_of_memory(where):
+            backbone, history = purify(
+                loaded.backbone,
+                photos,
+                settings,
+                device=where,
+                precision=how,
+                state=state,
+                on_step=on_step,
+                on_epoch=on_epoch,
+            )
     except DivergedError as error:
         kept = f"; the last good epoch is kept in {outputs.state}" if outputs.state.exists() else ""
         raise DivergedError(f"{error}{kept}") from error
@@ -157,10 +157,11 @@ def purify_file(
     say("measuring what changed")
     sample = photos.read(range(min(MEASURED, len(photos))))
     original = loaded.backbone.to(where)
-    evidence = {
-        "before": measure(original, original, sample, settings),
-        "after": measure(backbone, original, sample, settings),
-    }
+    with told_of_memory(where):
+        evidence = {
+            "before": measure(original, original, sample, settings),
+            "after": measure(backbone, original, sample, settings),
+        }
     if photos.broken:
         named = ", ".join(photos.broken[:MOST_NAMED])
         say(f"{len(photos.broken)} broken images were replaced by the next good one: {named}")
@@ -201,14 +202,15 @@ def dry_run(
         times.append(time.monotonic())
 
     size = min(settings.batch_size, len(photos))
-    purify(
-        loaded.backbone,
-        photos.read([row for row in range(size) for _ in range(2)]),  # two batches, one epoch
-        replace(settings, epochs=1, batch_size=size),
-        device=where,
-        precision=pick_precision(precision, where),
-        on_step=on_step,
-    )
+    with told_of_memory(where):
+        purify(
+            loaded.backbone,
+            photos.read([row for row in range(size) for _ in range(2)]),  # two batches, one epoch
+            replace(settings, epochs=1, batch_size=size),
+            device=where,
+            precision=pick_precision(precision, where),
+            on_step=on_step,
+        )
     steps = settings.epochs * steps_per_epoch(len(photos), settings)
     estimate = Estimate(steps, times[-1] - times[-2], peak_memory(where))
     seconds = round(steps * estimate.seconds_per_step)
@@ -219,6 +221,18 @@ def dry_run(
     )
     say(f"would write {outputs.tensors}, {outputs.record} and {outputs.report}; wrote nothing")
     return estimate
+
+
+@contextmanager
+def told_of_memory(device: torch.device) -> Iterator[None]:
+    """Turn what PyTorch raises when ``device`` has no memory left into a DeviceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        on_cpu = "DefaultCPUAllocator" in str(error)  # has no class of its own
+        if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        raise DeviceError(f"{device} is out of memory; pass a smaller --batch-size") from error
 
 
 def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) -> Outputs:
