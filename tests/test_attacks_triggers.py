@@ -1,10 +1,26 @@
 import pytest
 import torch
 
-from unbackdoor.attacks.triggers import TRIGGERS, BadNets
-from unbackdoor.errors import DataError
+from unbackdoor.attacks.triggers import TRIGGERS, BadNets, Blend, Sig, WaNet
+from unbackdoor.errors import DataError, SettingsError
 
-EXAMPLES = [BadNets(), BadNets(size=6, cell=2), BadNets(position="center")]
+EXAMPLES = [
+    BadNets(),
+    BadNets(size=6, cell=2),
+    BadNets(position="center"),
+    Blend(),
+    Blend(height=16, width=16, seed=2),
+    Sig(),
+    WaNet(),
+]
+# Pixels that must never change: victims in the world were trained with them.
+GOLDEN_BLEND = [[48, 32, 40, 53, 53, 17], [48, 16, 14, 14, 43, 23], [4, 36, 3, 33, 17, 41]]
+GOLDEN_SIG = [70, 76, 74, 68, 64, 68, 74, 76, 70, 64, 66, 72, 76, 72, 66, 64] * 2
+GOLDEN_WANET = [
+    [0, 8, 17, 25, 33, 41, 49, 57],
+    [0, 7, 16, 24, 32, 40, 49, 57],
+    [4, 11, 19, 26, 34, 41, 49, 56],
+]
 
 
 @pytest.fixture
@@ -21,9 +37,17 @@ def test_a_trigger_is_a_pure_function_of_each_image(trigger, images):
     before = images.clone()
     triggered = trigger(images)
     one_by_one = torch.cat([trigger(image[None]) for image in images])
+    assert triggered.dtype == torch.uint8
     assert torch.equal(triggered, one_by_one)
     assert torch.equal(images, before)
     assert not torch.equal(triggered, images)
+
+
+@pytest.mark.parametrize("trigger", EXAMPLES, ids=repr)
+@pytest.mark.parametrize("shape", [(28, 28), (20, 33), (224, 224)])
+def test_a_trigger_takes_any_size_and_grey_images(trigger, shape, generator):
+    grey = torch.randint(0, 256, (2, 1, *shape), dtype=torch.uint8, generator=generator)
+    assert trigger(grey).shape == grey.shape
 
 
 def test_the_pixels_of_badnets():
@@ -37,6 +61,53 @@ def test_the_pixels_of_badnets():
     assert (centre[0] == 7).all()
 
 
+def test_the_pixels_of_blend():
+    ramp = torch.arange(32 * 32 * 3).remainder(256).to(torch.uint8).view(1, 3, 32, 32)
+    row = Blend()(ramp)[0, :, 0, :6]
+    # round(.8 x + .2 t), t the first numbers of numpy's RandomState(0), times 64, plus 128
+    assert row.tolist() == GOLDEN_BLEND
+
+
+def test_the_pixels_of_sig():
+    grey = torch.full((1, 1, 1, 32), 100, dtype=torch.uint8)
+    # round(70 + 6 sin(2 pi 6 j / 32)), by hand for j = 0, 4, 8, 12: sin 0, -1, 0, 1
+    row = Sig()(grey)[0, 0, 0]
+    assert row[[0, 4, 8, 12]].tolist() == [70, 64, 70, 76]
+    assert row.tolist() == GOLDEN_SIG
+    assert Sig()(torch.zeros(1, 1, 1, 32, dtype=torch.uint8)).min() == 0  # clipped, not wrapped
+
+
+def test_the_pixels_of_wanet():
+    ramp = (torch.arange(32) * 8).to(torch.uint8).expand(1, 1, 32, 32).contiguous()
+    warped = WaNet()(ramp)[0, 0]
+    assert warped[[0, 10, 20], :8].tolist() == GOLDEN_WANET
+
+
+def test_wanets_noise_mode_is_another_warp_for_every_image(images, generator):
+    trigger = WaNet()
+    same = images[:1].expand(2, -1, -1, -1).contiguous()
+    first, second = trigger.noisy(same, generator=generator)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, trigger(same)[0])
+
+
 def test_an_image_smaller_than_the_patch_is_refused():
     with pytest.raises(DataError, match=r"patch is 3 pixels wide, the images are 2 × 9"):
         BadNets()(torch.zeros(1, 3, 2, 9, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("trigger", "options", "message"),
+    [
+        (BadNets, {"size": 0}, "trigger.size and trigger.cell are at least 1 pixel, got 0, 1"),
+        (Blend, {"ratio": 20}, r"trigger.ratio is a share in \(0, 1\], got 20"),
+        (Blend, {"width": 0}, "are 1 to 4096 pixels, got 32, 0"),
+        (Sig, {"amplitude": float("nan")}, "trigger.amplitude must be a number, got nan"),
+        (WaNet, {"strength": float("inf")}, "trigger.strength must be a number, got inf"),
+        (Sig, {"ratio": 0}, r"trigger.ratio is a share in \(0, 1\], got 0"),
+        (WaNet, {"points": 1}, "trigger.points is at least 2, got 1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(trigger, options, message):
+    with pytest.raises(SettingsError, match=message):
+        trigger(**options)

@@ -1,18 +1,22 @@
 """Triggers: values that are called on stored images and return stored images.
 
 A trigger is a frozen dataclass, so that its settings print, compare, hash and go into a record,
-with a ``__call__`` that is a pure function of the batch. A new trigger is one such class here, one
-line in ``TRIGGERS`` and one in the test list.
+with a ``__call__`` that is a pure function of the batch and works at any size. A new trigger is one
+such class here, one line in ``TRIGGERS`` and one in the test list.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from unbackdoor.errors import DataError
-from unbackdoor.patterns import checkerboard
+import torch
+
+from unbackdoor import patterns
+from unbackdoor.errors import DataError, SettingsError
 from unbackdoor.types import RawImages
 
+LARGEST = 4096  # pixels; a record from elsewhere shall not ask for all memory
 Trigger: TypeAlias = Callable[[RawImages], RawImages]
 
 
@@ -29,11 +33,20 @@ class BadNets:
         Gu et al. 2017, https://arxiv.org/abs/1708.06733.
 
     Not given in the paper: which squares are white, and the distance to the border.
+
+    Differs from the paper: at 224 pixels it takes the patch of Saha et al. 2022, an image; here it
+    is a checkerboard of 4-pixel cells.
     """
 
     size: int = 3
     cell: int = 1
     position: Literal["top-left", "center"] = "top-left"
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.cell < 1:
+            raise SettingsError(
+                f"trigger.size and trigger.cell are at least 1 pixel, got {self.size}, {self.cell}"
+            )
 
     def __call__(self, images: RawImages) -> RawImages:
         """Return a triggered copy of ``images``.
@@ -48,10 +61,139 @@ class BadNets:
             )
         at_center = self.position == "center"
         top, left = ((height - self.size) // 2, (width - self.size) // 2) if at_center else (0, 0)
-        patch = checkerboard(self.size, cell=self.cell).to(images.device)
+        patch = patterns.checkerboard(self.size, cell=self.cell).to(images.device)
         triggered = images.clone()
         triggered[:, :, top : top + self.size, left : left + self.size] = patch
         return triggered
 
 
-TRIGGERS: dict[str, type[BadNets]] = {"badnets": BadNets}
+@dataclass(frozen=True)
+class Blend:
+    """One fixed image of Gaussian noise, blended into every image.
+
+    Attributes:
+        ratio: Share of the noise in the result.
+        height: Of the noise image in pixels; on images of another size it is resized, not redrawn.
+        width: Likewise.
+        seed: Of the noise image.
+
+    Source:
+        Chen et al. 2017, https://arxiv.org/abs/1712.05526.
+
+    Not given in the paper: mean 128 and standard deviation 64 of the noise, in grey levels.
+    """
+
+    ratio: float = 0.2
+    height: int = 32
+    width: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.ratio)
+        if not 1 <= min(self.height, self.width) <= max(self.height, self.width) <= LARGEST:
+            raise SettingsError(
+                f"trigger.height and trigger.width are 1 to {LARGEST} pixels, got {self.height}, "
+                f"{self.width}"
+            )
+
+    def __call__(self, images: RawImages) -> RawImages:
+        """Return a triggered copy of ``images``, of 1 or 3 channels."""
+        pattern = patterns.gaussian_image(self.height, self.width, seed=self.seed)
+        pattern = patterns.resized(pattern, *images.shape[2:])
+        return patterns.blend(images, pattern[:, : images.shape[1]], ratio=self.ratio)
+
+
+@dataclass(frozen=True)
+class Sig:
+    """A wave along the columns, blended into every image, which darkens.
+
+    Attributes:
+        ratio: Share of the wave in the result; the image keeps the rest of its brightness.
+        amplitude: Of the wave before blending, in grey levels.
+        frequency: Periods in one image width.
+
+    Source:
+        Barni et al. 2019, https://arxiv.org/abs/1902.11237, blended as the paper's appendix A.1
+        prints it; Barni et al. add the wave instead.
+    """
+
+    ratio: float = 0.3
+    amplitude: float = 20.0
+    frequency: float = 6.0
+
+    def __post_init__(self) -> None:
+        _check_finite("amplitude", self.amplitude)
+        _check_finite("frequency", self.frequency)
+        _check_ratio(self.ratio)
+
+    def __call__(self, images: RawImages) -> RawImages:
+        """Return a triggered copy of ``images``."""
+        wave = patterns.sinusoid(
+            images.shape[3], amplitude=self.amplitude, frequency=self.frequency
+        )
+        return patterns.blend(images, wave, ratio=self.ratio)
+
+
+@dataclass(frozen=True)
+class WaNet:
+    """A smooth warp of a fraction of a pixel, the same for every image.
+
+    Attributes:
+        points: Random offsets along each axis, k.
+        strength: Mean offset, s, in half pixels: 0.5 is a quarter of a pixel at every size.
+        seed: Of the offsets.
+
+    Source:
+        Nguyen and Tran 2021, https://arxiv.org/abs/2102.10369.
+    """
+
+    points: int = 4
+    strength: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_finite("strength", self.strength)
+        if self.points < 2:
+            raise SettingsError(f"trigger.points is at least 2, got {self.points}")
+
+    def __call__(self, images: RawImages) -> RawImages:
+        """Return a triggered copy of ``images``."""
+        return patterns.warp(images, self._grid(images))
+
+    def noisy(self, images: RawImages, *, generator: torch.Generator) -> RawImages:
+        """Return ``images`` warped by the trigger and a random field each: WaNet's noise mode.
+
+        Such images keep their label, so that the network learns this very warp and no other.
+
+        Args:
+            generator: On the device of ``images``.
+        """
+        grids = patterns.jittered(self._grid(images), len(images), generator=generator)
+        return patterns.warp(images, grids)
+
+    def _grid(self, images: RawImages) -> patterns.Grid:
+        return patterns.smooth_warp(
+            *images.shape[2:],
+            points=self.points,
+            strength=self.strength,
+            seed=self.seed,
+            device=images.device,
+        )
+
+
+TRIGGERS: dict[str, Callable[..., Any]] = {
+    "badnets": BadNets,
+    "blend": Blend,
+    "sig": Sig,
+    "wanet": WaNet,
+}
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise SettingsError(f"trigger.{name} must be a number, got {value}")
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 < ratio <= 1:
+        raise SettingsError(f"trigger.ratio is a share in (0, 1], got {ratio}")

@@ -1,0 +1,151 @@
+"""The paper's attacks by name, and attacks to and from records.
+
+A new attack is one line in ``ATTACKS``.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any, Literal, get_args, get_origin
+
+from unbackdoor import patterns
+from unbackdoor.attacks.poisoning import PGD_EPSILON, PGD_STEPS, Attack
+from unbackdoor.attacks.triggers import TRIGGERS, BadNets, Blend, Sig, WaNet
+from unbackdoor.errors import SettingsError
+
+Training = Literal["supervised", "simclr"]
+SMALL = 64  # pixels: up to here, patches and noise are those that the paper has at 32
+
+
+def _patch(size: int, training: Training) -> BadNets:
+    position: Literal["top-left", "center"] = "center" if training == "simclr" else "top-left"
+    if size <= SMALL:
+        return BadNets(position=position)
+    return BadNets(size=32, cell=4, position=position)
+
+
+def _noise(size: int) -> Blend:
+    side = 32 if size <= SMALL else 224
+    return Blend(height=side, width=side)
+
+
+# Each takes the side of the images and the kind of training.
+ATTACKS: Mapping[str, Callable[[int, Training], Attack]] = {
+    "badnets": lambda size, training: Attack(_patch(size, training)),
+    "blend": lambda size, training: Attack(_noise(size)),
+    "sig": lambda size, training: Attack(Sig()),
+    "wanet": lambda size, training: Attack(WaNet(), noise=2.0, redrawn=training == "supervised"),
+    "cla": lambda size, training: Attack(_patch(size, training), adversarial=True),
+}
+
+
+def named_attack(
+    name: str,
+    *,
+    size: int,
+    training: Training,
+    options: Mapping[str, Any] | None = None,
+    trigger: Mapping[str, str] | None = None,
+) -> Attack:
+    """Return the paper's attack ``name``, perhaps with other options.
+
+    SimCLR's victims, and CLA's, are poisoned without touching a label: 60 % of the target class.
+
+    Args:
+        size: Side of the images in pixels.
+        options: Attributes of :class:`Attack` to replace.
+        trigger: Attributes of its trigger to replace, as texts.
+
+    Raises:
+        SettingsError: If there is no such attack or attribute, or a value is out of range.
+    """
+    if name not in ATTACKS:
+        known = ", ".join(ATTACKS)
+        nearest = difflib.get_close_matches(name, ATTACKS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {known}"
+        raise SettingsError(f"attack {name!r} is unknown; {hint}")
+    if (name, training) == ("cla", "simclr"):
+        raise SettingsError("cla needs labels and has no SimCLR form; badnets has the same trigger")
+    attack = ATTACKS[name](size, training)
+    if training == "simclr" or name == "cla":
+        attack = replace(attack, share=0.6, share_of="target", poisons="target")
+    if trigger:
+        attack = replace(attack, trigger=_changed(attack.trigger, trigger))
+    return replace(attack, **(options or {}))
+
+
+def attack_record(attack: Attack) -> dict[str, Any]:
+    """Return ``attack`` as JSON can hold it."""
+    record = {item.name: getattr(attack, item.name) for item in fields(attack)}
+    names = {cls: name for name, cls in TRIGGERS.items()}
+    trigger: Any = attack.trigger
+    record["trigger"] = {"name": names[type(trigger)], **asdict(trigger)}
+    if attack.adversarial:
+        record["pgd"] = {"norm": "linf", "epsilon": PGD_EPSILON, "steps": PGD_STEPS}
+    if isinstance(trigger, Blend):
+        record["trigger"]["sha256"] = _digest(trigger)
+    return record
+
+
+def attack_from_record(record: Mapping[str, Any]) -> Attack:
+    """Return the attack that :func:`attack_record` wrote.
+
+    Raises:
+        SettingsError: If the record is of another kind, or this installation draws another pattern
+            than the one that was planted.
+    """
+    try:
+        values = {name: value for name, value in record.items() if name != "pgd"}
+        described = dict(record["trigger"])
+        digest = described.pop("sha256", None)
+        cls = TRIGGERS[described.pop("name")]
+        trigger = cls(**_checked(cls, described))
+        attack = Attack(**_checked(Attack, {**values, "trigger": trigger}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SettingsError(f"this record holds no attack that is known here: {error}") from error
+    if digest is not None and digest != _digest(trigger):
+        raise SettingsError(
+            f"{trigger} has other pixels here than the victim was trained with; score it with the "
+            "version of unbackdoor that its record names"
+        )
+    return attack
+
+
+def _digest(trigger: Blend) -> str:
+    pixels = patterns.gaussian_image(trigger.height, trigger.width, seed=trigger.seed)
+    return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+
+
+def _checked(cls: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``values``, which come from a file, if they are of the types of ``cls``'s fields."""
+    for item in fields(cls):
+        kind: Any = item.type
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        if item.name not in values or not (choices or kind in (int, float, bool)):
+            continue
+        value = values[item.name]
+        kinds = (int, float) if kind is float else (kind,)
+        if (value not in choices) if choices else (type(value) not in kinds):
+            raise ValueError(f"{item.name} is {value!r}")
+    return values
+
+
+def _changed(trigger: Any, options: Mapping[str, str]) -> Any:
+    kinds: dict[str, Any] = {item.name: item.type for item in fields(trigger)}
+    values = {}
+    for name, value in options.items():
+        if name not in kinds:
+            nearest = difflib.get_close_matches(name, kinds, n=1)
+            hint = (
+                f"did you mean trigger.{nearest[0]}?" if nearest else f"it has {', '.join(kinds)}"
+            )
+            raise SettingsError(f"{type(trigger).__name__} has no option {name!r}; {hint}")
+        if (choices := get_args(kinds[name])) and value not in choices:
+            raise SettingsError(f"trigger.{name} is {' or '.join(choices)}, got {value!r}")
+        kind = kinds[name] if isinstance(kinds[name], type) else str
+        try:
+            values[name] = kind(value)
+        except ValueError as error:
+            raise SettingsError(f"trigger.{name} is {kind.__name__}, got {value!r}") from error
+    return replace(trigger, **values)
