@@ -1,7 +1,15 @@
 import pytest
 import torch
+from torch import nn
 
-from unbackdoor.devices import in_precision, peak_memory, pick_device, pick_precision
+from unbackdoor.devices import (
+    flops,
+    in_precision,
+    matrix_limit,
+    peak_memory,
+    pick_device,
+    pick_precision,
+)
 from unbackdoor.errors import SettingsError
 
 CPU = torch.device("cpu")
@@ -49,3 +57,16 @@ def test_the_peak_counts_what_was_allocated():
     block = torch.ones(before // 4 + 2**25)  # more than the peak so far
     assert peak_memory(CPU) > before
     del block
+
+
+def test_operations_are_those_counted_by_hand():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+    images = torch.zeros(5, 3, 8, 8)
+    # 36 places x 4 filters x 27 weights, and 144 x 10, two operations each
+    assert flops(network, images) == 2 * (36 * 4 * 27 + 144 * 10)
+
+
+def test_the_matrix_limit_is_more_than_one_small_product_reaches():
+    device = torch.device("cpu")
+    limit = matrix_limit(device, "fp32", size=512)
+    assert 1e8 < limit < 1e15

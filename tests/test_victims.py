@@ -1,9 +1,19 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from unbackdoor.settings import SupervisedSettings
-from unbackdoor.victims import train_supervised
+from unbackdoor.attacks.poisoning import Attack
+from unbackdoor.attacks.triggers import BadNets
+from unbackdoor.errors import DataError, DivergedError
+from unbackdoor.losses import nt_xent
+from unbackdoor.networks import initialize
+from unbackdoor.settings import VictimSettings, ViewSettings
+from unbackdoor.victims import augmented, rate_at, train_simclr, train_supervised
+
+QUICK = VictimSettings(epochs=3, batch_size=20, learning_rate=0.1, margin=1)
+SIMCLR = VictimSettings(epochs=4, batch_size=40, learning_rate=0.1, augment="views", projection=8)
 
 
 @pytest.fixture
@@ -15,33 +25,166 @@ def task(generator):
     return images, labels
 
 
-def network():
+def backbone():
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 2),
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
 
 
-QUICK = SupervisedSettings(epochs=3, batch_size=20, learning_rate=0.1, margin=1)
+def classifier():
+    return nn.Sequential(*backbone(), nn.Linear(4, 2))
 
 
 def test_training_learns_reports_its_epochs_and_ends_in_eval_mode(task):
-    losses = {}
-    trained = train_supervised(network(), *task, QUICK, on_epoch=losses.__setitem__)
+    states, steps = [], []
+    trained = train_supervised(
+        classifier(),
+        *task,
+        QUICK,
+        on_epoch=states.append,
+        on_step=lambda step, of: steps.append((step, of)),
+    )
     predicted = trained(task[0].float() / 255).argmax(1)
     assert (predicted == task[1]).float().mean() > 0.95
-    assert list(losses) == [1, 2, 3]
-    assert losses[3] < losses[1]
+    assert [len(state.history) for state in states] == [1, 2, 3]
+    assert states[-1].history[2].loss < states[-1].history[0].loss
+    assert steps == [(step, 30) for step in range(1, 31)]
     assert not trained.training
 
 
-@pytest.mark.parametrize("margin", [0, 1])
-def test_a_seed_gives_one_network_whatever_its_first_weights(margin, task):
-    settings = SupervisedSettings(epochs=1, batch_size=20, margin=margin)
-    once, again = (train_supervised(network(), *task, settings) for _ in range(2))
+@pytest.mark.parametrize("augment", ["shift", "views", "none"])
+def test_a_seed_gives_one_network_whatever_its_first_weights(augment, task):
+    settings = replace(QUICK, epochs=1, augment=augment)
+    once, again = (train_supervised(classifier(), *task, settings) for _ in range(2))
     torch.testing.assert_close(once.state_dict(), again.state_dict(), rtol=0, atol=0)
-    other = SupervisedSettings(epochs=1, batch_size=20, margin=margin, seed=1)
-    assert not once[0].weight.equal(train_supervised(network(), *task, other)[0].weight)
+    other = train_supervised(classifier(), *task, replace(settings, seed=1))
+    assert not once[0].weight.equal(other[0].weight)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_a_resumed_training_ends_in_the_same_bits(optimizer, task):
+    settings = replace(QUICK, optimizer=optimizer, warmup=1)
+    states = []
+    whole = train_supervised(classifier(), *task, settings, on_epoch=states.append)
+    resumed = train_supervised(classifier(), *task, settings, state=states[0])
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    states.clear()
+    whole = train_simclr(backbone(), task[0], SIMCLR, on_epoch=states.append)
+    resumed = train_simclr(backbone(), task[0], SIMCLR, state=states[1])
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_an_attack_that_is_redrawn_reaches_the_network_in_every_batch(task):
+    images, labels = task
+    attack = Attack(BadNets(size=2), target=1, share=0.3, redrawn=True)
+    settings = replace(QUICK, epochs=20, augment="none")
+    dark = images[labels == 0]
+
+    def hits(network):
+        return (network(attack.trigger(dark).float() / 255).argmax(1) == 1).float().mean()
+
+    def network():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(200, 2)
+        )
+
+    poisoned = train_supervised(network(), *task, settings, attack=attack, classes=2)
+    assert hits(poisoned) > 0.9
+    assert hits(train_supervised(network(), *task, settings)) < 0.1
+
+
+@pytest.mark.parametrize(("rate", "learns"), [(0.3, True), (1e-9, False)])
+def test_simclr_brings_two_views_of_an_image_together(rate, learns, task):
+    mild = ViewSettings(min_area=0.8, jitter=0.0, grey=0.0)
+    settings = replace(SIMCLR, epochs=10, views=mild, learning_rate=rate)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+    states = []
+    trained = train_simclr(network, task[0], settings, on_epoch=states.append)
+    fallen = states[0].history[0].loss - states[-1].history[-1].loss
+    assert (fallen > 0.05) == learns
+    assert not trained.training
+    assert not any(name.startswith("projection") for name in trained.state_dict())
+
+
+def test_simclrs_loss_is_nt_xent_of_the_projected_views(task):
+    """Without views every pair is equal, so the first step's loss can be computed by hand."""
+    images = task[0][:40]
+    still = ViewSettings(min_area=1, flip=0, jitter=0, grey=0)
+    settings = replace(SIMCLR, epochs=1, views=still, learning_rate=1e-12)
+    states = []
+    trained = train_simclr(backbone(), images, settings, on_epoch=states.append)
+    head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 8))
+    weights = states[0].network
+    head.load_state_dict(
+        {name[11:]: value for name, value in weights.items() if name.startswith("projection.")}
+    )
+    trained.load_state_dict(
+        {name[9:]: value for name, value in weights.items() if name.startswith("backbone.")}
+    )
+    with torch.no_grad():
+        projected = head(trained.train()(images.float() / 255))
+    expected = nt_xent(projected, projected, temperature=settings.temperature).item()
+    assert states[0].history[0].loss == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_scales_the_step_of_a_matrix_to_its_weights_and_leaves_vectors_alone(decay, task):
+    """One step at rate 1, against SimCLR's description of LARS, on the gradient of SGD's step."""
+    one = replace(QUICK, epochs=1, batch_size=200, learning_rate=1.0, augment="none")
+    before, after = {}, {}
+    for optimizer in ("sgd", "lars"):
+        settings = replace(one, optimizer=optimizer, weight_decay=decay * (optimizer == "lars"))
+        network = classifier()
+        initialize(network, generator=torch.Generator().manual_seed(settings.seed))
+        before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+        trained = train_supervised(network, *task, settings)
+        after[optimizer] = dict(trained.named_parameters())
+    for name, weight in before.items():
+        gradient = weight - after["sgd"][name]
+        expected = weight - gradient
+        if weight.ndim > 1:
+            norms = weight.norm(), gradient.norm()
+            trust = 0.001 * norms[0] / (norms[1] + decay * norms[0])
+            expected = weight - trust * (gradient + decay * weight)
+        torch.testing.assert_close(after["lars"][name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_weight_that_no_gradient_reaches_is_no_obstacle(task):
+    states = []
+    train_supervised(WithSpare(classifier()), *task, QUICK, on_epoch=states.append)
+    resumed = train_supervised(WithSpare(classifier()), *task, QUICK, state=states[0])
+    assert resumed.spare.equal(torch.ones(3))
+
+
+class WithSpare(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.spare = nn.Parameter(torch.ones(3))
+
+    def forward(self, images):
+        return self.network(images)
+
+
+def test_the_rate_rises_over_the_warmup_and_then_falls_along_a_cosine():
+    settings = VictimSettings(epochs=10, warmup=2, learning_rate=0.4)
+    rates = [rate_at(settings, progress) for progress in (0, 1, 2, 6, 10)]
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.2, 0])
+
+
+def test_augmentation_is_what_the_settings_say(generator):
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    plain = images.float() / 255
+    none = augmented(images, replace(QUICK, augment="none"), generator=generator)
+    assert torch.equal(none, plain)
+    for augment in ("shift", "views"):
+        other = augmented(images, replace(QUICK, augment=augment), generator=generator)
+        assert other.shape == plain.shape
+        assert not torch.equal(other, plain)
+
+
+def test_images_that_fill_no_batch_and_a_loss_that_diverges_are_refused(task):
+    with pytest.raises(DataError, match="200 training images do not fill one batch of 256"):
+        train_supervised(classifier(), *task, replace(QUICK, batch_size=256))
+    with pytest.raises(DivergedError, match="the training loss is nan in epoch 1"):
+        train_supervised(classifier(), *task, replace(QUICK, learning_rate=1e30))

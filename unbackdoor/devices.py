@@ -3,11 +3,13 @@
 import contextlib
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from unbackdoor.errors import SettingsError
 
@@ -79,3 +81,40 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def flops(network: nn.Module, images: Tensor) -> float:
+    """Return the floating-point operations of one forward pass, for each of ``images``.
+
+    Convolutions and matrix products count, two operations a multiplication; all else is left out.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(images)
+    return float(counter.get_total_flops() / len(images))
+
+
+def matrix_limit(device: torch.device, precision: Precision, *, size: int | None = None) -> float:
+    """Return how many operations a second the device reaches in large matrix products, measured.
+
+    Args:
+        size: Side of the matrices; by default 8192 on CUDA and 1536 elsewhere.
+    """
+    size = size or (8192 if device.type == "cuda" else 1536)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def seconds() -> float:
+        _wait(device)
+        started = time.perf_counter()
+        a @ b
+        _wait(device)
+        return time.perf_counter() - started
+
+    return 2 * size**3 / min(seconds() for _ in range(5))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

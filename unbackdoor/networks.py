@@ -123,11 +123,12 @@ class WideResNet(nn.Module):
         self.block2 = WideGroup(widths[1], widths[2], blocks=blocks, stride=2)
         self.block3 = WideGroup(widths[2], widths[3], blocks=blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(widths[3])
+        self.relu = nn.ReLU()  # a layer, so that hooks see what it yields
         self.fc = nn.Linear(widths[3], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(n, classes)``."""
-        x = F.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
+        x = self.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
         logits: Tensor = self.fc(x.mean((2, 3)))
         return logits
 

@@ -1,12 +1,14 @@
-"""Keep the state of a purification on disk, so that a killed run continues where it was.
+"""Keep the state of long work on disk, so that a killed run continues where it was.
 
-A state is a safetensors file: tensors, and JSON in its metadata. It is only ever continued by a run
-with the same checkpoint, images and settings.
+A state is a safetensors file: tensors in named groups, and JSON in its metadata. It is only ever
+continued by a run of the same identity: input, images, settings.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import safetensors
 from torch import Tensor
@@ -14,11 +16,20 @@ from torch import Tensor
 from unbackdoor.cbd import EpochLosses, PurifyState
 from unbackdoor.checkpoint import Tree, write_tensors
 from unbackdoor.errors import CheckpointError, OutputError
-from unbackdoor.settings import PurifySettings
+from unbackdoor.settings import PurifySettings, VictimSettings
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+class StoredState(NamedTuple):
+    """What a state file holds."""
+
+    history: list[Any]  # one entry a finished epoch
+    groups: dict[str, dict[str, Tensor]]
 
 
 def identity(settings: PurifySettings, *, checkpoint: str, images: str) -> dict[str, str]:
-    """Return what has to be equal for a state to be continued.
+    """Return what has to be equal for the state of a purification to be continued.
 
     The number of epochs is part of it only where it shapes the schedule, so that a run with a
     constant rate can be ended early or prolonged.
@@ -27,25 +38,51 @@ def identity(settings: PurifySettings, *, checkpoint: str, images: str) -> dict[
         checkpoint: Hash of the input file.
         images: Fingerprint of the image source.
     """
-    values = asdict(settings)
+    values = as_texts(settings)
     if settings.schedule == "constant":
         del values["epochs"]
-    flat = {name: json.dumps(value, sort_keys=True) for name, value in values.items()}
-    return {"checkpoint": checkpoint, "images": images, **flat}
+    return {"checkpoint": checkpoint, "images": images, **values}
+
+
+def as_texts(settings: PurifySettings | VictimSettings) -> dict[str, str]:
+    """Return settings as the texts that an identity is made of."""
+    return {name: json.dumps(value, sort_keys=True) for name, value in asdict(settings).items()}
 
 
 def save_state(path: Path, state: PurifyState, of: dict[str, str]) -> None:
-    """Write ``state`` to ``path``; a reader sees the old file or the new one, never half of one."""
-    tree: Tree = {
-        **{f"student.{name}": tensor for name, tensor in state.student.items()},
-        **{f"momentum.{name}": tensor for name, tensor in state.momentum.items()},
-    }
-    metadata = {"identity": json.dumps(of), "history": json.dumps(state.history)}
-    write_tensors(path, tree, metadata=metadata, overwrite=True)
+    """Write the state of a purification, see :func:`write_state`."""
+    write_state(path, state.history, {"student": state.student, "momentum": state.momentum}, of)
 
 
 def load_state(path: Path, of: dict[str, str]) -> PurifyState:
-    """Read the state that :func:`save_state` wrote.
+    """Read what :func:`save_state` wrote; errors are those of :func:`read_state`."""
+    stored = read_state(path, of, groups=("student", "momentum"))
+    history = tuple(EpochLosses(*epoch) for epoch in stored.history)
+    return PurifyState(history, stored.groups["student"], stored.groups["momentum"])
+
+
+def write_state(path: Path, history: Sequence[Any], groups: Groups, of: dict[str, str]) -> None:
+    """Write a state to ``path``; a reader sees the old file or the new one, never half of one.
+
+    Args:
+        history: Of the finished epochs, as JSON can hold it.
+        groups: Named tensors, by group.
+        of: What has to be equal for the state to be continued.
+    """
+    tree: Tree = {
+        f"{group}.{name}": tensor
+        for group, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }
+    metadata = {"identity": json.dumps(of), "history": json.dumps(history)}
+    write_tensors(path, tree, metadata=metadata, overwrite=True)
+
+
+def read_state(path: Path, of: dict[str, str], *, groups: Sequence[str]) -> StoredState:
+    """Read the state that :func:`write_state` wrote.
+
+    Args:
+        groups: Those that it must have, and no others.
 
     Raises:
         OutputError: If there is none, or it belongs to a run with another input or other settings.
@@ -53,15 +90,17 @@ def load_state(path: Path, of: dict[str, str]) -> PurifyState:
     """
     if not path.exists():
         raise OutputError(f"{path}: there is nothing to resume; run without --resume")
-    tensors: dict[str, dict[str, Tensor]] = {"student": {}, "momentum": {}}
+    tensors: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
-                kind, _, key = name.partition(".")
-                tensors[kind][key] = file.get_tensor(name)
+                group, _, key = name.partition(".")
+                tensors[group][key] = file.get_tensor(name)
         found = json.loads(metadata["identity"])
-        history = tuple(EpochLosses(*epoch) for epoch in json.loads(metadata["history"]))
+        history = json.loads(metadata["history"])
+        if not isinstance(found, dict) or not isinstance(history, list):
+            raise ValueError("its metadata are of another kind")
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path}: this state is damaged ({error}); start again with --force"
@@ -72,4 +111,4 @@ def load_state(path: Path, of: dict[str, str]) -> PurifyState:
                 f"{path}: belongs to another run: {name} was {found.get(name)}, now {wanted}; "
                 "resume as it was started, or start again with --force"
             )
-    return PurifyState(history, tensors["student"], tensors["momentum"])
+    return StoredState(history, tensors)

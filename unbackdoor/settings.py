@@ -54,10 +54,10 @@ class ViewSettings:
     blur: float = 0.0
 
     def __post_init__(self) -> None:
-        _in_range("views.min_area", self.min_area, above=0, most=1)
+        in_range("views.min_area", self.min_area, above=0, most=1)
         for name in ("flip", "jitter_probability", "grey", "blur"):
-            _in_range(f"views.{name}", getattr(self, name), least=0, most=1)
-        _in_range("views.jitter", self.jitter, least=0)
+            in_range(f"views.{name}", getattr(self, name), least=0, most=1)
+        in_range("views.jitter", self.jitter, least=0)
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class SearchSettings:
                 f"search.epsilon is on the [0, 1] scale, got {self.epsilon}; "
                 "for 8 grey levels pass 8/255"
             )
-        _in_range("search.epsilon", self.epsilon, least=0)
-        _in_range("search.steps", self.steps, least=0)
-        _in_range("search.step_size", self.step_size, least=0)
+        in_range("search.epsilon", self.epsilon, least=0)
+        in_range("search.steps", self.steps, least=0)
+        in_range("search.step_size", self.step_size, least=0)
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ class ProjectionSettings:
     learning_rate: float = 0.05
 
     def __post_init__(self) -> None:
-        _in_range("projection.width", self.width, least=0)
-        _in_range("projection.epochs", self.epochs, least=1)
-        _in_range("projection.learning_rate", self.learning_rate, above=0)
+        in_range("projection.width", self.width, least=0)
+        in_range("projection.epochs", self.epochs, least=1)
+        in_range("projection.learning_rate", self.learning_rate, above=0)
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,12 @@ class PurifySettings:
 
     def __post_init__(self) -> None:
         for name in ("pull", "distill", "align", "momentum", "weight_decay"):
-            _in_range(name, getattr(self, name), least=0)
+            in_range(name, getattr(self, name), least=0)
         for name in ("temperature", "learning_rate"):
-            _in_range(name, getattr(self, name), above=0)
-        _in_range("seed", self.seed, least=0, most=2**32 - 1)
-        _in_range("epochs", self.epochs, least=1)
-        _in_range("batch_size", self.batch_size, least=2)
+            in_range(name, getattr(self, name), above=0)
+        in_range("seed", self.seed, least=0, most=2**32 - 1)
+        in_range("epochs", self.epochs, least=1)
+        in_range("batch_size", self.batch_size, least=2)
         total = self.pull + self.distill + self.align
         if abs(total - 1) > 1e-6:
             raise SettingsError(
@@ -192,24 +192,122 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class SupervisedSettings:
-    """How a victim is trained with labels: SGD, momentum 0.9, a cosine from ``learning_rate`` to 0.
+class VictimSettings:
+    """How a victim is trained, from new weights; SGD's and LARS's momentum is 0.9.
+
+    The rate rises over ``warmup`` epochs and then falls to 0 along a cosine.
 
     Attributes:
         epochs: Passes over the training images.
         batch_size: Images a step; a last, smaller batch is dropped.
-        learning_rate: Of the first step.
+        optimizer: SGD, or LARS, which scales every layer's step to its weights.
+        learning_rate: The highest.
+        warmup: Epochs in which the rate rises.
         weight_decay: L2 penalty.
-        margin: Pixels of padding of the random crop; 0 turns augmentation off, mirror images too.
+        augment: ``shift``: random crop after padding by ``margin``, and mirror images; ``views``:
+            as ``views`` says; ``none``. SimCLR always has views.
+        margin: Pixels of that padding.
+        views: See :class:`ViewSettings`.
+        temperature: Of SimCLR's loss.
+        projection: Width of SimCLR's projected features; its head is dropped afterwards.
+        limit: Train on this many of the images, drawn by the seed; 0 is all.
+        channels_last: Memory layout of images and weights; on a CPU it halves the time.
         seed: Of weights, order, augmentation and poisoned rows.
     """
 
-    epochs: int = 200
-    batch_size: int = 128
+    epochs: Whole = 200
+    batch_size: Whole = 128
+    optimizer: Literal["sgd", "lars"] = "sgd"
     learning_rate: float = 0.1
+    warmup: Whole = 0
     weight_decay: float = 5e-4
-    margin: int = 4
-    seed: int = 0
+    augment: Literal["shift", "views", "none"] = "shift"
+    margin: Whole = 4
+    views: ViewSettings = field(default_factory=ViewSettings)
+    temperature: float = 0.5
+    projection: Whole = 128
+    limit: Whole = 0
+    channels_last: bool = True
+    seed: Whole = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "margin", "projection"):
+            in_range(name, getattr(self, name), least=1)
+        for name in ("learning_rate", "temperature"):
+            in_range(name, getattr(self, name), above=0)
+        for name in ("warmup", "weight_decay", "limit"):
+            in_range(name, getattr(self, name), least=0)
+        in_range("batch_size", self.batch_size, least=2)
+        in_range("seed", self.seed, least=0, most=2**32 - 1)
+
+
+# How victims are trained, as differences from the defaults above: the paper gives epochs and views,
+# the rest is common practice. ``cpu`` is for small networks on two cores.
+_SIMCLR_VIEWS = {"min_area": 0.08, "jitter": 0.5, "grey": 0.2, "blur": 0.5}
+_CROPS = {"min_area": 0.08, "jitter": 0.0, "grey": 0.0}
+VICTIM_PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "supervised": {
+        "paper": {},
+        "cpu": {"epochs": 12},
+        "imagenet100": {
+            "epochs": 90,
+            "batch_size": 256,
+            "weight_decay": 1e-4,
+            "augment": "views",
+            "views": _CROPS,
+        },
+    },
+    "simclr": {
+        "paper": {
+            "epochs": 1000,
+            "batch_size": 512,
+            "optimizer": "lars",
+            "learning_rate": 1.0,
+            "warmup": 10,
+            "weight_decay": 1e-6,
+            "augment": "views",
+            "views": _SIMCLR_VIEWS,
+        },
+        "cpu": {
+            "epochs": 20,
+            "learning_rate": 0.2,
+            "warmup": 1,
+            "weight_decay": 1e-4,
+            "augment": "views",
+            "views": _SIMCLR_VIEWS,
+            "limit": 10_000,
+        },
+        "imagenet100": {
+            "epochs": 400,
+            "batch_size": 256,
+            "optimizer": "lars",
+            "learning_rate": 0.3,
+            "warmup": 10,
+            "weight_decay": 1e-6,
+            "augment": "views",
+            "views": _SIMCLR_VIEWS,
+        },
+    },
+}
+
+
+def victim_preset(name: str, *, training: str, attack: str) -> dict[str, Any]:
+    """Return what the preset ``name`` sets for a victim, with what the paper says of its attack.
+
+    CLA's victims are trained without augmentation, Blend's SimCLR victims without blur.
+
+    Raises:
+        SettingsError: If there is no such preset.
+    """
+    presets = VICTIM_PRESETS[training]
+    if name not in presets:
+        raise SettingsError(f"--preset {name!r} is unknown; there are {', '.join(presets)}")
+    preset = dict(presets[name])
+    if attack == "cla" and training == "supervised":
+        preset["augment"] = "none"
+    if attack == "blend" and training == "simclr":
+        preset["views"] = {**preset["views"], "blur": 0.0}
+    return preset
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -223,7 +321,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     return leaves
 
 
-def _in_range(
+def in_range(
     name: str,
     value: float,
     *,
