@@ -40,8 +40,8 @@ def test_the_demo_removes_the_backdoor_durably(tmp_path):
     assert result.victim.head.asr >= 0.95
     assert result.fine_tuned.head.asr > 0.5
     assert result.purified.head.asr <= 0.10
-    assert result.purified.probe.worst.asr <= 0.10
-    assert result.purified.probe.delivered.acc >= result.victim.probe.delivered.acc - 0.06
+    assert result.purified.worst.asr <= 0.10
+    assert result.purified.probe.acc >= result.victim.probe.acc - 0.06
 
 
 @pytest.mark.slow
@@ -71,6 +71,7 @@ def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
     assert (given["images"], given["limit"], given["device"]) == ("fashion-mnist", 2500, "cpu")
 
 
+@pytest.mark.timeout(300)  # a minute on an idle machine
 def test_the_demo_prints_scores_and_writes_one_self_contained_page(tmp_path):
     lines = []
     quick = replace(SETTINGS, epochs=1, search=replace(SETTINGS.search, steps=1))
@@ -85,7 +86,7 @@ def test_the_demo_prints_scores_and_writes_one_self_contained_page(tmp_path):
     for title in ("The attack", "Losses", "Features of test images"):
         assert title in page
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
-    assert scores["purified"]["delivered"]["asr"] == result.purified.probe.delivered.asr
+    assert scores["purified"]["probe"]["asr"] == result.purified.probe.asr
 
 
 @pytest.mark.parametrize("name", ["report.html", "scores.json", "clean.safetensors"])

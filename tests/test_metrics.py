@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from unbackdoor.attacks.poisoning import Attack
+from unbackdoor.data import LabeledImages
 from unbackdoor.errors import DataError
-from unbackdoor.metrics import durability, fine_tune, make_test_set, score
+from unbackdoor.metrics import Reading, Scores, fine_tune, make_test_set, read, score
 
 
 class ReadsOnePixel(nn.Module):
@@ -20,25 +22,56 @@ class ReadsOnePixel(nn.Module):
         return nn.functional.one_hot((images[:, 0, 0, 0] * 255).round().long(), 4).float()
 
 
+def pixels(values):
+    images = torch.zeros(len(values), 3, 2, 2, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.tensor(values)
+    return images
+
+
 def test_scores_are_those_counted_by_hand():
     labels = torch.tensor([0, 1, 2, 3, 3])
-    images = torch.zeros(5, 3, 2, 2, dtype=torch.uint8)
-    images[:, 0, 0, 0] = torch.tensor([0, 1, 2, 3, 1])  # the last one is misclassified
+    images = pixels([0, 1, 2, 3, 1])  # the last one is misclassified
 
     def trigger(raw):
         triggered = raw.clone()
         triggered[raw[:, 0, 0, 0] > 1, 0, 0, 0] = 0  # works on two of the four others
         return triggered
 
-    test = make_test_set(images, labels, trigger=trigger, target=0)
-    scores = score(ReadsOnePixel(), nn.Identity(), test)
+    test = make_test_set(images, labels, Attack(trigger, target=0), classes=4)
+    scores = score(ReadsOnePixel(), {"own": nn.Identity()}, test)["own"]
     assert dataclasses.astuple(scores) == pytest.approx((0.8, 0.5, 0.25, 5, 4))
 
 
-def test_a_test_set_of_the_target_class_alone_is_refused():
+def test_all_to_all_counts_the_next_class_on_every_image():
+    labels = torch.tensor([0, 1, 2, 3])
+
+    def trigger(raw):
+        triggered = raw.clone()
+        triggered[1:, 0, 0, 0] = (raw[1:, 0, 0, 0] + 1) % 4  # the first image resists
+        return triggered
+
+    attack = Attack(trigger, goal="all-to-all")
+    test = make_test_set(pixels([0, 1, 2, 3]), labels, attack, classes=4)
+    scores = score(ReadsOnePixel(), {"own": nn.Identity()}, test)["own"]
+    assert dataclasses.astuple(scores) == pytest.approx((1.0, 0.75, 0.25, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [(1, "every test image is of the target class 1"), (4, "target class 4 is out of range")],
+)
+def test_a_test_set_without_an_attackable_image_is_refused(target, message):
     images, labels = torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.tensor([1, 1])
-    with pytest.raises(DataError, match="every test image is of the target class 1"):
-        make_test_set(images, labels, trigger=lambda raw: raw, target=1)
+    with pytest.raises(DataError, match=message):
+        make_test_set(images, labels, Attack(lambda raw: raw, target=target), classes=4)
+
+
+def test_the_worst_reading_is_the_probes_with_the_highest_asr():
+    low, high = (Scores(0.9, asr, 0.5, 10, 9) for asr in (0.1, 0.8))
+    reading = Reading(head=high, probe=low, neighbours=high, reestimated=low, fine_tuned=None)
+    assert reading.worst is low
+    assert list(reading.durable) == ["delivered", "reestimated"]
+    assert reading._replace(fine_tuned=high).worst is high
 
 
 @pytest.fixture
@@ -52,11 +85,11 @@ def two_kinds(generator):
         network = nn.Sequential(
             nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
-    return network.eval(), images, labels
+    return network.eval(), LabeledImages(images, labels, ("dark", "bright"))
 
 
 def test_fine_tuning_learns_and_leaves_its_input_alone(two_kinds):
-    network, images, labels = two_kinds
+    network, (images, labels, _) = two_kinds
     head = nn.Linear(8, 2)
     before = copy.deepcopy(network.state_dict())
     tuned, tuned_head = fine_tune(network, head, images, labels, learning_rate=0.1)
@@ -66,17 +99,34 @@ def test_fine_tuning_learns_and_leaves_its_input_alone(two_kinds):
     assert not tuned.training
 
 
-def test_durability_sees_a_backdoor_that_hides_behind_the_statistics(two_kinds):
-    network, images, labels = two_kinds
+def test_a_durable_reading_sees_a_backdoor_that_hides_behind_the_statistics(two_kinds):
+    network, labeled = two_kinds
 
     def trigger(raw):
         return (raw.int() + 120).clamp(max=255).to(torch.uint8)
 
-    test = make_test_set(images, labels, trigger=trigger, target=1)
+    test = make_test_set(labeled.images, labeled.labels, Attack(trigger, target=1), classes=2)
     masked = copy.deepcopy(network)
     masked[1].running_mean += 1e3  # every ReLU is off: all images look alike
-    reading = durability(masked, images, labels, test, classes=2, plain=images[:60])
-    assert reading.delivered.acc < 0.6
+    reading = read(masked, None, labeled, test, plain=labeled.images[:60])
+    assert reading.head is None
+    assert reading.probe.acc < 0.6
     assert reading.reestimated.acc > 0.9
     assert reading.reestimated.asr > 0.9
-    assert reading.worst.asr == max(scores.asr for scores in reading)
+    assert reading.worst.asr == max(scores.asr for scores in reading.durable.values())
+
+
+def test_a_reading_goes_through_head_probe_and_neighbours(two_kinds):
+    network, labeled = two_kinds
+    test = make_test_set(
+        labeled.images, labeled.labels, Attack(lambda raw: raw, target=1), classes=2
+    )
+    always_dark = nn.Linear(8, 2)
+    with torch.no_grad():
+        always_dark.weight.zero_()
+        always_dark.bias.copy_(torch.tensor([1.0, 0.0]))
+    reading = read(network, always_dark, labeled, test)
+    assert (reading.head.acc, reading.head.pa) == (0.5, 1.0)
+    assert reading.probe.acc > 0.9
+    assert reading.neighbours.acc > 0.9
+    assert reading.reestimated is reading.fine_tuned is None

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from unbackdoor.errors import DataError
-from unbackdoor.probe import extract, linear_probe
+from unbackdoor.probe import NearestNeighbours, extract, linear_probe
 
 
 @pytest.fixture
@@ -69,3 +71,17 @@ def test_a_class_without_examples_is_never_predicted(present, clusters):
 def test_bad_labels_are_refused(labels, message):
     with pytest.raises(DataError, match=message):
         linear_probe(torch.rand(3, 2), torch.tensor(labels), classes=3)
+
+
+def test_neighbours_vote_with_weights_as_counted_by_hand():
+    keys = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])  # lengths do not matter
+    knn = NearestNeighbours(keys, torch.tensor([2, 0, 1]), classes=4, neighbours=2, temperature=0.5)
+    votes = knn(torch.tensor([[5.0, 0.0]]))[0]
+    # cosines 1, 0, .7071: the two nearest are rows 0 and 2
+    expected = [0, math.exp(0.70711 / 0.5), math.exp(1 / 0.5), 0]
+    torch.testing.assert_close(votes, torch.tensor(expected), atol=1e-3, rtol=0)
+
+
+def test_more_neighbours_than_labels_are_all_of_them():
+    knn = NearestNeighbours(torch.eye(2), torch.tensor([0, 1]), classes=2)
+    assert knn(torch.tensor([[1.0, 0.1]])).argmax(1).tolist() == [0]

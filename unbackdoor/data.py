@@ -125,6 +125,14 @@ class LabeledImages(NamedTuple):
     classes: Classes
 
 
+class Rows(NamedTuple):
+    """Row numbers of a labeled set by role; no row has two."""
+
+    unlabeled: Tensor
+    probe: Tensor
+    rest: Tensor
+
+
 def load_images(
     source: str | Path,
     *,
@@ -178,6 +186,27 @@ def draw_rows(count: int, limit: int, *, seed: int) -> Integers:
     """Return ``limit`` of ``count`` row numbers, drawn without replacement, in order."""
     generator = torch.Generator().manual_seed(seed)
     return np.sort(torch.randperm(count, generator=generator)[:limit].numpy())
+
+
+def split_rows(count: int, *, unlabeled: int, probe: int, seed: int) -> Rows:
+    """Split ``count`` row numbers into disjoint parts: for a defense, for a probe, and the rest.
+
+    The unlabeled rows are those that ``load_images`` takes with this ``limit`` and ``seed``, so
+    that a repair from the command line and its scores agree on them.
+
+    Raises:
+        DataError: If there are fewer rows than asked for.
+    """
+    if unlabeled + probe > count:
+        raise DataError(
+            f"{unlabeled} unlabeled and {probe} probe images are more than the {count} there are"
+        )
+    drawn = torch.from_numpy(draw_rows(count, unlabeled, seed=seed))
+    is_left = torch.ones(count, dtype=torch.bool)
+    is_left[drawn] = False
+    left = is_left.nonzero().squeeze(1)
+    left = left[torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))]
+    return Rows(drawn, left[:probe], left[probe:])
 
 
 def from_tensor(images: Tensor) -> ImageSource:

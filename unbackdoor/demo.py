@@ -8,7 +8,7 @@ import importlib.resources
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor import __version__
-from unbackdoor.attacks.triggers import TRIGGERS
 from unbackdoor.backbones import Backbone
 from unbackdoor.cbd import search
 from unbackdoor.checkpoint import write_text
-from unbackdoor.data import LabeledImages, draw_rows, load_labeled
+from unbackdoor.data import LabeledImages, load_labeled, split_rows
 from unbackdoor.errors import OutputError
+from unbackdoor.evaluation import Split, find_attack, percent, reading_record
 from unbackdoor.jobs import (
     Outputs,
     Source,
@@ -29,26 +29,19 @@ from unbackdoor.jobs import (
     open_source,
     purify_file,
 )
-from unbackdoor.metrics import (
-    Durability,
-    Scores,
-    TestSet,
-    durability,
-    fine_tune,
-    make_test_set,
-    score,
-)
+from unbackdoor.metrics import Reading, Scores, TestSet, fine_tune, make_test_set, read
 from unbackdoor.probe import extract
 from unbackdoor.report import (
     Picture,
     Table,
     amplified_difference,
+    as_text,
     images_picture,
     render_report,
     tsne_picture,
 )
 from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings, flatten
-from unbackdoor.types import Features, RawImages
+from unbackdoor.types import Features
 
 UNLABELED, PROBE = 2_500, 500  # of 5,000; the rest are test images
 SHOWN = 8  # images in the report
@@ -65,22 +58,6 @@ SETTINGS = PurifySettings(
     search=SearchSettings(norm="l2", epsilon=1024 / 255, steps=8, step_size=0.25, shared=True),
     views=ViewSettings(min_area=0.9, jitter=0.0, grey=0.0),
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Splits:
-    """The embedded images by role; no image has two."""
-
-    unlabeled: RawImages
-    probe: LabeledImages
-    test: LabeledImages
-
-
-class Reading(NamedTuple):
-    """One backbone's scores: through its own head, and through a probe, three times."""
-
-    head: Scores
-    probe: Durability
 
 
 class DemoResult(NamedTuple):
@@ -121,14 +98,13 @@ def run_demo(
     splits = split_images(seed)
     assets = importlib.resources.files("unbackdoor") / "assets"
     record = json.loads((assets / "demo_victim.json").read_text())
-    trigger = TRIGGERS[record["attack"]["trigger"]](**record["attack"]["options"])
-    target = record["attack"]["target"]
-    test = make_test_set(splits.test.images, splits.test.labels, trigger=trigger, target=target)
+    attack = find_attack(str(assets / "demo_victim.json"), size=splits.test.images.shape[-1]).attack
+    test = make_test_set(splits.test.images, splits.test.labels, attack, classes=CLASSES)
 
     with importlib.resources.as_file(assets / "demo_victim.safetensors") as checkpoint:
         mean, std = tuple(record["mean"]), tuple(record["std"])
         source = Source(checkpoint, record["arch"], mean, std, size=splits.test.images.shape[-1])
-        victim = open_source(source).backbone
+        victim = open_source(source).backbone.to(memory_format=torch.channels_last)
         say(f"running: {command_line(source, settings, out)}")
         outputs = purify_file(
             source,
@@ -142,13 +118,14 @@ def run_demo(
             on_step=on_step,
         )
     purified = open_source(replace(source, checkpoint=outputs.tensors)).backbone
+    purified = purified.to(memory_format=torch.channels_last)
 
     say("scoring")
     tuned, head = fine_tune(victim, _head(victim), splits.probe.images, splits.probe.labels)
     result = DemoResult(
-        victim=read(victim, _head(victim), splits, test),
-        fine_tuned=read(tuned, head, splits, test),
-        purified=read(purified, _head(purified), splits, test),
+        victim=read(victim, _head(victim), splits.probe, test, plain=splits.unlabeled),
+        fine_tuned=read(tuned, head, splits.probe, test, plain=splits.unlabeled),
+        purified=read(purified, _head(purified), splits.probe, test, plain=splits.unlabeled),
         report=report,
     )
     tables = (scores_table(result, splits, test), durability_table(result))
@@ -166,22 +143,18 @@ def run_demo(
     return result
 
 
-def split_images(seed: int) -> Splits:
+def split_images(seed: int) -> Split:
     """Split the embedded Fashion-MNIST images into unlabeled, probe and test images.
 
     The unlabeled ones are those that ``--images fashion-mnist --limit 2500 --seed SEED`` takes.
     """
     images, labels, classes = load_labeled("fashion-mnist", split="test")
-    unlabeled = torch.from_numpy(draw_rows(len(images), UNLABELED, seed=seed))
-    is_left = torch.ones(len(images), dtype=torch.bool)
-    is_left[unlabeled] = False
-    left = is_left.nonzero().squeeze(1)
-    left = left[torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))]
+    rows = split_rows(len(images), unlabeled=UNLABELED, probe=PROBE, seed=seed)
 
-    def labeled(rows: Tensor) -> LabeledImages:
-        return LabeledImages(images[rows], labels[rows], classes)
+    def labeled(chosen: Tensor) -> LabeledImages:
+        return LabeledImages(images[chosen], labels[chosen], classes)
 
-    return Splits(images[unlabeled], labeled(left[:PROBE]), labeled(left[PROBE:]))
+    return Split(images[rows.unlabeled], labeled(rows.probe), labeled(rows.rest))
 
 
 def command_line(source: Source, settings: PurifySettings, out: Path) -> str:
@@ -210,22 +183,7 @@ def command_line(source: Source, settings: PurifySettings, out: Path) -> str:
     return " ".join([*words, "--out", str(out / "clean.safetensors")])
 
 
-def read(backbone: nn.Module, head: nn.Module, splits: Splits, test: TestSet) -> Reading:
-    """Score ``backbone`` through ``head``, and through a probe as delivered and after use."""
-    return Reading(
-        head=score(backbone, head, test),
-        probe=durability(
-            backbone,
-            splits.probe.images,
-            splits.probe.labels,
-            test,
-            classes=CLASSES,
-            plain=splits.unlabeled,
-        ),
-    )
-
-
-def scores_table(result: DemoResult, splits: Splits, test: TestSet) -> Table:
+def scores_table(result: DemoResult, splits: Split, test: TestSet) -> Table:
     """Return ACC, ASR and PA through probe and own head, in percent."""
     rows = (
         ("victim", result.victim),
@@ -236,8 +194,7 @@ def scores_table(result: DemoResult, splits: Splits, test: TestSet) -> Table:
         "Scores, percent",
         ("backbone", "probe ACC", "probe ASR", "probe PA", "head ACC", "head ASR", "head PA"),
         tuple(
-            (name, *percent(reading.probe.delivered), *percent(reading.head))
-            for name, reading in rows
+            (name, *percent(reading.probe), *percent(_of_head(reading))) for name, reading in rows
         ),
         decimals=1,
         note=f"ACC on {len(test.labels)} test images; ASR and PA on the {len(test.triggered)} of "
@@ -249,14 +206,17 @@ def scores_table(result: DemoResult, splits: Splits, test: TestSet) -> Table:
 def durability_table(result: DemoResult) -> Table:
     """Return the probe's ASR as delivered and after what a user does to a backbone, in percent."""
     rows = (
-        ("victim", result.victim.probe),
-        ("fine-tuned", result.fine_tuned.probe),
-        ("purified", result.purified.probe),
+        ("victim", result.victim),
+        ("fine-tuned", result.fine_tuned),
+        ("purified", result.purified),
     )
     return Table(
         "Does it last? ASR, percent",
         ("backbone", "as delivered", "statistics re-estimated", "fine-tuned on clean images"),
-        tuple((name, *(100 * scores.asr for scores in probe)) for name, probe in rows),
+        tuple(
+            (name, *(100 * scores.asr for scores in reading.durable.values()))
+            for name, reading in rows
+        ),
         decimals=1,
         note="Batch-norm statistics are re-estimated on the unlabeled images; the fine-tuning has "
         "the probe's labeled ones.",
@@ -266,14 +226,14 @@ def durability_table(result: DemoResult) -> Table:
 def summary(result: DemoResult) -> str:
     """Return the result in a few sentences."""
     before, after = result.victim, result.purified
+    own_before, own_after = _of_head(before), _of_head(after)
     return (
-        f"Through the backbone's own head, the attack success rate went from {before.head.asr:.1%} "
-        f"to {after.head.asr:.1%} and clean accuracy from {before.head.acc:.1%} to "
-        f"{after.head.acc:.1%}. Through a linear probe, attack success went from "
-        f"{before.probe.delivered.asr:.1%} to {after.probe.delivered.asr:.1%} "
-        f"({after.probe.worst.asr:.1%} in the worst of three readings) and accuracy from "
-        f"{before.probe.delivered.acc:.1%} to {after.probe.delivered.acc:.1%}. The repair had "
-        f"{UNLABELED} unlabeled images and knew neither trigger nor target."
+        f"Through the backbone's own head, the attack success rate went from {own_before.asr:.1%} "
+        f"to {own_after.asr:.1%} and clean accuracy from {own_before.acc:.1%} to "
+        f"{own_after.acc:.1%}. Through a linear probe, attack success went from "
+        f"{before.probe.asr:.1%} to {after.probe.asr:.1%} ({after.worst.asr:.1%} in the worst of "
+        f"three readings) and accuracy from {before.probe.acc:.1%} to {after.probe.acc:.1%}. The "
+        f"repair had {UNLABELED} unlabeled images and knew neither trigger nor target."
     )
 
 
@@ -282,7 +242,7 @@ def scores_record(
 ) -> dict[str, Any]:
     """Return all scores, as shares, with what they come from, as JSON can hold it."""
     return {
-        "schema": 1,
+        "schema": 2,
         "command": f"unbackdoor demo --seed {settings.seed}",
         "data": "fashion-mnist, the 5,000 embedded test images",
         "settings": asdict(settings),
@@ -291,30 +251,23 @@ def scores_record(
         "versions": {"unbackdoor": __version__, "torch": torch.__version__},
         "seconds": round(seconds, 1),
         "scores": {
-            name: {
-                "head": asdict(reading.head),
-                **{when: asdict(scores) for when, scores in reading.probe._asdict().items()},
-            }
+            name: reading_record(reading)
             for name, reading in zip(("victim", "fine_tuned", "purified"), result[:3], strict=True)
         },
     }
 
 
-def percent(scores: Scores) -> tuple[float, float, float]:
-    """Return ACC, ASR and PA in percent."""
-    return 100 * scores.acc, 100 * scores.asr, 100 * scores.pa
-
-
 def pictures(
     victim: nn.Module,
     purified: nn.Module,
-    splits: Splits,
+    splits: Split,
     test: TestSet,
     settings: PurifySettings,
     outputs: Outputs,
 ) -> tuple[Picture, ...]:
     """Return the report's pictures: triggered images, loss curves, features before and after."""
-    clean = splits.test.images[splits.test.labels != test.target][:SHOWN]
+    target = int(test.goals[0])
+    clean = splits.test.images[splits.test.labels != target][:SHOWN]
     triggered = test.triggered[:SHOWN]
     return (
         images_picture(
@@ -325,7 +278,7 @@ def pictures(
                 "difference": amplified_difference(clean, triggered, gain=1),
             },
             caption="The victim takes the middle row for class "
-            f"{test.target} ({splits.test.classes[test.target]}).",
+            f"{target} ({splits.test.classes[target]}).",
         ),
         losses_picture(json.loads(outputs.record.read_text())["history"]),
         tsne_picture(
@@ -359,21 +312,10 @@ def feature_groups(
     return groups
 
 
-def as_text(table: Table) -> list[str]:
-    """Return a table as aligned lines for a terminal."""
-    cells = [[f"{c:.1f}" if isinstance(c, float) else str(c) for c in row] for row in table.rows]
-    lines = [list(table.columns), *cells]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
-    body = [
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
-            ]
-        )
-        for line in lines
-    ]
-    return ["", table.title, *body]
+def _of_head(reading: Reading) -> Scores:
+    if reading.head is None:
+        raise ValueError("the demo's backbone has a head")
+    return reading.head
 
 
 def _head(backbone: Backbone) -> nn.Module:

@@ -1,21 +1,24 @@
 """Scores of a classifier under attack, and whether they last."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
+from unbackdoor.attacks.poisoning import PART, Attack, goal_labels
 from unbackdoor.batchnorm import reestimate
+from unbackdoor.data import LabeledImages
 from unbackdoor.errors import DataError
-from unbackdoor.probe import extract, linear_probe
+from unbackdoor.probe import NearestNeighbours, extract, linear_probe
 from unbackdoor.types import Labels, RawImages
 
 OtherImages = UInt8[Tensor, "m c h w"]  # not as many as the images beside them
+OtherLabels = Int64[Tensor, " m"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Scores:
 
     Attributes:
         acc: Accuracy on clean images.
-        asr: Attack success rate: triggered images of other classes taken for the target.
+        asr: Attack success rate: triggered images taken for what the attacker wants.
         pa: Poisoned accuracy: the same images taken for their true class.
         images: Clean test images behind ``acc``.
         triggered: Test images of other classes behind ``asr`` and ``pa``.
@@ -44,96 +47,135 @@ class TestSet:
     Attributes:
         images: Shape ``(n, c, h, w)``.
         labels: Shape ``(n,)``.
-        triggered: Of the images of other classes than the target, in their order.
-        target: The class that triggered images shall be taken for.
+        triggered: Of the images whose class is not already the attacker's goal, in their order.
+        truth: The true classes of the triggered images.
+        goals: The classes that the triggered images shall be taken for.
     """
 
     images: RawImages
     labels: Labels
     triggered: OtherImages
-    target: int
+    truth: OtherLabels
+    goals: OtherLabels
 
 
-class Durability(NamedTuple):
-    """Scores through a probe: as delivered, and after what a user does to a backbone anyway."""
+class Reading(NamedTuple):
+    """One backbone's scores, by who reads its features, and whether the probe's last.
 
-    delivered: Scores
-    reestimated: Scores  # batch-norm statistics re-estimated on plain clean images
-    fine_tuned: Scores  # after a short clean fine-tuning
+    What a user does to a backbone anyway can bring a backdoor back that was only masked, so the
+    probe reads three times: as delivered, and twice after that.
+    """
+
+    head: Scores | None  # the backbone's own head, where it has one
+    probe: Scores  # a linear probe, as delivered
+    neighbours: Scores  # votes of the nearest labeled features
+    reestimated: Scores | None = None  # batch-norm statistics re-estimated on plain clean images
+    fine_tuned: Scores | None = None  # after a short clean fine-tuning
+
+    @property
+    def durable(self) -> dict[str, Scores]:
+        """The probe's readings, as delivered and later, by name."""
+        readings = ("delivered", "reestimated", "fine_tuned")
+        pairs = zip(readings, (self.probe, self.reestimated, self.fine_tuned), strict=True)
+        return {name: scores for name, scores in pairs if scores is not None}
 
     @property
     def worst(self) -> Scores:
-        """Return the reading with the highest ASR."""
-        return max(self, key=lambda scores: scores.asr)
+        """The probe's reading with the highest ASR."""
+        return max(self.durable.values(), key=lambda scores: scores.asr)
 
 
-def make_test_set(
-    images: RawImages,
-    labels: Labels,
-    *,
-    trigger: Callable[[RawImages], RawImages],
-    target: int,
-) -> TestSet:
-    """Return a test set with every image of another class than ``target`` triggered, too.
+def make_test_set(images: RawImages, labels: Labels, attack: Attack, *, classes: int) -> TestSet:
+    """Return a test set with every image triggered whose class is not already the goal.
+
+    All-to-one, these are the images of other classes than the target; all-to-all, every image.
 
     Raises:
-        DataError: If no image is of another class.
+        DataError: If there is none, or the target class is out of range.
     """
-    others = labels != target
+    if attack.goal == "all-to-one" and not 0 <= attack.target < classes:
+        raise DataError(f"target class {attack.target} is out of range: 0 to {classes - 1}")
+    goals = goal_labels(labels, attack, classes=classes)
+    others = labels != goals
     if not others.any():
-        raise DataError(f"every test image is of the target class {target}; ASR is undefined")
-    return TestSet(images, labels, trigger(images[others]), target)
+        raise DataError(
+            f"every test image is of the target class {attack.target}; ASR is undefined"
+        )
+    parts = images[others].split(PART)
+    triggered = torch.cat([attack.trigger(part) for part in parts])
+    return TestSet(images, labels, triggered, labels[others], goals[others])
 
 
-def score(backbone: nn.Module, head: nn.Module, test: TestSet) -> Scores:
-    """Score ``head`` on the features of ``backbone``."""
+def score(
+    backbone: nn.Module, classifiers: Mapping[str, nn.Module], test: TestSet
+) -> dict[str, Scores]:
+    """Score classifiers of the features of ``backbone``, which are computed once.
 
-    def predict(images: RawImages) -> Labels:
-        logits: Tensor = head(extract(backbone, images))
-        return logits.argmax(1)
+    Args:
+        classifiers: By name; each maps features ``(n, d)`` to one number a class.
+    """
+    clean, triggered = extract(backbone, test.images), extract(backbone, test.triggered)
+    return {
+        name: count_hits(classify(clean).argmax(1).cpu(), classify(triggered).argmax(1).cpu(), test)
+        for name, classify in classifiers.items()
+    }
 
-    others = test.labels[test.labels != test.target]
-    triggered = predict(test.triggered)
+
+def count_hits(clean: Labels, triggered: OtherLabels, test: TestSet) -> Scores:
+    """Return the scores of predictions for the clean and for the triggered test images."""
     return Scores(
-        acc=(predict(test.images) == test.labels).float().mean().item(),
-        asr=(triggered == test.target).float().mean().item(),
-        pa=(triggered == others).float().mean().item(),
+        acc=_share(clean == test.labels),
+        asr=_share(triggered == test.goals),
+        pa=_share(triggered == test.truth),
         images=len(test.labels),
-        triggered=len(others),
+        triggered=len(test.truth),
     )
 
 
-def probe_score(
-    backbone: nn.Module, images: RawImages, labels: Labels, test: TestSet, *, classes: int
-) -> Scores:
-    """Score a linear probe that is trained on the features of ``images``."""
-    probe = linear_probe(extract(backbone, images), labels, classes=classes)
-    return score(backbone, probe, test)
+def _share(hits: Tensor) -> float:
+    return hits.sum().item() / len(hits)
 
 
-def durability(
+def read(
     backbone: nn.Module,
-    images: RawImages,
-    labels: Labels,
+    head: nn.Module | None,
+    labeled: LabeledImages,
     test: TestSet,
     *,
-    classes: int,
-    plain: OtherImages,
-) -> Durability:
-    """Score ``backbone`` as delivered, after re-estimation, and after a short fine-tuning.
+    plain: OtherImages | None = None,
+) -> Reading:
+    """Score ``backbone`` through its head, a probe and nearest neighbours, and perhaps later again.
 
     Args:
-        images: The probe's labeled images; the fine-tuning has the same.
-        plain: Clean unlabeled images to re-estimate batch-norm statistics on.
+        head: The backbone's own; maps features to logits.
+        labeled: Clean images that the probe is trained on, the neighbours vote from, and the
+            fine-tuning has.
+        plain: Clean unlabeled images to re-estimate batch-norm statistics on; without them, the
+            readings after re-estimation and after fine-tuning are left out.
     """
-    probe = linear_probe(extract(backbone, images), labels, classes=classes)
+    classes, features = len(labeled.classes), extract(backbone, labeled.images)
+    probe = linear_probe(features, labeled.labels, classes=classes)
+    readers: dict[str, nn.Module] = {
+        "probe": probe,
+        "neighbours": NearestNeighbours(features, labeled.labels, classes=classes),
+    }
+    if head is not None:
+        readers["head"] = copy.deepcopy(head).cpu()
+    scores = score(backbone, readers, test)
+    reading = Reading(scores.get("head"), scores["probe"], scores["neighbours"])
+    if plain is None:
+        return reading
+
+    device = next(backbone.parameters()).device
     renewed = copy.deepcopy(backbone)
-    reestimate(renewed, (batch.float() / 255 for batch in plain.split(250) if len(batch) > 1))
-    tuned, head = fine_tune(backbone, probe, images, labels)
-    return Durability(
-        delivered=score(backbone, probe, test),
-        reestimated=probe_score(renewed, images, labels, test, classes=classes),
-        fine_tuned=score(tuned, head, test),
+    batches = (part.to(device) for part in plain.split(250) if len(part) > 1)
+    reestimate(renewed, (part.float() / 255 for part in batches))
+    features = extract(renewed, labeled.images)
+    renewed_probe = linear_probe(features, labeled.labels, classes=classes)
+    tuned, tuned_probe = fine_tune(backbone, probe, labeled.images, labeled.labels)
+    return reading._replace(
+        reestimated=score(renewed, {"probe": renewed_probe}, test)["probe"],
+        fine_tuned=score(tuned, {"probe": tuned_probe.cpu()}, test)["probe"],
     )
 
 
@@ -153,7 +195,8 @@ def fine_tune(
     SGD with momentum 0.9, weight decay 5e-4 and a cosine, batch norm in training mode, images as
     they are: what a downstream user does to a backbone.
     """
-    backbone, head = copy.deepcopy(backbone).train(), copy.deepcopy(head).train()
+    device = next(backbone.parameters()).device
+    backbone, head = copy.deepcopy(backbone).train(), copy.deepcopy(head).to(device).train()
     weights = [*backbone.parameters(), *head.parameters()]
     for weight in weights:
         weight.requires_grad_(True)
@@ -164,8 +207,8 @@ def fine_tune(
         for rows in torch.randperm(len(images), generator=generator).split(batch_size):
             if len(rows) < 2:
                 continue  # one image has no batch statistics
-            logits = head(backbone(images[rows].float() / 255))
-            loss = F.cross_entropy(logits, labels[rows])
+            logits = head(backbone(images[rows].to(device).float() / 255))
+            loss = F.cross_entropy(logits, labels[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,9 +1,10 @@
-"""Read features: extract them, and train a linear classifier on them."""
+"""Read features: extract them, and classify them by a linear probe or by nearest neighbours."""
 
 import torch
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]  # no types
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]  # no types
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.errors import DataError
 from unbackdoor.types import Features, Labels, RawImages
@@ -56,3 +57,42 @@ def linear_probe(features: Features, labels: Labels, *, classes: int) -> nn.Line
         probe.weight[present] = weight.float()
         probe.bias[present] = bias.float()
     return probe.requires_grad_(False)
+
+
+class NearestNeighbours(nn.Module):
+    """Classifies features by a weighted vote of the most similar labeled ones.
+
+    Args:
+        features: Of the labeled images, shape ``(n, d)``.
+        labels: Their classes.
+        classes: Number of classes.
+        neighbours: Voters, weighted by ``exp(cosine / temperature)``.
+        temperature: See above.
+
+    Source:
+        Wu et al. 2018, section 3.4, https://arxiv.org/abs/1805.01978; with fewer neighbours, for
+        there are only some hundred labels.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        labels: Labels,
+        *,
+        classes: int,
+        neighbours: int = 20,
+        temperature: float = 0.07,
+    ):
+        super().__init__()
+        self.neighbours = min(neighbours, len(labels))
+        self.temperature = temperature
+        self.register_buffer("keys", F.normalize(features, dim=1))
+        self.register_buffer("votes", F.one_hot(labels, classes).float())
+
+    def forward(self, features: Features) -> Tensor:
+        """Return the weight of the votes for each class, shape ``(n, classes)``."""
+        keys, votes = self.get_buffer("keys"), self.get_buffer("votes")
+        similarity = F.normalize(features, dim=1) @ keys.T
+        nearest, rows = similarity.topk(self.neighbours, dim=1)
+        weights = (nearest / self.temperature).exp()
+        return (weights[:, :, None] * votes[rows]).sum(1)

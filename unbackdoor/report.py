@@ -36,6 +36,7 @@ STRONG = ("#d55e00", INK, "#2488cc", "#009e73")
 MUTED = ("#88aacc", "#c9b458", "#8fbfa0", "#c79ab0", "#a3a3a3")
 LINES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)))
 STRONG_MARKERS, MUTED_MARKERS = "^DX*", "osv<"
+MARKERS = "os^DvXP*<>"
 WIDTH = 5.6  # inches; at a phone's width its 11-point letters are still 10 pixels high
 LARGEST_SIDE = 112  # pixels; larger images are averaged down, to keep the page small
 
@@ -199,6 +200,27 @@ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 """
 
 
+def as_text(table: Table) -> list[str]:
+    """Return a table of words and numbers as aligned lines for a terminal."""
+    places = 1 if table.decimals is None else table.decimals
+    cells = [
+        [f"{cell:.{places}f}" if isinstance(cell, float) else str(cell) for cell in row]
+        for row in table.rows
+    ]
+    lines = [list(table.columns), *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+    body = [
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
+            ]
+        )
+        for line in lines
+    ]
+    return ["", table.title, *body]
+
+
 def curves_picture(
     title: str,
     series: Mapping[str, Sequence[float]],
@@ -279,6 +301,52 @@ def bars_picture(
         for group, bars in groups.items()
     )
     return Picture(title, (Panel(svg, f"{x_label}. {values_alt}"),), caption)
+
+
+def scatter_picture(
+    title: str,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    *,
+    x_label: str,
+    caption: str = "",
+) -> Picture:
+    """Draw points of named groups, a panel for every outer name; twenty groups can be told apart.
+
+    Args:
+        panels: As ``{"ASR": {"FT": [(90.0, 5.0), ...], ...}, "PA": {...}}``.
+
+    Raises:
+        ValueError: If a panel has no group, or a group no points.
+    """
+    drawn = []
+    for name, groups in panels.items():
+        if not groups or any(len(points) == 0 for points in groups.values()):
+            raise ValueError(f"panel {name!r} of picture {title!r} needs groups with points")
+        with style.context(STYLE, after_reset=True):
+            figure = Figure((WIDTH, 4.2 + 0.25 * math.ceil(len(groups) / 3)))
+            axes = figure.subplots()
+            handles = []
+            for index, points in enumerate(groups.values()):
+                x, y = zip(*points, strict=True)
+                handles += axes.plot(
+                    x,
+                    y,
+                    linestyle="",
+                    color=PALETTE[index % len(PALETTE)],
+                    marker=MARKERS[index % len(MARKERS)],
+                    markersize=7,
+                    markeredgecolor=PAPER,
+                    markeredgewidth=0.5,
+                )
+            axes.grid()
+            axes.set(title=_label(name), xlabel=_label(x_label))
+            _legend(figure, handles, list(groups))
+            alt = f"{name}, over {x_label}. " + "; ".join(
+                f"{group}: " + ", ".join(f"{x:.1f} {y:.1f}" for x, y in points)
+                for group, points in groups.items()
+            )
+            drawn.append(Panel(_svg(figure), alt))
+    return Picture(title, drawn, caption)
 
 
 def images_picture(title: str, rows: Mapping[str, RawImages], *, caption: str = "") -> Picture:

@@ -1,0 +1,100 @@
+"""Write the tables of the documentation from `results/`, or check that they are current.
+
+    python scripts/tables.py [--check]
+
+Each record in `results/demo/` is the `scores.json` of one `unbackdoor demo --seed SEED`; the table
+has medians; those in `results/victims/` were written by `unbackdoor attack`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_ROWS = {
+    "victim": "victim",
+    "fine_tuned": "fine-tuned, 500 labels",
+    "purified": "**purified, no labels**",
+}
+WHAT = ("acc", "asr", "pa")
+
+
+def demo_table(records: list[dict[str, Any]]) -> str:
+    """Return the medians of the demo's records, in percent."""
+
+    def median(row: str, *, reading: str, what: str) -> str:
+        values = [record["scores"][row][reading][what] for record in records]
+        return f"{100 * statistics.median(values):.1f}"
+
+    lines = [
+        "| backbone | probe: ACC | ASR | PA | ASR, statistics re-estimated | ASR, fine-tuned clean "
+        "| own head: ACC | ASR | PA |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, name in DEMO_ROWS.items():
+        cells = [
+            *(median(row, reading="probe", what=what) for what in WHAT),
+            *(median(row, reading=when, what="asr") for when in ("reestimated", "fine_tuned")),
+            *(median(row, reading="head", what=what) for what in WHAT),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def victims_table(records: list[dict[str, Any]]) -> str:
+    """Return the scores of every victim, and of the clean one under every attack, in percent."""
+    lines = [
+        "| victim | attack | training | epochs, images | own head: ACC | ASR | PA "
+        "| probe: ACC | ASR | PA |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        clean = record["attack"] is None
+        readings = record["scores"] if clean else {record["attack"]["name"]: record["scores"]}
+        training = record["training"]
+        for attack, scores in readings.items():
+            cells = [
+                "clean" if clean else f"seed {training['seed']}",
+                attack,
+                training["kind"],
+                f"{training['epochs']}, {record['data']['images']:,}",
+            ]
+            for reading in ("head", "probe"):
+                read = scores[reading] or dict.fromkeys(WHAT)
+                cells += ["–" if read[w] is None else f"{100 * read[w]:.1f}" for w in WHAT]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {  # file -> the folder of its records, and what is made of them
+    "README.md": ("results/demo", demo_table),
+    "docs/victims.md": ("results/victims", victims_table),
+}
+
+
+def main() -> int:
+    """Replace or check what stands between the two marks in each file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if outdated")
+    arguments = parser.parse_args()
+    outdated = 0
+    for name, (folder, make) in TABLES.items():
+        records = [json.loads(path.read_text()) for path in sorted((ROOT / folder).glob("*.json"))]
+        page = ROOT / name
+        begin, end = f"<!-- {folder} -->\n", "<!-- end -->\n"
+        before, _, rest = page.read_text().partition(begin)
+        old, _, after = rest.partition(end)
+        new = make(records)
+        if arguments.check and old != new:
+            print(f"{name}: its table is outdated; run python scripts/tables.py")
+            outdated = 1
+        if not arguments.check:
+            page.write_text(before + begin + new + end + after)
+    return outdated
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""Score a checkpoint under attack: which rows, which readings, and what to doubt about them."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor import __version__
+from unbackdoor.attacks.named import ATTACKS, attack_from_record, attack_record, named_attack
+from unbackdoor.attacks.poisoning import Attack
+from unbackdoor.attacks.triggers import LARGEST
+from unbackdoor.backbones import Backbone
+from unbackdoor.checkpoint import write_text
+from unbackdoor.data import LabeledImages, load_labeled, split_rows
+from unbackdoor.devices import pick_device
+from unbackdoor.errors import CheckpointError, DataError, OutputError
+from unbackdoor.jobs import Source, open_source, told_of_memory
+from unbackdoor.metrics import Reading, Scores, make_test_set, read
+from unbackdoor.report import Table, as_text
+from unbackdoor.types import RawImages
+
+UNLABELED, PROBE = 0.05, 0.01  # shares of the training images: the paper's
+VALIDATION = 0.05  # to choose settings by
+TOOK = 0.9  # own-head ASR from which a supervised victim counts as backdoored
+FEW = 200  # triggered images, fewer of which make ASR coarse
+DEFINITIONS = (
+    "ACC: clean test images taken for their true class. ASR: triggered ones, of other classes than "
+    "the target, taken for the target (all-to-all: for their class plus one). PA: the same ones "
+    "taken for their true class."
+)
+
+
+class Split(NamedTuple):
+    """The images that a defense and its scores use; none is poisoned, none has two roles."""
+
+    unlabeled: RawImages  # for the defense, and to re-estimate statistics on
+    probe: LabeledImages  # for the probe, the neighbours, the fine-tuning
+    test: LabeledImages
+    validation: LabeledImages | None = None  # for whoever chooses settings
+
+
+class Known(NamedTuple):
+    """An attack, and what its victim's record says about it."""
+
+    attack: Attack
+    name: str
+    victim_asr: float | None  # through the victim's own head
+    supervised: bool
+
+
+def evaluate_file(
+    source: Source,
+    data: str,
+    attack: str,
+    *,
+    seed: int = 0,
+    durable: bool = False,
+    training: Literal["supervised", "simclr"] = "supervised",
+    target: int | None = None,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    out: Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Score a checkpoint through its own head, a probe and neighbours; print, return, write.
+
+    Args:
+        data: A labeled set, see ``load_labeled``.
+        attack: A victim's record, or the name of one of the paper's attacks.
+        seed: Of the split into unlabeled and probe images, those of ``purify --seed``.
+        durable: Read again after re-estimation and after a clean fine-tuning.
+        training: Of the victim, where ``attack`` is a name: it decides where the patch is.
+        target: The attacker's class, where ``attack`` is a name.
+        out: Where to write the scores as JSON; nowhere by default.
+
+    Returns:
+        What is written: the record of this evaluation.
+
+    Raises:
+        UnbackdoorError: See ``errors``; nothing is written then.
+    """
+    started = time.monotonic()
+    if out is not None and out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; pass --force to replace it")
+    source = like_victim(source, attack)
+    loaded = open_source(source)
+    known = find_attack(attack, size=loaded.size, training=training, target=target)
+    split = load_split(data, size=loaded.size, seed=seed)
+    classes = len(split.test.classes)
+    test = make_test_set(split.test.images, split.test.labels, known.attack, classes=classes)
+    where = pick_device(device)
+    say(f"{source.checkpoint}: {known.name}, {known.attack.trigger}")
+    say(f"{len(test.labels)} test images, {len(test.truth)} of them triggered as well")
+    backbone = loaded.backbone.to(where).to(memory_format=torch.channels_last)
+    plain = split.unlabeled if durable else None
+    head = own_head(backbone, classes=classes)
+    with told_of_memory(where):
+        reading = read(backbone, head, split.probe, test, plain=plain)
+    flags = doubts(known, reading)
+    if head is None and backbone.heads:
+        names = ", ".join(backbone.head_names)
+        flags.append(f"the own head ({names}) is not one linear layer of {classes} classes: unread")
+    record = {
+        "schema": 1,
+        "checkpoint": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
+        "arch": source.arch.rpartition("/")[2] if ".py:" in source.arch else source.arch,
+        "attack": {"name": known.name, **attack_record(known.attack)},
+        "data": {"source": Path(data).name, **counts(split)},
+        "seed": seed,
+        "scores": reading_record(reading),
+        "flags": flags,
+        "device": str(where),
+        "versions": {
+            "unbackdoor": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    say("\n".join(as_text(scores_table(reading))))
+    say(f"{DEFINITIONS} Probe and neighbours: {len(split.probe.labels)} labeled images.")
+    for flag in flags:
+        say(f"doubt: {flag}")
+    if out is not None:
+        write_text(out, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
+        say(f"wrote {out}")
+    return record
+
+
+def load_split(data: str, *, size: int, seed: int) -> Split:
+    """Load a labeled set and divide it, see :func:`divide`; errors are also ``load_labeled``'s."""
+    train, test = (load_labeled(data, split=split, size=size) for split in ("train", "test"))
+    return divide(train, test, seed=seed)
+
+
+def divide(train: LabeledImages, test: LabeledImages, *, seed: int) -> Split:
+    """Divide the training images: 5 % unlabeled, 1 % for the probe, 5 % for validation.
+
+    Raises:
+        DataError: If there are too few images, or if training and test images are the same.
+    """
+    if train.images.shape == test.images.shape and train.images.equal(test.images):
+        raise DataError(
+            "training and test images are the same; pass data with a train and a test part, such "
+            "as folders of these names"
+        )
+    count = len(train.labels)
+    unlabeled, probe, validation = (round(s * count) for s in (UNLABELED, PROBE, VALIDATION))
+    rows = split_rows(count, unlabeled=unlabeled, probe=probe, seed=seed)
+    if len(train.labels[rows.probe].unique()) < 2:
+        raise DataError(
+            f"1 % of {count} training images are too few for a probe: {probe} of one class"
+        )
+
+    def labeled(chosen: Tensor) -> LabeledImages:
+        return LabeledImages(train.images[chosen], train.labels[chosen], train.classes)
+
+    return Split(
+        train.images[rows.unlabeled], labeled(rows.probe), test, labeled(rows.rest[:validation])
+    )
+
+
+def like_victim(source: Source, attack: str) -> Source:
+    """Return ``source`` with the images' size and normalization of the victim in the record.
+
+    What is given goes first; a record of another architecture, or a name, says nothing.
+    """
+    if attack in ATTACKS or not Path(attack).is_file():
+        return source
+    record = read_record(attack)
+    if record.get("arch") != source.arch:
+        return source
+
+    def levels(name: str) -> tuple[float, ...] | None:
+        values = record.get(name)
+        good = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
+        return tuple(values) if good and values else None
+
+    size = record.get("size")
+    return replace(
+        source,
+        mean=source.mean or levels("mean"),
+        std=source.std or levels("std"),
+        size=source.size or (size if isinstance(size, int) and 0 < size <= LARGEST else None),
+    )
+
+
+def read_record(path: str) -> Mapping[str, Any]:
+    """Return a victim's record.
+
+    Raises:
+        CheckpointError: If the file is no JSON object.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is no victim's record: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: is no victim's record, but a {type(record).__name__}")
+    return record
+
+
+def find_attack(
+    attack: str,
+    *,
+    size: int,
+    training: Literal["supervised", "simclr"] = "supervised",
+    target: int | None = None,
+) -> Known:
+    """Return the attack that a victim's record, or a name, stands for.
+
+    Raises:
+        SettingsError: If there is no such attack, or the record is of another kind.
+        CheckpointError: If the file is no JSON object.
+        DataError: If the record is of a clean victim.
+    """
+    if attack in ATTACKS or not Path(attack).is_file():
+        options = {} if target is None else {"target": target}
+        found = named_attack(attack, size=size, training=training, options=options)
+        return Known(found, attack, None, training == "supervised")
+    record = read_record(attack)
+    described = record.get("attack")
+    if not isinstance(described, dict):
+        raise DataError(
+            f"{attack}: holds no attack (a clean victim's does not); pass an attack's name: "
+            f"{', '.join(ATTACKS)}"
+        )
+    found = attack_from_record({key: value for key, value in described.items() if key != "name"})
+    asr = _inside(record, "scores", "head", "asr")
+    supervised = _inside(record, "training", "kind") != "simclr"
+    name = str(described.get("name"))
+    return Known(found, name, asr if isinstance(asr, int | float) else None, supervised)
+
+
+def _inside(record: Any, *names: str) -> Any:
+    for name in names:
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
+
+
+def own_head(backbone: Backbone, *, classes: int) -> nn.Module | None:
+    """Return the backbone's own head; none if it has none, or it tells other classes apart."""
+    if len(backbone.heads) != 1:
+        return None
+    head = backbone.heads[0]
+    if not isinstance(head, nn.Linear) or head.out_features != classes:
+        return None
+    return head
+
+
+def doubts(known: Known, reading: Reading) -> list[str]:
+    """Return why these scores should be read with care."""
+    found = []
+    if known.supervised and known.victim_asr is not None and known.victim_asr < TOOK:
+        found.append(
+            f"the victim's own ASR was {100 * known.victim_asr:.1f} %, below {100 * TOOK:.0f} %: "
+            "the attack did not take"
+        )
+    if reading.probe.triggered < FEW:
+        found.append(f"only {reading.probe.triggered} triggered images")
+    found.append("one victim, one split: a table needs three seeds")
+    return found
+
+
+def counts(split: Split) -> dict[str, int]:
+    """Return how many images each role has."""
+    return {
+        "unlabeled": len(split.unlabeled),
+        "probe": len(split.probe.labels),
+        "test": len(split.test.labels),
+    }
+
+
+def reading_record(reading: Reading) -> dict[str, Any]:
+    """Return scores as shares, as JSON can hold them."""
+    return {
+        name: None if scores is None else asdict(scores)
+        for name, scores in reading._asdict().items()
+    }
+
+
+NAMES = {
+    "head": "own head",
+    "probe": "linear probe",
+    "neighbours": "nearest neighbours",
+    "reestimated": "probe, statistics re-estimated",
+    "fine_tuned": "probe, fine-tuned on clean images",
+}
+
+
+def scores_table(reading: Reading, *, title: str = "Scores, percent") -> Table:
+    """Return a reading in percent, one line a reader."""
+    rows = [
+        (NAMES[name], *percent(scores))
+        for name, scores in reading._asdict().items()
+        if scores is not None
+    ]
+    return Table(title, ("read by", "ACC", "ASR", "PA"), tuple(rows), decimals=1)
+
+
+def percent(scores: Scores) -> tuple[float, float, float]:
+    """Return ACC, ASR and PA in percent."""
+    return 100 * scores.acc, 100 * scores.asr, 100 * scores.pa
