@@ -128,6 +128,26 @@ class Backbone(nn.Module):
             raise ArchitectureError("the backbone has no head and so no logits; train a probe")
 
 
+class Classifier(nn.Module):
+    """A backbone with its heads, as one module from images in [0, 1] to logits."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Images) -> Tensor:
+        """Return logits, shape ``(n, classes)``."""
+        return self.backbone.logits(images)
+
+
+class Pixels(NamedTuple):
+    """Which images a network takes: mean and deviation per channel, and the side in pixels."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: int
+
+
 class Architecture(NamedTuple):
     """An untrained network and what is known about it; ``None`` is unknown.
 
@@ -239,8 +259,33 @@ def open_backbone(
 
     own = source.config.get("pretrained_cfg")
     own = own if isinstance(own, dict) else source.config  # older files hold it at the top
-    mean = mean or _numbers(own.get("mean")) or architecture.mean
-    std = std or _numbers(own.get("std")) or architecture.std
+    pixels = settle_pixels(
+        arch,
+        architecture,
+        mean=mean or _numbers(own.get("mean")),
+        std=std or _numbers(own.get("std")),
+        size=size,
+    )
+    backbone = Backbone(architecture.network, heads, mean=pixels.mean, std=pixels.std).eval()
+    size = pixels.size
+    dimension = _try(backbone, arch=arch, size=size)
+    return Loaded(backbone, source, match, size, dimension)
+
+
+def settle_pixels(
+    arch: str,
+    architecture: Architecture,
+    *,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    size: int | None,
+) -> Pixels:
+    """Return which images a network takes: what is given, else what the architecture knows.
+
+    Raises:
+        ArchitectureError: If something is unknown and not given.
+    """
+    mean, std = mean or architecture.mean, std or architecture.std
     size = size or architecture.size
     if mean is None or std is None or size is None:
         raise ArchitectureError(
@@ -248,9 +293,7 @@ def open_backbone(
             "(tuples on the [0, 1] scale) and size (pixels), or pass --mean, --std and --size; "
             "--mean 0 0 0 --std 1 1 1 means no normalization."
         )
-    backbone = Backbone(architecture.network, heads, mean=mean, std=std).eval()
-    dimension = _try(backbone, arch=arch, size=size)
-    return Loaded(backbone, source, match, size, dimension)
+    return Pixels(tuple(mean), tuple(std), size)
 
 
 def network_state(backbone: Backbone) -> dict[str, Tensor]:
@@ -334,7 +377,7 @@ def _build_torchvision(name: str, classes: int) -> Architecture:
 
 
 def _build_own(path: Path, name: str, classes: int | None) -> Architecture:
-    function = _import_function(path, name)
+    function = import_function(path, name)
     parameters = inspect.signature(function).parameters
     keyword = next((word for word in ("classes", "num_classes") if word in parameters), None)
     arguments = {}
@@ -354,10 +397,18 @@ def _build_own(path: Path, name: str, classes: int | None) -> Architecture:
     return Architecture(network, _find_heads(network), mean, std, size)
 
 
-def _import_function(path: Path, name: str) -> Callable[..., object]:
+def import_function(path: Path, name: str, *, flag: str = "--arch") -> Callable[..., object]:
+    """Run the user's own file and return the function ``name`` of it.
+
+    Args:
+        flag: What takes such a file, for the message.
+
+    Raises:
+        ArchitectureError: If there is no such file or function, or the file fails.
+    """
     spec = importlib.util.spec_from_file_location(f"unbackdoor_arch_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ArchitectureError(f"{path}: no such file; --arch takes path/to/file.py:function")
+        raise ArchitectureError(f"{path}: no such file; {flag} takes path/to/file.py:function")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up while it is imported
     try:

@@ -168,7 +168,13 @@ def purify_file(
     record = make_record(source, loaded, images, photos, settings, history, evidence)
     record |= {"device": str(where), "precision": how, "output": outputs.tensors.name}
     write_outputs(
-        outputs, loaded, cast("Backbone", backbone), record, overwrite=overwrite or resume, say=say
+        outputs,
+        loaded,
+        cast("Backbone", backbone),
+        record,
+        page=report_of(record),
+        overwrite=overwrite or resume,
+        say=say,
     )
     return outputs
 
@@ -286,15 +292,20 @@ def open_both(
 ) -> tuple[Loaded, ImageSource]:
     """Open checkpoint and images, and say what they are."""
     loaded = open_source(source)
-    say(f"{source.checkpoint}: {loaded.checkpoint.kind}, sha256 {loaded.checkpoint.sha256[:16]}")
-    say(describe_match(loaded.match, loaded.checkpoint))
-    say(f"{source.arch}: {loaded.dimension} features")
+    describe_input(source, loaded, say=say)
     photos = load_images(
         images, size=loaded.size, limit=limit, seed=settings.seed, max_broken=max_broken
     )
     say(f"{images}: {len(photos)} unlabeled images, brought to {loaded.size} × {loaded.size}")
     steps_per_epoch(len(photos), settings)
     return loaded, photos
+
+
+def describe_input(source: Source, loaded: Loaded, *, say: Say) -> None:
+    """Say what the checkpoint is and which of its tensors are used."""
+    say(f"{source.checkpoint}: {loaded.checkpoint.kind}, sha256 {loaded.checkpoint.sha256[:16]}")
+    say(describe_match(loaded.match, loaded.checkpoint))
+    say(f"{source.arch}: {loaded.dimension} features")
 
 
 def describe_network(source: Source, loaded: Loaded) -> dict[str, str]:
@@ -325,11 +336,15 @@ def make_record(
     loaded: Loaded,
     images: str,
     photos: ImageSource,
-    settings: PurifySettings,
+    settings: Any,
     history: tuple[EpochLosses, ...],
     evidence: Mapping[str, Evidence],
 ) -> dict[str, Any]:
-    """Return everything about a finished job that JSON can hold; file names without folders."""
+    """Return everything about a finished job that JSON can hold; file names without folders.
+
+    Args:
+        settings: A dataclass.
+    """
     match, checkpoint = loaded.match, loaded.checkpoint
     return {
         "schema": 1,
@@ -369,20 +384,21 @@ def write_outputs(
     backbone: Backbone,
     record: dict[str, Any],
     *,
+    page: str,
     overwrite: bool,
     say: Say,
 ) -> None:
-    """Write record, report and, last, tensors; then delete the state."""
+    """Write record, report ``page`` and, last, tensors; then delete the state."""
     tree: Tree = replace_tensors(loaded.checkpoint, loaded.match, network_state(backbone))
     if outputs.tensors.suffix in FLAT:
         for apart in state_dicts_apart(loaded.match, tree):
             say(f"not in {outputs.tensors.name}, which is flat: {apart}")
         tree = {**flat_tree(loaded.match, tree)}
     kept = ("unbackdoor", "input", "arch", "images", "settings", "versions", "device", "precision")
-    provenance = {name: record[name] for name in kept}
+    provenance = {name: record[name] for name in (*kept, "defense", "labels") if name in record}
     metadata = {"format": "pt", "unbackdoor": json.dumps(provenance)}  # others ask for a format
     write_text(outputs.record, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
-    write_text(outputs.report, report_of(record), overwrite=overwrite)
+    write_text(outputs.report, page, overwrite=overwrite)
     write_tensors(outputs.tensors, tree, metadata=metadata, overwrite=overwrite)
     outputs.state.unlink(missing_ok=True)
     for path in outputs[:3]:
@@ -407,40 +423,47 @@ def report_of(record: Mapping[str, Any]) -> str:
         summary,
         (
             evidence_table(record["evidence"]),
-            bars_picture(
-                "How far features move",
-                {
-                    "searched images": {
-                        "before": before["adversarial"],
-                        "after": after["adversarial"],
-                    },
-                    "random noise, same radius": {
-                        "before": before["noise"],
-                        "after": after["noise"],
-                    },
-                },
-                x_label="mean cosine distance to the clean image's features",
-                decimals=3,
-                caption="Where searched images move no further than noise, this search found no "
-                "shortcut within this radius; another might.",
-            ),
+            movement_picture(record["evidence"]),
             losses_picture(record["history"]),
-            Table(
-                "Settings",
-                ("setting", "value"),
-                tuple((name, str(value)) for name, value in flatten(record["settings"])),
-                folded=True,
+            *account_tables(record),
+        ),
+    )
+
+
+def movement_picture(evidence: Mapping[str, Mapping[str, float]]) -> Any:
+    """Return how far the search and noise move features, before and after."""
+    before, after = evidence["before"], evidence["after"]
+    return bars_picture(
+        "How far features move",
+        {
+            "searched images": {"before": before["adversarial"], "after": after["adversarial"]},
+            "random noise, same radius": {"before": before["noise"], "after": after["noise"]},
+        },
+        x_label="mean cosine distance to the clean image's features",
+        decimals=3,
+        caption="Where searched images move no further than noise, this search found no "
+        "shortcut within this radius; another might.",
+    )
+
+
+def account_tables(record: Mapping[str, Any]) -> tuple[Table, Table]:
+    """Return the settings and the provenance of a job, folded."""
+    return (
+        Table(
+            "Settings",
+            ("setting", "value"),
+            tuple((name, str(value)) for name, value in flatten(record["settings"])),
+            folded=True,
+        ),
+        Table(
+            "Provenance",
+            ("what", "value"),
+            tuple(
+                (name, str(value))
+                for part in ("input", "arch", "matched", "dropped", "images", "versions")
+                for name, value in flatten({part: record[part]})
             ),
-            Table(
-                "Provenance",
-                ("what", "value"),
-                tuple(
-                    (name, str(value))
-                    for part in ("input", "arch", "matched", "dropped", "images", "versions")
-                    for name, value in flatten({part: record[part]})
-                ),
-                folded=True,
-            ),
+            folded=True,
         ),
     )
 

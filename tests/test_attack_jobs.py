@@ -1,0 +1,377 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from unbackdoor import attack_jobs
+from unbackdoor.attack_jobs import attack_options, make_victim, plan_files, show_attacks
+from unbackdoor.backbones import build, open_backbone
+from unbackdoor.checkpoint import sha256_of
+from unbackdoor.cli import main
+from unbackdoor.data import draw_rows
+from unbackdoor.errors import (
+    ArchitectureError,
+    CheckpointError,
+    DataError,
+    MismatchError,
+    OutputError,
+    SettingsError,
+    UnbackdoorError,
+)
+from unbackdoor.evaluation import find_attack
+from unbackdoor.settings import VictimSettings, victim_preset
+
+STATE = "badnets-supervised-seed0.state.safetensors"
+QUICK = VictimSettings(epochs=2, batch_size=25, augment="none")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two classes of images, dark and bright, 600 for training and 20 for the test."""
+    for split, count in (("train", 300), ("test", 10)):
+        for label, name in enumerate(("dark", "bright")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                level = 40 + 120 * label + i % 80
+                Image.new("RGB", (8, 8), (level, 90, level)).save(folder / f"{i:03}.png")
+    return str(tmp_path / "data")
+
+
+@pytest.fixture
+def make(data, tmp_path):
+    """Make a small victim in ``out``; returns its record and the lines that were said."""
+
+    def run(name, settings=QUICK, **options):
+        lines = []
+        given = {"options": {"target": 1}, "size": 8, **options}
+        files = make_victim(
+            name,
+            data,
+            "cifar/wrn16_1",
+            tmp_path / "out",
+            settings,
+            device="cpu",
+            say=lines.append,
+            **given,
+        )
+        return files, json.loads(files.record.read_text()), "\n".join(lines)
+
+    return run
+
+
+def weights(files):
+    return open_backbone(files.tensors, "cifar/wrn16_1", size=8).backbone.state_dict()
+
+
+def test_a_victim_is_written_with_a_record_that_says_all(make, tmp_path):
+    files, record, said = make("badnets")
+    assert files.tensors.name == "badnets-supervised-seed0.safetensors"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "badnets-supervised-seed0.json",
+        "badnets-supervised-seed0.safetensors",
+    ]
+    assert record["sha256"] == sha256_of(files.tensors)
+    assert record["attack"]["target"] == 1
+    assert record["training"]["kind"] == "supervised"
+    assert record["training"]["epochs"] == 2
+    poisoned = record["poisoned"]
+    assert (poisoned["images"], poisoned["share_of_data"]) == (36, 0.06)
+    assert poisoned["share_of_target_class"] == 36 / 336
+    rows = [int(row) for row in poisoned["rows"].split()]
+    assert len(rows) == 36
+    assert max(rows) < 300  # the first three hundred are of the other class
+    assert "36 of 600 images are poisoned (6.00%), 10.71% of those labeled as class 1" in said
+    assert len(record["history"]) == 2
+    assert "Scores under badnets, percent" in said
+    assert any("three seeds" in flag for flag in record["flags"])
+    assert set(record["scores"]) >= {"head", "probe", "neighbours"}
+    assert find_attack(str(files.record), size=8).attack.target == 1
+
+
+def test_a_seed_gives_one_victim_and_another_seed_another(make):
+    once = weights(make("badnets")[0])
+    again = weights(make("badnets", overwrite=True)[0])
+    torch.testing.assert_close(once, again, rtol=0, atol=0)
+    other = weights(make("badnets", replace(QUICK, seed=1))[0])
+    assert not other["body.conv1.weight"].equal(once["body.conv1.weight"])
+
+
+def test_a_clean_victim_is_scored_under_every_attack(make):
+    _, record, said = make("clean")
+    assert record["attack"] is None
+    assert "nothing is poisoned" in said
+    assert set(record["scores"]) == {"badnets", "blend", "sig", "wanet"}
+
+
+def test_a_simclr_victim_has_no_head_and_poisons_the_target_class(make):
+    settings = replace(QUICK, augment="views", batch_size=40)
+    files, record, said = make("badnets", settings, training="simclr")
+    assert files.tensors.name == "badnets-simclr-seed0.safetensors"
+    assert record["scores"]["head"] is None
+    assert "180 of 600 images are poisoned (30.00%), 60.00% of those labeled as class 1" in said
+    assert record["attack"]["trigger"]["position"] == "center"
+    assert not any("fc" in key for key in weights(files))
+
+
+def test_wanet_is_redrawn_in_every_batch(make):
+    _, record, said = make("wanet")
+    assert record["poisoned"] == {
+        "share_of_data": 0.06,
+        "share_of_target_class": 36 / 336,
+        "redrawn": True,
+    }
+    assert "anew, 10.71% of those labeled as the target, and 12.00% in noise mode" in said
+
+
+def test_cla_makes_its_surrogate_once_and_then_finds_it(make, tmp_path):
+    _, record, said = make("cla")
+    assert "training a clean surrogate first" in said
+    surrogate = tmp_path / "out/clean-supervised-seed0.safetensors"
+    assert record["surrogate"] == sha256_of(surrogate)
+    assert record["attack"]["pgd"] == {"norm": "linf", "epsilon": 16 / 255, "steps": 7}
+    made = surrogate.stat().st_mtime_ns
+    _, again, said = make("cla", overwrite=True)
+    assert f"the surrogate is {surrogate}" in said
+    assert again["surrogate"] == record["surrogate"]
+    assert surrogate.stat().st_mtime_ns == made
+    given = surrogate.rename(tmp_path / "given.safetensors")
+    surrogate.with_suffix(".json").unlink()
+    _, again, said = make("cla", overwrite=True, surrogate=given)
+    assert again["surrogate"] == record["surrogate"]
+    assert not surrogate.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"training": {"epochs": 9}}, "training"),
+        ({"arch": "other"}, "arch"),
+        ({"attack": {"name": "sig"}}, "attack"),
+        ({"data": {"sha256": "0"}}, "data"),
+        ({"sha256": "0"}, "tensors"),
+        ({"size": 9, "mean": []}, "mean, size"),
+    ],
+)
+def test_a_clean_network_of_another_kind_is_no_surrogate(changed, named, make, tmp_path):
+    make("clean", replace(QUICK, augment="shift"))
+    path = tmp_path / "out/clean-supervised-seed0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(OutputError, match=f"no surrogate for this victim, for {named} differ"):
+        make("cla")
+
+
+def test_cla_resumes_in_its_surrogate_and_in_itself(make, monkeypatch, tmp_path):
+    monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
+
+    def stop(step, steps):
+        if step == 30:  # in the second epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make("cla", on_step=stop)
+    assert (tmp_path / "out/clean-supervised-seed0.state.safetensors").exists()
+    with pytest.raises(OutputError, match="pass --resume"):
+        make("cla")
+    _, _, said = make("cla", resume=True)
+    assert "resuming after epoch 1 of 2" in said
+    assert (tmp_path / "out/cla-supervised-seed0.json").exists()
+
+
+def test_a_surrogate_for_nobody_or_of_other_classes_is_refused(make, tmp_path):
+    files = make("clean")[0]
+    with pytest.raises(SettingsError, match="badnets needs no --surrogate"):
+        make("badnets", surrogate=files.tensors)
+    other = build("cifar/wrn16_1", classes=3).network.state_dict()
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(MismatchError, match="one linear head of 2 classes"):
+        make("cla", surrogate=tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"none\.pt"):
+        make("cla", surrogate=tmp_path / "none.pt")
+
+
+def test_a_killed_training_resumes_to_the_same_bits(make, monkeypatch, tmp_path):
+    monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
+    settings = replace(QUICK, epochs=3)
+    whole = weights(make("badnets", settings)[0])
+    for path in (tmp_path / "out").iterdir():
+        path.unlink()
+
+    def stop(step, steps):
+        if step == 60:  # of 72: in the third epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make("badnets", settings, on_step=stop)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [STATE]
+    with pytest.raises(OutputError, match="pass --resume, or --force"):
+        make("badnets", settings)
+    with pytest.raises(OutputError, match="belongs to another run: epochs was 3, now 2"):
+        make("badnets", QUICK, resume=True)
+    files, _, said = make("badnets", settings, resume=True)
+    assert "resuming after epoch 2 of 3" in said
+    torch.testing.assert_close(weights(files), whole, rtol=0, atol=0)
+    assert not files.state.exists()
+    with pytest.raises(OutputError, match="exists already"):
+        make("badnets", settings, resume=True)
+
+
+def test_a_victim_without_its_record_is_not_finished(make):
+    files, _, _ = make("badnets")
+    files.record.unlink()
+    with pytest.raises(OutputError, match="exists already"):
+        make("badnets")
+    with pytest.raises(OutputError, match="there is nothing to resume"):
+        make("badnets", resume=True)  # not refused for the tensors that are there
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("badnet", {}, SettingsError, "did you mean 'badnets'?"),
+        ("clean", {"options": {}}, DataError, "target class 6 is out of range: 0 to 1"),
+        ("badnets", {"options": {"target": 2}}, DataError, "target class 2 is out of range: 0"),
+        ("badnets", {"trigger": {"size": "9"}}, DataError, "patch is 9 pixels wide"),
+        ("badnets", {"options": {"target": 1, "share": 0.6}}, DataError, "to 0.5$"),
+        ("clean", {"trigger": {"size": "3"}}, SettingsError, "a clean victim has no trigger"),
+        ("badnets", {"settings": replace(QUICK, limit=601)}, DataError, "has 600 images"),
+        ("badnets", {"settings": replace(QUICK, batch_size=999)}, DataError, "do not fill one"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_and_nothing_is_written(
+    name, options, error, message, make, tmp_path
+):
+    with pytest.raises(error, match=message):
+        make(name, **options)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_data_without_labels_or_of_one_class_are_refused(make, data, tmp_path):
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat/0.png")
+    for source, message in (("flat", "lies in no class folder"), ("one", "one class")):
+        if source == "one":
+            for split in ("train", "test"):
+                (tmp_path / "one" / split).mkdir(parents=True)
+                source_of_one = tmp_path / "data" / split / "dark"
+                source_of_one.rename(tmp_path / "one" / split / "dark")
+        with pytest.raises(UnbackdoorError, match=message):
+            make_victim(
+                "badnets",
+                str(tmp_path / source),
+                "cifar/wrn16_1",
+                tmp_path / "out",
+                QUICK,
+                options={"target": 0},
+                size=8,
+            )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_what_cannot_be_scored_is_refused_before_the_training(left, make, tmp_path):
+    for path in sorted((tmp_path / "data/test").rglob("*.png"))[left:]:
+        path.unlink()
+    for path in sorted((tmp_path / "data/train/bright").glob("*.png"))[left:]:
+        path.unlink()
+    steps = []
+    with pytest.raises(DataError):
+        make("badnets", on_step=lambda *step: steps.append(step))
+    assert not steps
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_part_are_numbered_as_in_the_whole(make):
+    _, record, _ = make("badnets", replace(QUICK, limit=100))
+    rows = [int(row) for row in record["poisoned"]["rows"].split()]
+    drawn = draw_rows(600, 100, seed=0).tolist()
+    assert len(rows) == 6
+    assert set(rows) <= {row for row in drawn if row < 300}
+
+
+def test_a_network_without_a_head_needs_simclr(data, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "    net.mean, net.std, net.size = (0.5,) * 3, (0.2,) * 3, 8\n"
+        "    return net\n"
+    )
+    arch = f"{tmp_path / 'net.py'}:build"
+    options = {"options": {"target": 1}, "device": "cpu", "say": lambda _: None}
+    with pytest.raises(SettingsError, match="has no head that is known"):
+        make_victim("badnets", data, arch, tmp_path / "out", QUICK, **options)
+    settings = replace(QUICK, augment="views")
+    files = make_victim(
+        "badnets", data, arch, tmp_path / "out", settings, training="simclr", **options
+    )
+    assert json.loads(files.record.read_text())["arch"] == "net.py:build"
+    with pytest.raises(ArchitectureError, match="'cifar/wrn16' is unknown"):
+        make_victim("badnets", data, "cifar/wrn16", tmp_path / "out2", QUICK, **options)
+
+
+def test_options_go_under_their_names_in_the_attack():
+    nothing = {"target": None, "share": None, "share_of_target": None, "noise": None}
+    assert attack_options(**nothing, all_to_all=False) == {}
+    assert attack_options(**{**nothing, "share": 0.1}, all_to_all=True) == {
+        "share": 0.1,
+        "share_of": "data",
+        "goal": "all-to-all",
+    }
+    assert attack_options(**{**nothing, "share_of_target": 0.5}, all_to_all=False) == {
+        "share": 0.5,
+        "share_of": "target",
+        "poisons": "target",
+        "redrawn": False,
+    }
+    with pytest.raises(SettingsError, match="not both"):
+        attack_options(**{**nothing, "share": 0.1, "share_of_target": 0.5}, all_to_all=False)
+
+
+def test_a_folder_that_is_a_file_and_contradicting_flags_are_refused(tmp_path):
+    (tmp_path / "out").touch()
+    options = {"overwrite": False, "resume": False}
+    with pytest.raises(OutputError, match="is a file; --out takes a folder"):
+        plan_files("badnets", tmp_path / "out", "supervised", QUICK, **options)
+    with pytest.raises(SettingsError, match="pass one of them"):
+        plan_files("badnets", tmp_path, "supervised", QUICK, overwrite=True, resume=True)
+
+
+def test_the_picture_shows_every_trigger(data, tmp_path):
+    page = show_attacks(data, tmp_path / "a.html", size=32).read_text()
+    for name in ("badnets", "blend", "sig", "wanet"):
+        assert f"<h2>{name}</h2>" in page or f">{name}<" in page
+    with pytest.raises(OutputError, match="exists already"):
+        show_attacks(data, tmp_path / "a.html", size=32)
+
+
+def test_presets_follow_the_paper():
+    paper = victim_preset("paper", training="supervised", attack="badnets")
+    assert VictimSettings(**paper).epochs == 200
+    assert victim_preset("paper", training="supervised", attack="cla")["augment"] == "none"
+    simclr = victim_preset("paper", training="simclr", attack="badnets")
+    assert (simclr["epochs"], simclr["views"]["blur"]) == (1000, 0.5)
+    blend = victim_preset("paper", training="simclr", attack="blend")
+    assert blend["views"] == {**simclr["views"], "blur": 0.0}
+    imagenet = [
+        victim_preset("imagenet100", training=kind, attack="sig")["epochs"]
+        for kind in ("supervised", "simclr")
+    ]
+    assert imagenet == [90, 400]
+    with pytest.raises(SettingsError, match="'fast' is unknown; there are paper, cpu, imagenet100"):
+        victim_preset("fast", training="simclr", attack="sig")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("simclr", [[], ["--simclr"]])
+def test_the_imagenet_presets_run_at_224_pixels(simclr, data, tmp_path):
+    words = f"attack badnets --data {data} --arch resnet18 --out {tmp_path}/out --target 1"
+    few = "--preset imagenet100 --epochs 1 --batch-size 4 --limit 12 --device cpu"
+    assert main([*words.split(), *few.split(), *simclr]) == 0
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
+    assert record["size"] == 224
+    assert record["attack"]["trigger"]["size"] == 32
+    assert record["training"]["augment"] == "views"
+    assert record["training"]["optimizer"] == ("lars" if simclr else "sgd")

@@ -1,0 +1,766 @@
+"""Make a victim: everything around its training, from the data to the file and its record."""
+
+import hashlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor import __version__
+from unbackdoor.attacks.named import ATTACKS, SMALL, Training, attack_record, named_attack
+from unbackdoor.attacks.poisoning import (
+    Attack,
+    PoisonedSet,
+    adversarial_images,
+    count_poisoned,
+    poison,
+)
+from unbackdoor.backbones import (
+    Architecture,
+    Backbone,
+    Classifier,
+    Pixels,
+    build,
+    network_state,
+    settle_pixels,
+)
+from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
+from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_labeled
+from unbackdoor.devices import (
+    Precision,
+    flops,
+    matrix_limit,
+    peak_memory,
+    pick_device,
+    pick_precision,
+)
+from unbackdoor.errors import DataError, MismatchError, OutputError, SettingsError
+from unbackdoor.evaluation import (
+    Known,
+    Split,
+    divide,
+    doubts,
+    own_head,
+    read_record,
+    reading_record,
+    scores_table,
+)
+from unbackdoor.jobs import Source, open_source, told_of_memory
+from unbackdoor.metrics import Reading, make_test_set, read
+from unbackdoor.report import (
+    Picture,
+    amplified_difference,
+    as_text,
+    images_picture,
+    render_report,
+)
+from unbackdoor.resume import as_texts, read_state, write_state
+from unbackdoor.settings import VictimSettings
+from unbackdoor.types import Labels, RawImages
+from unbackdoor.victims import Epoch, TrainingState, train_simclr, train_supervised
+
+CLEAN = "clean"  # the name of a victim that is none
+SHOWN = 6  # images in a picture
+SECONDS_BETWEEN_STATES = 60.0
+
+Say = Callable[[str], None]
+
+
+class VictimFiles(NamedTuple):
+    """The files of one victim; the state is deleted when the others are there."""
+
+    tensors: Path
+    record: Path
+    state: Path
+
+
+class Speed(NamedTuple):
+    """How fast a victim was trained."""
+
+    images_per_second: float
+    operations_per_image: float
+    matrix_limit: float  # operations a second, in large matrix products
+    share_of_limit: float
+
+
+class Plan(NamedTuple):
+    """A victim that can be made: everything has been checked, nothing is written yet."""
+
+    name: str
+    attack: Attack | None
+    training: Training
+    arch: str
+    architecture: Architecture
+    pixels: Pixels
+    data: LabeledImages  # to train on
+    rows: Tensor  # their numbers in the training set
+    split: Split  # to score with
+    surrogate: Backbone | None  # a clean classifier, if one was given
+    target: int  # of the attacks that a clean victim is scored under, too
+
+
+def make_victim(
+    name: str,
+    data: str,
+    arch: str,
+    out: Path,
+    settings: VictimSettings,
+    *,
+    training: Training = "supervised",
+    options: Mapping[str, Any] | None = None,
+    trigger: Mapping[str, str] | None = None,
+    surrogate: Path | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    size: int | None = None,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    say: Say = print,
+    on_step: Callable[[int, int], None] | None = None,
+) -> VictimFiles:
+    """Poison a training set, train a network on it, score it, and write it with its record.
+
+    The files are ``NAME-TRAINING-seedN.safetensors`` and ``.json`` in ``out``, which is made if
+    absent. The state of the training is kept beside them until the end.
+
+    Args:
+        name: One of the paper's attacks, or ``clean`` for a network that is never poisoned.
+        data: A labeled set, see ``load_labeled``.
+        arch: See ``build``.
+        options: Attributes of the attack to replace, see ``Attack``.
+        trigger: Attributes of its trigger to replace, as texts.
+        surrogate: CLA's clean network, of the same architecture; without it one is made first, as
+            a victim of its own in ``out``.
+        mean: Of the pixels, on the [0, 1] scale; the architecture's by default.
+        std: Likewise.
+        size: Side of the images in pixels; the architecture's by default.
+        overwrite: Replace existing files and the state of an earlier run.
+        resume: Continue from the state of an earlier run of the same victim.
+        say: Receives what happens, line by line.
+        on_step: Called after every step with the number of steps done and of all steps.
+
+    Raises:
+        UnbackdoorError: See ``errors``; nothing is written then but the state of finished epochs.
+    """
+    started = time.monotonic()
+    files = plan_files(name, out, training, settings, overwrite=overwrite, resume=resume)
+    where = pick_device(device)
+    how = pick_precision(precision, where)
+    plan = plan_victim(
+        name,
+        data,
+        arch,
+        settings,
+        training=training,
+        options=options,
+        trigger=trigger,
+        surrogate=surrogate,
+        mean=mean,
+        std=std,
+        size=size,
+    )
+    say(describe_plan(plan))
+    out.mkdir(parents=True, exist_ok=True)
+    if plan.attack is not None and plan.attack.adversarial and plan.surrogate is None:
+        surrogate, resumed = _make_surrogate(
+            plan,
+            data,
+            out,
+            settings,
+            device=device,
+            precision=precision,
+            resume=resume,
+            say=say,
+            on_step=on_step,
+        )
+        plan = plan._replace(surrogate=open_surrogate(surrogate, plan))
+        resume = resume and not (resumed and not files.state.exists())
+    with told_of_memory(where):
+        poisoned = poisoned_set(plan, settings, device=where)
+        say(describe_shares(plan, poisoned))
+        backbone, history = train_with_state(
+            plan,
+            poisoned,
+            settings,
+            files.state,
+            device=where,
+            precision=how,
+            resume=resume,
+            say=say,
+            on_step=on_step,
+        )
+    speed = measure_speed(backbone, plan, poisoned, settings, history, device=where, precision=how)
+    say(
+        f"{speed.images_per_second:.0f} images/s, {speed.share_of_limit:.0%} of the "
+        f"{speed.matrix_limit / 1e12:.2f} TFLOP/s that this device reaches in matrix products"
+    )
+
+    say("scoring")
+    with told_of_memory(where):
+        readings = score_victim(backbone, plan)
+    for attack, reading in readings.items():
+        say("\n".join(as_text(scores_table(reading, title=f"Scores under {attack}, percent"))))
+    flags = [] if plan.attack is None else victim_doubts(plan, readings[name])
+    for flag in flags:
+        say(f"doubt: {flag}")
+    records = {attack: reading_record(reading) for attack, reading in readings.items()}
+    record = {
+        "schema": 2,
+        "name": name,
+        **describe_training(plan, settings),
+        "attack": None if plan.attack is None else {"name": name, **attack_record(plan.attack)},
+        "poisoned": count_shares(plan, poisoned),
+        "history": [[round(loss, 4), round(seconds, 1)] for loss, seconds in history],
+        "scores": records if plan.attack is None else records[name],
+        "flags": flags,
+        "data": {
+            "source": Path(data).name,
+            "images": len(poisoned.labels),
+            "sha256": from_tensor(plan.data.images).fingerprint,
+        },
+        "surrogate": None if surrogate is None else sha256_of(surrogate),
+        "device": describe_device(where),
+        "precision": how,
+        "peak_memory": peak_memory(where),
+        "speed": speed._asdict(),
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": {
+            "unbackdoor": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    }
+    tree: Tree = {key: value.cpu().contiguous() for key, value in network_state(backbone).items()}
+    replacing = overwrite or resume
+    write_tensors(files.tensors, tree, metadata={"format": "pt"}, overwrite=replacing)
+    record["sha256"] = sha256_of(files.tensors)
+    write_text(files.record, json.dumps(record, indent=1) + "\n", overwrite=replacing)
+    files.state.unlink(missing_ok=True)
+    say(f"wrote {files.tensors} and {files.record}")
+    return files
+
+
+def attack_options(
+    *,
+    target: int | None,
+    share: float | None,
+    share_of_target: float | None,
+    all_to_all: bool,
+    noise: float | None,
+) -> dict[str, Any]:
+    """Return the attributes of an attack that are given, under their names in ``Attack``.
+
+    Raises:
+        SettingsError: If both shares are given.
+    """
+    if share is not None and share_of_target is not None:
+        raise SettingsError("pass --share or --share-of-target, not both")
+    options: dict[str, Any] = {"target": target, "share": share, "noise": noise}
+    options = {name: value for name, value in options.items() if value is not None}
+    if share is not None:
+        options["share_of"] = "data"
+    if share_of_target is not None:
+        options |= {"share": share_of_target, "share_of": "target", "poisons": "target"}
+        options["redrawn"] = False  # WaNet's rows are fixed then
+    if all_to_all:
+        options["goal"] = "all-to-all"
+    return options
+
+
+def plan_files(
+    name: str,
+    out: Path,
+    training: Training,
+    settings: VictimSettings,
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> VictimFiles:
+    """Return the files to write, after all that could forbid writing them has been checked.
+
+    Raises:
+        OutputError: If one exists, or an interrupted run left its state, and neither ``overwrite``
+            nor ``resume`` is given; or if ``out`` is a file.
+    """
+    stem = f"{name}-{training}-seed{settings.seed}"
+    suffixes = (".safetensors", ".json", ".state.safetensors")
+    files = VictimFiles(*(out / f"{stem}{suffix}" for suffix in suffixes))
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file; --out takes a folder")
+    if overwrite and resume:
+        raise SettingsError("--force starts again and --resume goes on; pass one of them")
+    if overwrite:
+        return files
+    for path in files[1:2] if resume else files[:2]:  # the record is written last
+        if path.exists():
+            raise OutputError(f"{path}: exists already; pass --force to replace it")
+    if files.state.exists() and not resume:
+        raise OutputError(
+            f"{files.state}: an interrupted run can go on from here; pass --resume, "
+            "or --force to start again"
+        )
+    return files
+
+
+def plan_victim(
+    name: str,
+    data: str,
+    arch: str,
+    settings: VictimSettings,
+    *,
+    training: Training,
+    options: Mapping[str, Any] | None = None,
+    trigger: Mapping[str, str] | None = None,
+    surrogate: Path | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    size: int | None = None,
+) -> Plan:
+    """Load what a victim is made of, and check that it can be made.
+
+    Raises:
+        SettingsError: If there is no such attack, or an option is unknown or out of range.
+        ArchitectureError: See ``build``.
+        MismatchError: If the surrogate is of other classes.
+        DataError: See ``load_labeled``, ``divide`` and ``count_poisoned``; or if the images are too
+            small for the trigger.
+    """
+    if name != CLEAN and name not in ATTACKS:
+        named_attack(name, size=32, training=training)  # says what is wrong before data are read
+    architecture = build(arch)
+    pixels = settle_pixels(arch, architecture, mean=mean, std=std, size=size)
+    side = pixels.size
+    attack = None
+    if name != CLEAN:
+        attack = named_attack(name, size=side, training=training, options=options, trigger=trigger)
+    elif trigger or set(options or {}) - {"target"}:
+        raise SettingsError("a clean victim has no trigger and no share; pass --target at most")
+    train, test = (load_labeled(data, split=split, size=side) for split in ("train", "test"))
+    split = divide(train, test, seed=settings.seed)
+    if settings.limit > len(train.labels):
+        raise DataError(f"limit is {settings.limit}, but {data} has {len(train.labels)} images")
+    taken, rows = train, torch.arange(len(train.labels))
+    if settings.limit:
+        rows = torch.from_numpy(draw_rows(len(train.labels), settings.limit, seed=settings.seed))
+        taken = LabeledImages(train.images[rows], train.labels[rows], train.classes)
+    classes = len(train.classes)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)  # of weights that `initialize` does not draw
+        architecture = architecture._replace(network=build(arch, classes=classes).network)
+    if attack is not None:
+        count_poisoned(taken.labels, attack, classes=classes)
+        attack.trigger(train.images[:1])
+        target = attack.target
+    else:
+        target = (options or {}).get("target", Attack.target)
+        as_attacked = named_attack("sig", size=side, training=training, options={"target": target})
+        count_poisoned(taken.labels, as_attacked, classes=classes)
+    if training == "supervised" and not architecture.heads:
+        raise SettingsError(
+            f"{arch} has no head that is known: call its last layer fc, linear, head or "
+            "classifier, or pass --simclr"
+        )
+    plan = Plan(
+        name, attack, training, arch, architecture, pixels, taken, rows, split, None, target
+    )
+    if surrogate is None:
+        return plan
+    if attack is None or not attack.adversarial:
+        raise SettingsError(f"{name} needs no --surrogate; only cla does")
+    return plan._replace(surrogate=open_surrogate(surrogate, plan))
+
+
+def open_surrogate(path: Path, plan: Plan) -> Backbone:
+    """Return the clean classifier in ``path``.
+
+    Raises:
+        UnbackdoorError: As ``open_source``; or if it has no head for the classes of the data.
+    """
+    backbone = open_source(Source(path, plan.arch, *plan.pixels)).backbone
+    classes = len(plan.data.classes)
+    if own_head(backbone, classes=classes) is None:
+        raise MismatchError(
+            f"{path}: a surrogate has one linear head of {classes} classes; pass another, or none"
+        )
+    return backbone
+
+
+def poisoned_set(plan: Plan, settings: VictimSettings, *, device: torch.device) -> PoisonedSet:
+    """Return the training set as the victim sees it; clean where batches are poisoned later."""
+    images, labels, classes = plan.data
+    nothing = torch.zeros(len(labels), dtype=torch.bool)
+    if plan.attack is None or plan.attack.redrawn:
+        return PoisonedSet(images, labels, nothing, nothing)
+    generator = torch.Generator().manual_seed(settings.seed)
+    perturb = None
+    if plan.surrogate is not None:
+        network = Classifier(plan.surrogate.to(device))
+        draws = torch.Generator(device).manual_seed(settings.seed)
+
+        def perturb(raw: RawImages, truth: Labels) -> RawImages:
+            return adversarial_images(network, raw, truth, generator=draws)
+
+    return poison(
+        images, labels, plan.attack, classes=len(classes), generator=generator, perturb=perturb
+    )
+
+
+def train(
+    plan: Plan,
+    poisoned: PoisonedSet,
+    settings: VictimSettings,
+    *,
+    device: torch.device,
+    precision: Precision,
+    state: TrainingState | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[TrainingState], None] | None = None,
+) -> Backbone:
+    """Train what ``plan`` says on ``poisoned``; data and network go to ``device``."""
+    network, heads = plan.architecture.network, plan.architecture.heads
+    mean, std, _ = plan.pixels
+    images = poisoned.images.to(device)
+    if plan.training == "simclr":
+        for name in heads:
+            network.set_submodule(name, nn.Identity())
+        backbone = Backbone(network, mean=mean, std=std)
+        train_simclr(
+            backbone,
+            images,
+            settings,
+            precision=precision,
+            state=state,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+        return backbone
+    redrawn = plan.attack if plan.attack is not None and plan.attack.redrawn else None
+    train_supervised(
+        Backbone(network, mean=mean, std=std),  # heads left in: logits
+        images,
+        poisoned.labels.to(device),
+        settings,
+        attack=redrawn,
+        classes=len(plan.data.classes),
+        precision=precision,
+        state=state,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    return Backbone(network, heads, mean=mean, std=std).to(device).eval()
+
+
+def train_with_state(
+    plan: Plan,
+    poisoned: PoisonedSet,
+    settings: VictimSettings,
+    path: Path,
+    *,
+    device: torch.device,
+    precision: Precision,
+    resume: bool,
+    say: Say,
+    on_step: Callable[[int, int], None] | None,
+) -> tuple[Backbone, tuple[Epoch, ...]]:
+    """Train, say how it goes, and keep the state in ``path`` about once a minute.
+
+    Returns:
+        The trained backbone, and the history of its epochs.
+
+    Raises:
+        OutputError: If ``resume`` is given and the state is missing or of another run.
+    """
+    of = {
+        "name": plan.name,
+        "arch": plan.arch,
+        "training": plan.training,
+        "device": str(device),
+        "precision": precision,
+        "pixels": json.dumps(plan.pixels),
+        "images": from_tensor(poisoned.images).fingerprint,
+        "labels": hashlib.sha256(poisoned.labels.numpy().data).hexdigest(),
+        "attack": json.dumps(None if plan.attack is None else attack_record(plan.attack)),
+        **as_texts(settings),
+    }
+    state = _load(path, of) if resume else None
+    history = () if state is None else state.history
+    if state is None:
+        path.unlink(missing_ok=True)  # of another run, which is being overwritten
+    else:
+        say(f"resuming after epoch {len(history)} of {settings.epochs}")
+    kept_at = time.monotonic()
+
+    def on_epoch(reached: TrainingState) -> None:
+        nonlocal kept_at, history
+        history = reached.history
+        loss, seconds = history[-1]
+        say(f"epoch {len(history)}/{settings.epochs}  loss {loss:.3f}  {seconds:.0f} s")
+        waited = time.monotonic() - kept_at
+        if waited >= SECONDS_BETWEEN_STATES and len(history) < settings.epochs:
+            _save(path, reached, of)
+            kept_at = time.monotonic()
+
+    backbone = train(
+        plan,
+        poisoned,
+        settings,
+        device=device,
+        precision=precision,
+        state=state,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    return backbone, history
+
+
+def score_victim(backbone: Backbone, plan: Plan) -> dict[str, Reading]:
+    """Return the scores of a victim under its attack; of a clean one under every attack.
+
+    The latter are the ceiling that a repaired victim's PA and ASR are read against.
+    """
+    images, labels, classes = plan.split.test
+    head = own_head(backbone, classes=len(classes))
+    attacks = {} if plan.attack is None else {plan.name: plan.attack}
+    if plan.attack is None:
+        attacks = {
+            name: named_attack(
+                name,
+                size=plan.pixels.size,
+                training=plan.training,
+                options={"target": plan.target},
+            )
+            for name in ATTACKS
+            if name != "cla"  # its trigger is that of BadNets
+        }
+    tests = {
+        name: make_test_set(images, labels, attack, classes=len(classes))
+        for name, attack in attacks.items()
+    }
+    return {name: read(backbone, head, plan.split.probe, test) for name, test in tests.items()}
+
+
+def victim_doubts(plan: Plan, reading: Reading) -> list[str]:
+    """Return why this victim may be none."""
+    if plan.attack is None:
+        return []
+    asr = None if reading.head is None else reading.head.asr
+    return doubts(Known(plan.attack, plan.name, asr, plan.training == "supervised"), reading)
+
+
+def describe_plan(plan: Plan) -> str:
+    """Return one line about what will be trained on what."""
+    what = "no attack" if plan.attack is None else str(plan.attack.trigger)
+    return (
+        f"{plan.name}: {what}; {plan.training}, {plan.arch}, {len(plan.data.labels)} images of "
+        f"{len(plan.data.classes)} classes, {plan.pixels.size} × {plan.pixels.size}"
+    )
+
+
+def describe_shares(plan: Plan, poisoned: PoisonedSet) -> str:
+    """Return one line about how much is poisoned, of all images and of those of the target."""
+    attack, labels = plan.attack, poisoned.labels
+    if attack is None:
+        return "nothing is poisoned"
+    if attack.redrawn:
+        of_target = _redrawn_share_of_target(plan)
+        target = "" if of_target is None else f", {of_target:.2%} of those labeled as the target"
+        noise = f", and {attack.share * attack.noise:.2%} in noise mode" if attack.noise else ""
+        return f"in every batch {attack.share:.2%} of the images are poisoned anew{target}{noise}"
+    counted = count_shares(plan, poisoned)
+    count, noisy = counted["images"], counted["noise_images"]
+    words = f"{count} of {len(labels)} images are poisoned ({counted['share_of_data']:.2%})"
+    if (of_target := counted["share_of_target_class"]) is not None:
+        words += f", {of_target:.2%} of those labeled as class {attack.target}"
+    return words + (f"; {noisy} more are in noise mode" if noisy else "")
+
+
+def _redrawn_share_of_target(plan: Plan) -> float | None:
+    attack, labels = plan.attack, plan.data.labels
+    if attack is None or attack.goal == "all-to-all":
+        return None
+    poisoned = attack.share * len(labels)
+    return poisoned / (poisoned + int((labels == attack.target).sum()))
+
+
+def count_shares(plan: Plan, poisoned: PoisonedSet) -> dict[str, Any]:
+    """Return which rows are poisoned, and their shares, as JSON can hold them."""
+    attack, labels = plan.attack, poisoned.labels
+    if attack is None:
+        return {"images": 0}
+    if attack.redrawn:
+        return {
+            "share_of_data": attack.share,
+            "share_of_target_class": _redrawn_share_of_target(plan),
+            "redrawn": True,
+        }
+    rows = plan.rows[poisoned.is_poisoned].tolist()
+    of_target = None
+    if attack.goal == "all-to-one":
+        of_target = len(rows) / int((labels == attack.target).sum())
+    return {
+        "images": len(rows),
+        "share_of_data": len(rows) / len(labels),
+        "share_of_target_class": of_target,
+        "noise_images": int(poisoned.is_noise.sum()),
+        "rows": " ".join(map(str, rows)),
+    }
+
+
+def describe_training(plan: Plan, settings: VictimSettings) -> dict[str, Any]:
+    """Return which network was trained how, as JSON can hold it."""
+    return {
+        "arch": plan.arch.rpartition("/")[2] if ".py:" in plan.arch else plan.arch,
+        **plan.pixels._asdict(),
+        "training": {"kind": plan.training, **asdict(settings)},
+    }
+
+
+def measure_speed(
+    backbone: Backbone,
+    plan: Plan,
+    poisoned: PoisonedSet,
+    settings: VictimSettings,
+    history: tuple[Epoch, ...],
+    *,
+    device: torch.device,
+    precision: Precision,
+) -> Speed:
+    """Return how fast the median epoch was, beside what the device reaches in matrix products.
+
+    A training step counts as three forward passes; SimCLR takes two views of an image.
+    """
+    images = len(poisoned.labels) // settings.batch_size * settings.batch_size
+    rate = images / statistics.median(epoch.seconds for epoch in history)
+    views = 2 if plan.training == "simclr" else 1
+    sample = poisoned.images[:2].to(device).float() / 255
+    operations = 3 * views * flops(backbone, sample)
+    limit = matrix_limit(device, precision)
+    return Speed(rate, operations, limit, rate * operations / limit)
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device in words, with the threads of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {torch.get_num_threads()} threads"
+
+
+def show_attacks(
+    data: str, out: Path, *, size: int, training: Training = "supervised", overwrite: bool = False
+) -> Path:
+    """Draw every trigger on images of ``data`` and write them to ``out``, an HTML page.
+
+    Raises:
+        DataError: See ``load_labeled``.
+        OutputError: If ``out`` exists and must not be replaced.
+    """
+    images = load_labeled(data, split="test", size=size).images[:SHOWN]
+    pictures = []
+    for name in ATTACKS:
+        if name != "cla":
+            attack = named_attack(name, size=size, training=training)
+            pictures.append(_picture(name, attack, images))
+    page = render_report(
+        "The attacks",
+        "Every trigger on the same images, and what it changes. CLA has BadNets' trigger; the "
+        "images that it poisons are perturbed before.",
+        pictures,
+    )
+    write_text(out, page, overwrite=overwrite)
+    return out
+
+
+def _picture(name: str, attack: Attack, images: RawImages) -> Picture:
+    triggered = attack.trigger(images)
+    return images_picture(
+        name,
+        {
+            "clean": images,
+            "triggered": triggered,
+            "difference, 2 times": amplified_difference(images, triggered, gain=2),
+        },
+        caption=str(attack.trigger),
+    )
+
+
+def _make_surrogate(
+    plan: Plan,
+    data: str,
+    out: Path,
+    settings: VictimSettings,
+    *,
+    device: Literal["auto", "cpu", "cuda", "mps"],
+    precision: Literal["auto", "fp32", "bf16"],
+    resume: bool,
+    say: Say,
+    on_step: Callable[[int, int], None] | None,
+) -> tuple[Path, bool]:
+    """Return a clean network of the same kind, and whether its training was resumed.
+
+    It is made as a victim of its own, with augmentation, or found in ``out`` from an earlier time.
+    """
+    settings = replace(settings, augment="shift" if plan.pixels.size <= SMALL else "views")
+    stem = f"{CLEAN}-supervised-seed{settings.seed}"
+    tensors, record = out / f"{stem}.safetensors", out / f"{stem}.json"
+    if record.exists():
+        made = read_record(str(record))
+        wanted = json.loads(json.dumps(describe_training(plan, settings) | {"attack": None}))
+        different = [name for name, value in wanted.items() if made.get(name) != value]
+        if made.get("data", {}).get("sha256") != from_tensor(plan.data.images).fingerprint:
+            different.append("data")
+        if not tensors.exists() or made.get("sha256") != sha256_of(tensors):
+            different.append("tensors")
+        if different:
+            raise OutputError(
+                f"{record}: is no surrogate for this victim, for {', '.join(different)} differ; "
+                "pass --surrogate, or another --out"
+            )
+        say(f"the surrogate is {tensors}")
+        return tensors, False
+    say("training a clean surrogate first; --surrogate FILE would spare that")
+    resumed = resume and tensors.with_suffix(".state.safetensors").exists()
+    files = make_victim(
+        CLEAN,
+        data,
+        plan.arch,
+        out,
+        settings,
+        options={"target": plan.target},
+        mean=plan.pixels.mean,
+        std=plan.pixels.std,
+        size=plan.pixels.size,
+        device=device,
+        precision=precision,
+        resume=resumed,
+        say=say,
+        on_step=on_step,
+    )
+    return files.tensors, resumed
+
+
+def _save(path: Path, state: TrainingState, of: dict[str, str]) -> None:
+    groups = {
+        "network": state.network,
+        "momentum": state.momentum,
+        "generator": {"state": state.generator},
+    }
+    write_state(path, state.history, groups, of)
+
+
+def _load(path: Path, of: dict[str, str]) -> TrainingState:
+    history, groups = read_state(path, of, groups=("network", "momentum", "generator"))
+    return TrainingState(
+        tuple(Epoch(*epoch) for epoch in history),
+        groups["network"],
+        groups["momentum"],
+        groups["generator"]["state"],
+    )
