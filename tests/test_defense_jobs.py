@@ -1,0 +1,240 @@
+import json
+
+import pytest
+import safetensors
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from unbackdoor.backbones import build
+from unbackdoor.cli import main
+from unbackdoor.data import load_labeled, split_rows
+from unbackdoor.defense_jobs import defend_file, find_defense, load_pool, settings_from
+from unbackdoor.defenses.settings import BcuSettings, FineTuningSettings, IbauSettings
+from unbackdoor.errors import ArchitectureError, DataError, DivergedError, SettingsError
+from unbackdoor.jobs import Source
+
+OWN = """
+import copy
+import torch
+from dataclasses import dataclass
+from unbackdoor.defenses.common import Defended
+
+@dataclass(frozen=True)
+class Settings:
+    factor: float = 0.5
+    seed: int = 0
+
+def shrink(backbone, data, settings: Settings, *, device="cpu", on_step=None):
+    repaired = copy.deepcopy(backbone)
+    with torch.no_grad():
+        repaired.body.conv1.weight.mul_(settings.factor)
+    return Defended(repaired, {"seed": settings.seed, "labels": data.labels is not None})
+
+def returns_nothing(backbone, data, settings, *, device="cpu", on_step=None):
+    pass
+
+def returns_the_same(backbone, data, settings, *, device="cpu", on_step=None):
+    return Defended(backbone, {})
+"""
+
+
+@pytest.fixture
+def photos(tmp_path, generator):
+    """200 images in two folders, one for each class."""
+    for i in range(200):
+        folder = tmp_path / "photos" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:03}.png")
+    return str(tmp_path / "photos")
+
+
+@pytest.fixture
+def victim(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build("cifar/wrn16_1", classes=2).network
+    path = tmp_path / "victim.safetensors"
+    save_file(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return path
+
+
+def run(name, victim, photos, out, **options):
+    source = Source(victim, "cifar/wrn16_1", size=16)
+    return defend_file(name, source, photos, out, device="cpu", say=lambda _: None, **options)
+
+
+def test_the_three_files_are_those_of_purify_and_tell_what_was_done(victim, photos, tmp_path):
+    out = tmp_path / "clean.safetensors"
+    outputs = run("fine-tuning", victim, photos, out, values=["tuning.epochs=2"], share=0.1)
+    old, new = load_file(victim), load_file(out)
+    assert list(old) == list(new)
+    assert not old["conv1.weight"].equal(new["conv1.weight"])
+    assert not old["fc.weight"].equal(new["fc.weight"])
+    record = json.loads(outputs.record.read_text())
+    assert record["defense"] == "fine-tuning"
+    assert record["labels"] == {"kind": "given", "pseudo_label_accuracy": None}
+    assert record["head_tuned"] is True
+    assert record["settings"]["tuning"]["epochs"] == 2
+    assert record["images"]["count"] == record["log"]["images"] == 20
+    assert record["evidence"]["after"]["cosine"] < 1
+    with safetensors.safe_open(out, framework="pt") as file:
+        provenance = json.loads(file.metadata()["unbackdoor"])
+    assert provenance["defense"] == "fine-tuning"
+    assert provenance["input"] == record["input"]
+    page = outputs.report.read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "Defended by fine-tuning" in page
+    assert str(tmp_path) not in outputs.record.read_text() + page
+    assert not outputs.state.exists()
+
+
+def test_pseudo_labels_are_scored_where_the_truth_is_known(victim, photos, tmp_path):
+    outputs = run("nad", victim, photos, tmp_path / "clean.pt", labels="pseudo", share=0.1)
+    labels = json.loads(outputs.record.read_text())["labels"]
+    assert labels["kind"] == "pseudo"
+    assert 0.2 < labels["pseudo_label_accuracy"] < 0.8  # an untrained network guesses
+
+
+def test_a_label_free_defense_takes_a_folder_without_classes(victim, photos, tmp_path):
+    flat = tmp_path / "photos" / "class0"
+    outputs = run("clp", victim, str(flat), tmp_path / "clean.pt", labels="pseudo", share=0.5)
+    record = json.loads(outputs.record.read_text())
+    assert record["labels"] == {"kind": "pseudo", "pseudo_label_accuracy": None}
+    assert record["head_tuned"] is False
+    with pytest.raises(DataError):
+        run("nad", victim, str(flat), tmp_path / "other.pt", labels="given", share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "share", "count"), [("given", 0.5, 100), ("none", 0.05, 10), ("none", 0.9, 180)]
+)
+def test_no_image_of_the_probe_is_given_to_a_defense(photos, labels, share, count):
+    pool = load_pool(photos, size=16, labels=labels, share=share, seed=3)
+    everything = load_labeled(photos, split="train", size=16)
+    rows = split_rows(200, unlabeled=10, probe=2, seed=3)
+    probe = {image.numpy().tobytes() for image in everything.images[rows.probe]}
+    unlabeled = {image.numpy().tobytes() for image in everything.images[rows.unlabeled]}
+    taken = {image.numpy().tobytes() for image in pool.images}
+    assert len(taken) == count
+    assert not taken & probe
+    if labels == "given":
+        assert not taken & unlabeled
+    else:
+        assert unlabeled <= taken
+    where = {image.numpy().tobytes(): i for i, image in enumerate(everything.images)}
+    order = [where[image.numpy().tobytes()] for image in pool.images]
+    assert pool.truth.equal(everything.labels[order])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.95, 1.5])
+def test_a_share_that_cannot_be_is_refused(photos, share):
+    with pytest.raises(DataError, match="--share"):
+        load_pool(photos, size=16, labels="given", share=share, seed=0)
+
+
+def test_a_defense_of_ones_own_is_run_like_ours(victim, photos, own, tmp_path):
+    outputs = run(
+        f"{own}:shrink",
+        victim,
+        photos,
+        tmp_path / "clean.safetensors",
+        values=["factor=1/4"],
+        seed=7,
+        share=0.1,
+    )
+    old, new = load_file(victim), load_file(outputs.tensors)
+    torch.testing.assert_close(new["conv1.weight"], old["conv1.weight"] / 4)
+    record = json.loads(outputs.record.read_text())
+    assert record["defense"] == "mine.py:shrink"
+    assert record["log"] == {"seed": 7, "labels": False}
+    assert record["settings"] == {"factor": 0.25, "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("returns_nothing", "returned a NoneType; a defense returns Defended"),
+        ("returns_the_same", "must return a copy of the backbone"),
+    ],
+)
+def test_what_a_defense_of_ones_own_may_not_return(name, message, victim, photos, own, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        run(f"{own}:{name}", victim, photos, tmp_path / "clean.pt", share=0.1)
+    assert not list(tmp_path.glob("clean*"))
+
+
+def test_infinite_weights_are_never_written(victim, photos, own, tmp_path):
+    with pytest.raises(DivergedError, match=r"NaN or infinite values in conv1\.weight"):
+        run(
+            f"{own}:shrink",
+            victim,
+            photos,
+            tmp_path / "clean.pt",
+            values=["factor=inf"],
+            share=0.1,
+        )
+    assert not list(tmp_path.glob("clean*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "error", "message"),
+    [
+        ("fine-tunin", [], SettingsError, "did you mean 'fine-tuning'"),
+        ("zzz", [], SettingsError, "there are fine-tuning, .*, and path/to/file.py:function"),
+        ("none.py:f", [], ArchitectureError, "no such file; NAME takes path/to/file.py:function"),
+        (
+            "nad",
+            ["bete=1"],
+            SettingsError,
+            "NadSettings has no setting .bete.; did you mean .beta.",
+        ),
+        ("nad", ["tuning.epoch=1"], SettingsError, "did you mean 'tuning.epochs'"),
+        ("nad", ["beta"], SettingsError, "--set takes name=value, got 'beta'"),
+        ("nad", ["tuning.epochs=2.5"], SettingsError, "tuning.epochs is of type int, got '2.5'"),
+        ("bcu", ["match=labels"], SettingsError, "match is one of features, logits, got 'labels'"),
+        ("nad", ["tuning.epochs=0"], SettingsError, "tuning.epochs must be at least 1, got 0"),
+    ],
+)
+def test_an_unknown_defense_or_setting_is_one_message(name, values, error, message):
+    with pytest.raises(error, match=message):
+        find_defense(name, values)
+
+
+def test_settings_are_read_as_what_they_are():
+    changed = settings_from(FineTuningSettings(), ["tuning.learning-rate=1/50", "seed=3"])
+    assert (changed.tuning.learning_rate, changed.seed) == (0.02, 3)
+    assert changed.tuning.epochs == 10
+    shares = settings_from(BcuSettings(), ["shares=0,0,0,0,0,1/2"]).shares
+    assert shares == (0, 0, 0, 0, 0, 0.5)
+    assert settings_from(IbauSettings(), ["epsilon=1024/255"]).epsilon == 1024 / 255
+
+
+def test_the_seed_is_the_defenses_too_unless_it_is_set():
+    assert find_defense("nad", seed=5).settings.seed == 5
+    assert find_defense("nad", ["seed=2"], seed=5).settings.seed == 2
+
+
+def test_the_command_line_runs_a_defense_and_says_what_is_wrong(victim, photos, tmp_path, capsys):
+    words = ["defend", "bcu", str(victim), "--arch", "cifar/wrn16_1", "--size", "16"]
+    words += ["--data", photos, "--device", "cpu", "--out", str(tmp_path / "clean.safetensors")]
+    words += ["--share", "1/10", "--set", "tuning.epochs=1", "--set", "match=logits"]
+    assert main(words) == 0
+    assert "20 images, labels: none" in capsys.readouterr().out
+    for suffix in ("safetensors", "json", "html"):
+        assert (tmp_path / f"clean.{suffix}").exists()
+    assert main(words) == 2
+    assert "exists already; pass --force" in capsys.readouterr().err
+    assert main([*words, "--force"]) == 0
+    capsys.readouterr()
+    plain = words[: words.index("--set")]
+    assert main([*plain[:1], "nad", *plain[2:], "--force", "--labels", "none"]) == 2
+    assert "nad needs labels; pass --labels given or --labels pseudo" in capsys.readouterr().err

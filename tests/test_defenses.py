@@ -1,0 +1,141 @@
+import copy
+import dataclasses
+import importlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unbackdoor.backbones import Backbone, build, network_state
+from unbackdoor.defenses import DEFENSES, settings
+from unbackdoor.defenses.common import DefenseData, predict
+from unbackdoor.errors import ArchitectureError, DataError
+
+ARCHITECTURES = {
+    "timm/test_resnet": 64,
+    "cifar/preact_resnet18": 16,
+    "cifar/wrn16_1": 16,
+    "timm/test_convnext": 64,
+    "timm/test_vit": 160,
+}
+ONE = settings.Tuning(epochs=1, batch_size=4)
+QUICK = {
+    "fine-tuning": settings.FineTuningSettings(tuning=ONE),
+    "fine-pruning": settings.FinePruningSettings(tuning=ONE, per_check=60, kept=0.0),
+    "nad": settings.NadSettings(teacher=ONE, tuning=ONE),
+    "anp": settings.AnpSettings(iterations=2, batch_size=4, threshold=1.0, kept=0.0),
+    "ibau": settings.IbauSettings(rounds=1, inner_steps=1, batch_size=4, fixed_point_steps=2),
+    "adversarial": settings.AdversarialSettings(tuning=ONE, steps=1),
+    "contrastive": settings.ContrastiveSettings(epochs=1, batch_size=4, learning_rate=1e-3),
+    "bcu": settings.BcuSettings(tuning=ONE),
+    "clp": settings.ClpSettings(deviations=0.5),
+}
+
+
+def make_backbone(arch, *, classes=3, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        built = build(arch, classes=classes)
+        for module in built.network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # as if trained: no two channels alike
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+                torch.nn.init.normal_(module.bias, std=0.1)
+    return Backbone(built.network, built.heads, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+
+
+def make_data(size, *, count=8, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return DefenseData(images, torch.arange(count) % classes)
+
+
+def defend(name, backbone, data, options=None, **others):
+    module, _, function = DEFENSES[name].place.partition(":")
+    run = getattr(importlib.import_module(f"unbackdoor.defenses.{module}"), function)
+    return run(backbone, data, options or QUICK[name], **others)
+
+
+def features(backbone, data):
+    with torch.no_grad():
+        return backbone(data.images.float() / 255)
+
+
+def with_its_own_labels(backbone, data):
+    """Return the data labeled as ``backbone`` predicts, its head centred to predict several."""
+    means = features(backbone, data).mean(0)
+    with torch.no_grad():
+        backbone.heads[0].bias.copy_(-backbone.heads[0].weight @ means)
+    labels = predict(backbone, data.images)
+    assert labels.bincount(minlength=3).min() > 0.1 * len(labels)
+    return replace(data, labels=labels)
+
+
+def test_every_defense_of_the_table_has_frozen_settings_and_a_quick_test():
+    assert set(QUICK) == set(DEFENSES)
+    for name, entry in DEFENSES.items():
+        assert dataclasses.is_dataclass(entry.settings)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            entry.settings().seed = 1
+        assert isinstance(QUICK[name], entry.settings)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", DEFENSES)
+def test_every_defense_repairs_a_copy_of_every_kind_of_network(name, arch):
+    backbone, data = make_backbone(arch), make_data(ARCHITECTURES[arch])
+    before, steps = copy.deepcopy(network_state(backbone)), []
+    if name == "clp" and arch in ("timm/test_convnext", "timm/test_vit"):
+        with pytest.raises(ArchitectureError, match="needs batch norm right after a convolution"):
+            defend(name, backbone, data)
+        return
+    result = defend(name, backbone, data, on_step=lambda step, of: steps.append((step, of)))
+    torch.testing.assert_close(network_state(backbone), before, rtol=0, atol=0)
+    after = network_state(result.backbone)
+    assert {key: value.shape for key, value in after.items()} == {
+        key: value.shape for key, value in before.items()
+    }
+    assert all(value.isfinite().all() for value in after.values())
+    assert not result.backbone.training
+    assert not any(weight.requires_grad for weight in result.backbone.parameters())
+    assert not features(result.backbone, data).allclose(features(backbone, data))
+    assert steps[-1][0] == steps[-1][1]
+    assert json.loads(json.dumps(result.log)) is not None
+
+
+@pytest.mark.parametrize("name", [name for name in DEFENSES if name != "clp"])
+def test_a_seed_repeats_bit_for_bit_and_another_does_not(name):
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    first, again = (network_state(defend(name, backbone, data).backbone) for _ in range(2))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    if name == "anp":
+        return  # two steps leave all masks of the quick setting on the same side
+    other = network_state(defend(name, backbone, data, replace(QUICK[name], seed=1)).backbone)
+    assert any(not value.equal(other[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("name", [name for name, entry in DEFENSES.items() if entry.labels])
+def test_a_defense_that_needs_labels_says_what_it_lacks(name):
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    with pytest.raises(DataError, match="pass --labels given, or --labels pseudo"):
+        defend(name, backbone, DefenseData(data.images))
+    with pytest.raises(DataError, match="labels are of classes 0 to 3, but the head has 3"):
+        defend(name, backbone, make_data(16, classes=4))
+    headless = Backbone(make_backbone("cifar/wrn16_1").body, mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(ArchitectureError, match="head, which the checkpoint lacks"):
+        defend(name, headless.eval(), data)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in DEFENSES.items() if not entry.labels])
+def test_a_label_free_defense_runs_without_labels_and_without_a_head(name):
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    headless = Backbone(backbone.body, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    repaired = defend(name, headless, DefenseData(data.images)).backbone
+    assert not features(repaired, data).allclose(features(headless, data))
+
+
+def test_pseudo_labels_are_what_the_victim_itself_predicts():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    with torch.no_grad():
+        wanted = backbone.logits(data.images.float() / 255).argmax(1)
+    assert predict(backbone, data.images).equal(wanted)

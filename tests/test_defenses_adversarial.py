@@ -1,0 +1,30 @@
+from dataclasses import replace
+
+import torch
+from test_defenses import ONE, QUICK, make_backbone, make_data
+
+from unbackdoor.backbones import network_state
+from unbackdoor.defenses.adversarial import fine_tune_adversarially
+from unbackdoor.defenses.fine_tuning import fine_tune
+from unbackdoor.defenses.settings import FineTuningSettings
+
+
+def weights_of(result):
+    return {name: value for name, value in result.backbone.named_parameters()}
+
+
+def test_with_clean_images_alone_it_is_plain_fine_tuning():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    tuned = weights_of(fine_tune(backbone, data, FineTuningSettings(tuning=ONE)))
+    clean = fine_tune_adversarially(backbone, data, replace(QUICK["adversarial"], clean=1.0))
+    torch.testing.assert_close(weights_of(clean), tuned)
+    mixed = weights_of(fine_tune_adversarially(backbone, data, QUICK["adversarial"]))
+    assert any(not value.allclose(tuned[name]) for name, value in mixed.items())
+
+
+def test_the_head_is_tuned_with_the_rest():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    result = fine_tune_adversarially(backbone, data, QUICK["adversarial"])
+    assert not network_state(result.backbone)["fc.weight"].equal(
+        network_state(backbone)["fc.weight"]
+    )

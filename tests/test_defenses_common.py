@@ -1,0 +1,44 @@
+import torch
+from test_defenses import make_backbone, make_data
+
+from unbackdoor.defenses.common import copy_of, split_off, tune, zero_rows
+from unbackdoor.defenses.settings import Tuning
+
+
+def test_the_held_out_part_is_disjoint_and_the_rest_is_the_rest():
+    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)
+    split = split_off(images, torch.arange(50), held_out=0.2, seed=0)
+    assert len(split.held_labels) == 10
+    assert sorted([*split.labels.tolist(), *split.held_labels.tolist()]) == list(range(50))
+    assert split.images.flatten().tolist() == split.labels.tolist()
+
+
+def test_tuning_lowers_the_loss_and_leaves_no_gradients_behind():
+    data = make_data(16, count=12)
+    tuned = copy_of(make_backbone("cifar/wrn16_1"), "cpu")
+    losses = []
+
+    def loss_of(images, labels):
+        loss = torch.nn.functional.cross_entropy(tuned.logits(images), labels)
+        losses.append(loss.item())
+        return loss
+
+    tune(
+        tuned,
+        data.images,
+        data.labels,
+        Tuning(epochs=15, batch_size=6, augment="none"),
+        seed=0,
+        loss_of=loss_of,
+    )
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    assert len(losses) == 30
+    assert not tuned.training
+
+
+def test_zeroed_rows_emit_nothing_not_even_their_shift():
+    layer = torch.nn.Conv2d(2, 4, 3)
+    zero_rows(layer, torch.tensor([1, 3]))
+    output = layer(torch.rand(2, 2, 5, 5))
+    assert not output[:, [1, 3]].any()
+    assert output[:, [0, 2]].all()

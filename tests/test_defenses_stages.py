@@ -1,0 +1,74 @@
+import pytest
+import torch
+from test_defenses import ARCHITECTURES, make_backbone, make_data
+
+from unbackdoor.defenses.stages import find_stage, find_writers, map_of, prune
+from unbackdoor.errors import ArchitectureError
+
+FOUND = {  # stage, positions, and all layers that write to its channels
+    "timm/test_resnet": ("layer4", 4),
+    "cifar/resnet18": ("layer4", 4),
+    "cifar/preact_resnet18": ("layer4", 4),
+    "cifar/wrn16_1": ("relu", 16),
+    "timm/test_convnext": ("norm_pre", 4),
+    "timm/test_vit": ("norm", 101),
+    "torchvision/convnext_tiny": ("features", 4),
+    "torchvision/vgg11": ("avgpool", 49),
+    "timm/swin_tiny_patch4_window7_224": ("norm", 49),
+}
+WRITERS = {
+    "cifar/resnet18": ("layer4.0.bn2", "layer4.0.downsample.1", "layer4.1.bn2"),
+    "cifar/preact_resnet18": ("layer4.0.shortcut.0", "layer4.0.conv2", "layer4.1.conv2"),
+    "cifar/wrn16_1": ("bn1",),
+    "timm/test_vit": ("norm",),
+}
+SIZES = {**ARCHITECTURES, "cifar/resnet18": 16, "torchvision/convnext_tiny": 64}
+SIZES |= {"torchvision/vgg11": 64, "timm/swin_tiny_patch4_window7_224": 224}
+
+
+@pytest.mark.parametrize("arch", FOUND)
+def test_the_last_stage_is_found_without_being_named(arch):
+    stage = find_stage(make_backbone(arch), make_data(SIZES[arch], count=2).images)
+    assert (stage.name, stage.positions) == FOUND[arch]
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "cifar/resnet18"])
+def test_a_pruned_channel_of_the_stage_emits_nothing_and_the_others_do(arch):
+    backbone, images = make_backbone(arch), make_data(SIZES[arch], count=4, seed=5).images
+    stage = find_stage(backbone, images)
+    writers = find_writers(backbone, stage, images)
+    if arch in WRITERS:
+        assert set(writers) == set(WRITERS[arch])
+    pruned = torch.arange(1, stage.channels, 3)
+    prune(backbone, writers, pruned)
+    output = map_of(backbone, stage, images).movedim(stage.axis, -1).flatten(0, -2)
+    assert not output[:, pruned].any()
+    others = torch.ones(stage.channels, dtype=torch.bool)
+    others[pruned] = False
+    assert (output[:, others].abs().sum(0) > 0).float().mean() > 0.5  # a ReLU silences some others
+
+
+def test_looking_for_writers_leaves_the_network_as_it_is():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    find_writers(backbone, find_stage(backbone, data.images), data.images)
+    torch.testing.assert_close(dict(backbone.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("layer9", "has no stage 'layer9'; it has .*bn1, relu, fc"),
+        ("fc", "stage 'fc' yields a map of more than one position|no layer"),
+    ],
+)
+def test_a_stage_that_is_none_is_refused(name, message):
+    with pytest.raises(ArchitectureError, match=message):
+        find_stage(make_backbone("cifar/wrn16_1"), make_data(16).images, name=name)
+
+
+def test_a_stage_whose_channels_have_no_writers_is_refused():
+    backbone, images = make_backbone("timm/test_vit"), make_data(160, count=2).images
+    stage = find_stage(backbone, images, name="blocks.0")
+    with pytest.raises(ArchitectureError, match="cannot be pruned"):
+        find_writers(backbone, stage, images)

@@ -1,0 +1,352 @@
+"""Run a defense on a checkpoint file: everything around it, from the file to the report."""
+
+import difflib
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+
+from unbackdoor.backbones import Backbone, import_function, network_state
+from unbackdoor.data import from_tensor, load_images, load_labeled, split_rows
+from unbackdoor.defenses import DEFENSES
+from unbackdoor.defenses.common import Defended, DefenseData, predict
+from unbackdoor.devices import pick_device
+from unbackdoor.diagnostics import measure
+from unbackdoor.errors import DataError, DeviceError, DivergedError, SettingsError
+from unbackdoor.jobs import (
+    MEASURED,
+    Outputs,
+    Say,
+    Source,
+    account_tables,
+    describe_input,
+    evidence_table,
+    make_record,
+    movement_picture,
+    open_source,
+    plan_outputs,
+    write_outputs,
+)
+from unbackdoor.report import Table, render_report
+from unbackdoor.settings import PurifySettings, flatten
+from unbackdoor.types import Labels, RawImages
+
+UNLABELED, PROBE = 0.05, 0.01  # shares of the training images, as `evaluate` splits them
+SHARES = {"given": 0.01, "pseudo": 0.05, "none": 0.05}  # that a defense takes, the CBD paper's
+
+LabelKind = Literal["given", "pseudo", "none"]
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Settings of a defense of one's own that says nothing of settings."""
+
+
+class Chosen(NamedTuple):
+    """A defense that can be run."""
+
+    name: str
+    function: Callable[..., Any]
+    settings: Any  # a dataclass
+    labels: bool  # whether it needs any
+
+
+class Pool(NamedTuple):
+    """The defender's images, and their true classes where the source tells them."""
+
+    images: RawImages
+    truth: Labels | None
+
+
+def defend_file(
+    name: str,
+    source: Source,
+    data: str,
+    out: Path,
+    *,
+    values: Sequence[str] = (),
+    labels: LabelKind | None = None,
+    share: float | None = None,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    overwrite: bool = False,
+    say: Say = print,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Outputs:
+    """Run the defense ``name`` on ``source`` and write tensors, record and report.
+
+    The files and the promises about them are those of ``purify_file``; a killed run starts again.
+
+    Args:
+        name: One of ``DEFENSES``, or ``path/to/file.py:function`` of the same signature.
+        data: The defender's images, see ``load_labeled``; without labels in it, any source of
+            ``load_images`` does.
+        values: Settings as ``name=value``.
+        labels: ``given``: the source's own; ``pseudo``: what the checkpoint predicts; ``none``.
+            By default, given for a defense that needs labels.
+        share: Of the training images; .01 with given labels, .05 otherwise.
+        seed: Of the split, which is that of ``evaluate``, and of the defense.
+
+    Raises:
+        UnbackdoorError: See ``errors``; nothing is written then.
+    """
+    outputs = plan_outputs(source.checkpoint, out, overwrite=overwrite, resume=False)
+    chosen = find_defense(name, values, seed=seed)
+    kind: LabelKind = labels or ("given" if chosen.labels else "none")
+    if chosen.labels and kind == "none":
+        raise SettingsError(f"{name} needs labels; pass --labels given or --labels pseudo")
+    loaded = open_source(source)
+    describe_input(source, loaded, say=say)
+    where = pick_device(device)
+    pool = load_pool(data, size=loaded.size, labels=kind, share=share, seed=seed)
+    given = label(loaded.backbone.to(where), pool, kind)
+    agreement = pseudo_label_accuracy(given, pool, kind)
+    say(f"{data}: {len(pool.images)} images, labels: {kind}")
+    if agreement is not None:
+        say(f"pseudo-labels are right for {agreement:.1%} of them")
+
+    try:
+        result = chosen.function(
+            loaded.backbone, given, chosen.settings, device=where, on_step=on_step
+        )
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{where} is out of memory; set a smaller batch size") from error
+    check_result(result, loaded.backbone, name)
+    tuned = [] if heads_equal(result.backbone, loaded.backbone) else loaded.backbone.head_names
+    say(f"the head {', '.join(tuned)} was tuned too" if tuned else "the head is as it was")
+
+    say("measuring what changed")
+    sample, options = pool.images[:MEASURED], PurifySettings(seed=seed)
+    original, repaired = loaded.backbone.to(where), result.backbone.to(where)
+    evidence = {
+        "before": measure(original, original, sample, options),
+        "after": measure(repaired, original, sample, options),
+    }
+    photos = from_tensor(pool.images)
+    record = make_record(source, loaded, data, photos, chosen.settings, (), evidence)
+    record |= {
+        "defense": Path(chosen.name).name,
+        "head_tuned": bool(tuned),
+        "labels": {"kind": kind, "pseudo_label_accuracy": agreement},
+        "seed": seed,
+        "log": result.log,
+        "device": str(where),
+        "precision": "fp32",
+        "output": outputs.tensors.name,
+    }
+    page = report_of(record)
+    write_outputs(outputs, loaded, repaired, record, page=page, overwrite=overwrite, say=say)
+    return outputs
+
+
+def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Chosen:
+    """Return the defense ``name`` with its settings.
+
+    Args:
+        values: See :func:`settings_from`.
+        seed: What a setting of that name becomes, unless ``values`` say otherwise.
+
+    Raises:
+        SettingsError: If there is no such defense or setting.
+        ArchitectureError: If the file of a defense of one's own fails.
+    """
+    file, _, function_name = name.rpartition(":")
+    if file.endswith(".py"):
+        function = import_function(Path(file), function_name, flag="NAME")
+        kind = get_type_hints(function).get("settings", NoSettings)
+        kind = kind if isinstance(kind, type) and is_dataclass(kind) else NoSettings
+        needs_labels = False  # it says itself what it lacks
+    elif name in DEFENSES:
+        entry = DEFENSES[name]
+        module, _, function_name = entry.place.partition(":")
+        function = getattr(importlib.import_module(f"unbackdoor.defenses.{module}"), function_name)
+        kind, needs_labels = entry.settings, entry.labels
+    else:
+        nearest = difflib.get_close_matches(name, DEFENSES, n=1)
+        known = f"there are {', '.join(DEFENSES)}, and path/to/file.py:function"
+        hint = f"did you mean {nearest[0]!r}?" if nearest else known
+        raise SettingsError(f"defense {name!r} is unknown; {hint}")
+    defaults = kind()
+    if any(item.name == "seed" for item in fields(defaults)):
+        defaults = replace(defaults, seed=seed)
+    return Chosen(name, function, settings_from(defaults, values), needs_labels)
+
+
+def settings_from(defaults: Any, values: Sequence[str]) -> Any:
+    """Return a settings dataclass with ``values`` in place of its defaults.
+
+    Args:
+        values: ``name=value``; a name inside another has a dot, as ``tuning.epochs=5``; a ratio
+            such as ``8/255`` is a number, numbers with commas between them are a tuple.
+
+    Raises:
+        SettingsError: If a name is unknown, or a value of another kind or out of range.
+    """
+    names = [name for name, _ in flatten(_nested(defaults))]
+    for text in values:
+        written, sign, value = text.partition("=")
+        name = written.strip().replace("-", "_")
+        if not sign:
+            raise SettingsError(f"--set takes name=value, got {text!r}")
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1)
+            hint = (
+                f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(names) or None}"
+            )
+            raise SettingsError(f"{type(defaults).__name__} has no setting {name!r}; {hint}")
+        defaults = _with(defaults, name, value.strip(), whole=name)
+    return defaults
+
+
+def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, seed: int) -> Pool:
+    """Return the images that the defender has; none of them trains the probe of ``evaluate``.
+
+    With given labels they are drawn from what ``evaluate`` leaves over; otherwise they are its
+    unlabeled images, and more of what is left over where ``share`` asks for more.
+
+    Raises:
+        DataError: If the source cannot be read, lacks labels that are asked for, or is too small.
+    """
+    share = SHARES[labels] if share is None else share
+    if not 0 < share <= 1:
+        raise DataError(f"--share is above 0 and at most 1, got {share}")
+    truth = None
+    try:
+        images, truth, _ = load_labeled(data, split="train", size=size)
+    except DataError:
+        if labels == "given":
+            raise
+        photos = load_images(data, size=size)
+        images = photos.read(range(len(photos)))
+    count = len(images)
+    rows = split_rows(
+        count, unlabeled=round(UNLABELED * count), probe=round(PROBE * count), seed=seed
+    )
+    wanted = round(share * count)
+    shuffled = rows.unlabeled
+    if wanted < len(shuffled):
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = shuffled[torch.randperm(len(shuffled), generator=generator)]
+    there = rows.rest if labels == "given" else torch.cat([shuffled, rows.rest])
+    if not 2 <= wanted <= len(there):
+        raise DataError(
+            f"--share {share:g} of {count} images is {wanted}; a defense takes 2 to {len(there)}, "
+            "for the others are kept for the probe"
+        )
+    taken = there[:wanted]
+    return Pool(images[taken], None if truth is None else truth[taken])
+
+
+def label(backbone: Backbone, pool: Pool, kind: LabelKind) -> DefenseData:
+    """Return what a defense is given: the images, with labels of the kind asked for."""
+    if kind == "none":
+        return DefenseData(pool.images)
+    if kind == "given":
+        return DefenseData(pool.images, pool.truth)
+    return DefenseData(pool.images, predict(backbone, pool.images))
+
+
+def pseudo_label_accuracy(data: DefenseData, pool: Pool, kind: LabelKind) -> float | None:
+    """Return the share of pseudo-labels that are right; None if there are none, or no truth."""
+    if kind != "pseudo" or pool.truth is None or data.labels is None:
+        return None
+    return (data.labels == pool.truth).float().mean().item()
+
+
+def check_result(result: Any, original: Backbone, name: str) -> None:
+    """Raise unless ``result`` is a repaired copy of ``original`` that can be written.
+
+    Raises:
+        SettingsError: If it is something else, as a defense of one's own may return.
+        DivergedError: If it holds NaN or infinite weights.
+    """
+    if not isinstance(result, Defended) or not isinstance(result.backbone, Backbone):
+        raise SettingsError(
+            f"{name} returned a {type(result).__name__}; a defense returns Defended(backbone, log)"
+        )
+    try:
+        json.dumps(result.log)
+    except TypeError as error:
+        raise SettingsError(f"{name}: its log must be what JSON can hold: {error}") from error
+    before, after = network_state(original), network_state(result.backbone)
+    shapes = {key: value.shape for key, value in before.items()}
+    if result.backbone is original or shapes != {key: v.shape for key, v in after.items()}:
+        raise SettingsError(
+            f"{name} must return a copy of the backbone, with tensors of its shapes"
+        )
+    broken = [key for key, value in after.items() if not value.isfinite().all()]
+    if broken:
+        raise DivergedError(f"{name} ended with NaN or infinite values in {', '.join(broken[:3])}")
+
+
+def heads_equal(one: Backbone, other: Backbone) -> bool:
+    """Return whether the heads of two copies of a backbone have the same weights."""
+    first, second = one.heads.state_dict(), other.heads.state_dict()
+    return all(value.cpu().equal(second[key].cpu()) for key, value in first.items())
+
+
+def report_of(record: Mapping[str, Any]) -> str:
+    """Return the report of one finished defense as an HTML page."""
+    after, source, kind = record["evidence"]["after"], record["input"], record["labels"]["kind"]
+    words = {
+        "given": "given labels",
+        "pseudo": "labels that it predicts itself",
+        "none": "no labels",
+    }
+    summary = (
+        f"{source['name']} was repaired by {record['defense']} with {record['images']['count']} "
+        f"images and {words[kind]}. Its features of clean images keep a cosine of "
+        f"{after['cosine']:.3f} to the original and {after['neighbours']:.0%} of their nearest "
+        "neighbours. None of this says that the file was, or is no longer, backdoored."
+    )
+    log = tuple((name, str(value)) for name, value in flatten(record["log"]))
+    return render_report(
+        f"Defended by {record['defense']}: {source['name']}",
+        summary,
+        (
+            evidence_table(record["evidence"]),
+            movement_picture(record["evidence"]),
+            Table("What was chosen", ("what", "value"), log, folded=True),
+            *account_tables(record),
+        ),
+    )
+
+
+def _with(settings: Any, name: str, value: str, *, whole: str) -> Any:
+    """Return ``settings`` with ``value`` at a dotted name that is there."""
+    first, _, rest = name.partition(".")
+    before = getattr(settings, first)
+    if rest:
+        return replace(settings, **{first: _with(before, rest, value, whole=whole)})
+    kind = get_type_hints(type(settings))[first]
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise SettingsError(f"{whole} is one of {', '.join(get_args(kind))}, got {value!r}")
+    try:
+        read = _read(kind, value)
+    except (ValueError, KeyError, ZeroDivisionError) as error:
+        kind_name = type(before).__name__
+        raise SettingsError(f"{whole} is of type {kind_name}, got {value!r}") from error
+    return replace(settings, **{first: read})
+
+
+def _read(kind: Any, value: str) -> Any:
+    """Read ``value`` as what the type ``kind`` of a setting says."""
+    if get_origin(kind) is tuple:
+        return tuple(_read(get_args(kind)[0], part) for part in value.split(","))
+    if kind is float:
+        above, slash, below = value.partition("/")
+        return float(above) / float(below) if slash else float(above)
+    if kind is bool:
+        return {"true": True, "false": False}[value.lower()]
+    return int(value) if kind is int else value
+
+
+def _nested(settings: Any) -> dict[str, Any]:
+    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    return {
+        name: _nested(value) if is_dataclass(value) else value for name, value in values.items()
+    }

@@ -1,0 +1,145 @@
+"""Backdoor cleansing with unlabeled data (BCU): forget some weights, distil them back."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from unbackdoor.backbones import Backbone
+from unbackdoor.defenses.common import (
+    Defended,
+    DefenseData,
+    OnStep,
+    copy_of,
+    counter,
+    finished,
+    steps_of,
+    tune,
+)
+from unbackdoor.defenses.settings import BcuSettings
+from unbackdoor.defenses.stages import run_watched
+from unbackdoor.errors import ArchitectureError, DataError
+from unbackdoor.types import Features, Images, Labels, RawImages, Scalar
+
+
+def cleanse(
+    backbone: Backbone,
+    data: DefenseData,
+    settings: BcuSettings,
+    *,
+    device: torch.device | str = "cpu",
+    on_step: OnStep | None = None,
+) -> Defended:
+    """Return a copy of ``backbone`` with a share of its weights drawn anew and distilled back.
+
+    The victim teaches: what clean images make it say is kept, what only a trigger would is not
+    asked for. The last epoch is returned; none is chosen.
+
+    Raises:
+        ArchitectureError: If ``match`` is ``logits`` and the backbone has no head.
+        DataError: If there are fewer than two images.
+        DivergedError: If the loss is no longer finite.
+
+    Source:
+        Pang et al. 2023, https://arxiv.org/abs/2211.12044.
+
+    Differs from the paper: by default, features are distilled instead of soft labels, so that a
+    backbone needs no head; a head is then kept as it is. The layers' groups are counted in a pass
+    instead of named: in a ResNet-18 they are the stem and the four stages, up to a layer.
+    """
+    if len(data.images) < 2:
+        raise DataError(f"a defense needs two images or more, got {len(data.images)}")
+    if settings.match == "logits" and not backbone.heads:
+        raise ArchitectureError(
+            "match=logits needs the classifier's head, which the checkpoint lacks; "
+            "features need none: --set match=features"
+        )
+    teacher, student = copy_of(backbone, device), copy_of(backbone, device)
+    groups = layer_groups(student, data.images)
+    head = list(student.heads) if settings.match == "logits" else []
+    generator = torch.Generator().manual_seed(settings.seed)
+    for share, layers in zip(settings.shares, [*groups, head], strict=True):
+        for layer in layers:
+            redraw(layer, share, generator=generator)
+
+    tuning, temperature = settings.tuning, 1.0
+    distance = feature_distance if settings.match == "features" else None
+
+    def before_epoch(epoch: int) -> None:
+        nonlocal temperature
+        temperature = 1 + 3 * (epoch + 1) / tuning.epochs
+
+    def loss_of(images: Images, _: Labels) -> Scalar:
+        run: Callable[[Backbone], Tensor] = lambda network: (  # noqa: E731
+            network(images) if distance is not None else network.logits(images)
+        )
+        with torch.no_grad():
+            wanted = run(teacher)
+        if distance is not None:
+            return distance(run(student), wanted)
+        return soft_label_distance(run(student), wanted, temperature=temperature)
+
+    tune(
+        student,
+        data.images,
+        torch.zeros(len(data.images), dtype=torch.int64),  # labels are not used
+        tuning,
+        seed=settings.seed,
+        loss_of=loss_of,
+        after_step=counter(steps_of(len(data.images), tuning), on_step),
+        before_epoch=before_epoch,
+    )
+    log = {"match": settings.match, "layers": [len(group) for group in [*groups, head]]}
+    return Defended(finished(student), log)
+
+
+def layer_groups(backbone: Backbone, images: RawImages) -> list[list[nn.Module]]:
+    """Return the body's convolutions and linear layers: the first, and four groups of equal depth.
+
+    Depth is the order in which layers finish in a pass; a layer that runs twice counts once.
+    """
+    ended = dict.fromkeys(name for name, _ in run_watched(backbone, images[:2]))
+    modules = (backbone.body.get_submodule(name) for name in ended)
+    layers: list[nn.Module] = [
+        module for module in modules if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    rest = layers[1:]
+    ends = [round(len(rest) * quarter / 4) for quarter in range(5)]
+    return [layers[:1], *(rest[ends[i] : ends[i + 1]] for i in range(4))]
+
+
+@torch.no_grad()
+def redraw(layer: nn.Module, share: float, *, generator: torch.Generator) -> None:
+    """Draw a random share of the weights of ``layer`` anew, in place, as PyTorch does by default.
+
+    Args:
+        generator: On the CPU.
+    """
+    weight = layer.get_parameter("weight")
+    bound = 1 / math.sqrt(weight[0].numel())
+    fresh = bound * (2 * torch.rand(weight.shape, generator=generator) - 1)
+    chosen = torch.randperm(weight.numel(), generator=generator)[: round(share * weight.numel())]
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[chosen] = True
+    mask = mask.view(weight.shape).to(weight.device)
+    weight.copy_(torch.where(mask, fresh.to(weight.device), weight))
+
+
+def feature_distance(student: Features, teacher: Features) -> Scalar:
+    """Return the mean squared distance of features, in units of the teacher's variance."""
+    variance = teacher.var(0).mean().clamp(min=1e-12)
+    return F.mse_loss(student, teacher) / variance
+
+
+def soft_label_distance(student: Tensor, teacher: Tensor, *, temperature: float) -> Scalar:
+    """Return the divergence of softened predictions, times the temperature squared.
+
+    Source:
+        Hinton et al. 2015, section 2.1, https://arxiv.org/abs/1503.02531.
+    """
+    log_student = F.log_softmax(student / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=1)
+    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+    return divergence * temperature**2

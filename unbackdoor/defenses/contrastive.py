@@ -1,0 +1,52 @@
+"""Contrastive fine-tuning: the third term of the contrastive backdoor defense, alone. No labels."""
+
+from typing import cast
+
+import torch
+
+from unbackdoor.backbones import Backbone
+from unbackdoor.cbd import purify
+from unbackdoor.defenses.common import Defended, DefenseData, OnStep, finished
+from unbackdoor.defenses.settings import ContrastiveSettings
+from unbackdoor.settings import PurifySettings
+
+
+def fine_tune_contrastively(
+    backbone: Backbone,
+    data: DefenseData,
+    settings: ContrastiveSettings,
+    *,
+    device: torch.device | str = "cpu",
+    on_step: OnStep | None = None,
+) -> Defended:
+    """Return a copy of ``backbone`` after training two views of each image to agree.
+
+    A head is carried through unchanged.
+
+    Raises:
+        DataError: If the images do not fill one batch.
+        DivergedError: If the loss is no longer finite or the features collapse.
+
+    Source:
+        "Do We Really Need Labels for Backdoor Defense?", section 4: its method with weights 0, 0
+        and 1, https://openreview.net/forum?id=0Hfv9xPBSPQ.
+    """
+    purified = purify(
+        backbone,
+        data.images,
+        PurifySettings(
+            pull=0.0,
+            distill=0.0,
+            align=1.0,
+            temperature=settings.temperature,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            batch_norm=settings.batch_norm,
+            seed=settings.seed,
+        ),
+        device=device,
+        on_step=on_step,
+    )
+    losses = [epoch.align for epoch in purified.history]
+    return Defended(finished(cast("Backbone", purified.backbone)), {"losses": losses})

@@ -1,0 +1,275 @@
+"""Settings of the defenses; imports no torch, so that help is instant.
+
+A default is the published value. Where a source is silent, or could not be read again while this
+was written, the attribute says ``ours``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from unbackdoor.errors import SettingsError
+from unbackdoor.settings import Ratio, in_range
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Training of a whole network by SGD on the defender's images.
+
+    The values are those behind the CBD paper's tables (its appendix A.2), which took them from
+    BackdoorBench.
+
+    Attributes:
+        epochs: Passes over the images.
+        batch_size: Images a step; a last batch of one image is left out.
+        learning_rate: The first; it falls to 0 along a cosine.
+        momentum: Of SGD.
+        weight_decay: L2 penalty.
+        augment: ``shift``: random crop after padding by an eighth of the side, and mirror images,
+            as BackdoorBench's CIFAR-10 training; ``none``.
+    """
+
+    epochs: int = 10
+    batch_size: int = 256
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: Literal["shift", "none"] = "shift"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            in_range(f"tuning.{name}", getattr(self, name), least=1)
+        in_range("tuning.learning_rate", self.learning_rate, above=0)
+        for name in ("momentum", "weight_decay"):
+            in_range(f"tuning.{name}", getattr(self, name), least=0)
+
+
+@dataclass(frozen=True)
+class FineTuningSettings:
+    """Plain fine-tuning.
+
+    Attributes:
+        tuning: 10 epochs: the CBD paper, section 4.
+        seed: Of order and augmentation.
+    """
+
+    tuning: Tuning = field(default_factory=Tuning)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FinePruningSettings:
+    """Prune what clean images leave dormant, then fine-tune.
+
+    Attributes:
+        kept: Share of the accuracy that pruning must keep. .9: the CBD paper, section 4.
+        held_out: Share of the images on which that accuracy is read. Ours.
+        per_check: Channels pruned between two readings. 1: Liu et al. 2018.
+        stage: Layer whose channels are pruned; "" is the last with a map. Liu et al.: the last
+            convolutional layer.
+        tuning: 50 epochs: the CBD paper, section 4.
+        seed: Of the held-out split, order and augmentation.
+    """
+
+    kept: Ratio = 0.9
+    held_out: Ratio = 0.2
+    per_check: int = 1
+    stage: str = ""
+    tuning: Tuning = field(default_factory=lambda: Tuning(epochs=50))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        in_range("kept", self.kept, least=0, most=1)
+        in_range("held_out", self.held_out, above=0, most=0.9)
+        in_range("per_check", self.per_check, least=1)
+
+
+@dataclass(frozen=True)
+class NadSettings:
+    """Distil the attention of a fine-tuned teacher.
+
+    Attributes:
+        beta: Weight of the attention loss. 1000, at the last stage alone: the CBD paper, A.2.
+        stage: Layer whose maps are compared; "" is the last with a map.
+        teacher: Fine-tuning of the teacher. 10 epochs: the CBD paper, section 4.
+        tuning: Training of the student. 20 epochs: the CBD paper, A.2.
+        seed: Of order and augmentation.
+    """
+
+    beta: float = 1000.0
+    stage: str = ""
+    teacher: Tuning = field(default_factory=Tuning)
+    tuning: Tuning = field(default_factory=lambda: Tuning(epochs=20))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        in_range("beta", self.beta, least=0)
+
+
+@dataclass(frozen=True)
+class AnpSettings:
+    """Prune the neurons that an adversary of the weights uses.
+
+    Attributes:
+        epsilon: Largest relative change of a neuron's scale and shift. .4: Wu and Wang 2021.
+        attack_steps: Steps of that adversary. 1: likewise.
+        alpha: Weight of the loss without the adversary. .2: likewise.
+        iterations: Steps of the mask. 2,000: likewise.
+        batch_size: 128: likewise.
+        learning_rate: Of the masks. .2: likewise.
+        momentum: Of the masks' SGD. .9: likewise.
+        threshold: Neurons whose mask is not above it are pruned. .2: likewise. Where the held-out
+            accuracy forbids that, the highest lower multiple of .05.
+        kept: Share of the held-out accuracy that pruning must keep. Ours.
+        held_out: Share of the images on which it is read. Ours.
+        batch_norm: What normalizes in the search: each batch's own statistics, or the running
+            ones. Ours: docs/defenses/anp.md.
+        seed: Of the held-out split, batches and the adversary's starts.
+    """
+
+    epsilon: Ratio = 0.4
+    attack_steps: int = 1
+    alpha: float = 0.2
+    iterations: int = 2_000
+    batch_size: int = 128
+    learning_rate: float = 0.2
+    momentum: float = 0.9
+    threshold: float = 0.2
+    kept: Ratio = 0.9
+    held_out: Ratio = 0.2
+    batch_norm: Literal["batch", "running"] = "batch"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "momentum"):
+            in_range(name, getattr(self, name), least=0)
+        for name in ("alpha", "threshold", "kept"):
+            in_range(name, getattr(self, name), least=0, most=1)
+        in_range("held_out", self.held_out, above=0, most=0.9)
+        for name in ("attack_steps", "iterations", "batch_size"):
+            in_range(name, getattr(self, name), least=1)
+        in_range("learning_rate", self.learning_rate, above=0)
+
+
+@dataclass(frozen=True)
+class IbauSettings:
+    """Unlearn a universal perturbation by its implicit hypergradient.
+
+    Attributes:
+        rounds: Of finding the perturbation and unlearning it. 5: Zeng et al. 2022, to our memory.
+        fixed_point_steps: K of the hypergradient's fixed-point iteration. 5: likewise.
+        epsilon: L2 radius of the perturbation on the [0, 1] scale. Ours.
+        inner_steps: Gradient steps that find it. Ours.
+        inner_rate: Step of the map whose fixed point it is. .1: likewise.
+        penalty: Of the perturbation's squared length. .001: likewise.
+        learning_rate: Of Adam on the weights. 1e-3: likewise.
+        batch_size: 100: likewise.
+        seed: Of the order.
+    """
+
+    rounds: int = 5
+    fixed_point_steps: int = 5
+    epsilon: Ratio = 2.5
+    inner_steps: int = 10
+    inner_rate: float = 0.1
+    penalty: float = 1e-3
+    learning_rate: float = 1e-3
+    batch_size: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "inner_steps", "batch_size"):
+            in_range(name, getattr(self, name), least=1)
+        for name in ("inner_rate", "learning_rate", "epsilon"):
+            in_range(name, getattr(self, name), above=0)
+        for name in ("fixed_point_steps", "penalty"):
+            in_range(name, getattr(self, name), least=0)
+
+
+@dataclass(frozen=True)
+class AdversarialSettings:
+    """Fine-tune on adversarial examples with their true labels.
+
+    Attributes:
+        epsilon: L-infinity radius on the [0, 1] scale. 8/255, the usual one; ours.
+        steps: Of the search. Ours.
+        step_size: On the [0, 1] scale. Ours.
+        clean: Share of the loss on images as they are. Ours.
+        tuning: As fine-tuning's. Ours: the CBD paper does not run this defense.
+        seed: Of order, augmentation and the search's starts.
+    """
+
+    epsilon: Ratio = 8 / 255
+    steps: int = 7
+    step_size: Ratio = 2 / 255
+    clean: float = 0.5
+    tuning: Tuning = field(default_factory=Tuning)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        in_range("epsilon", self.epsilon, least=0, most=1)
+        in_range("steps", self.steps, least=0)
+        in_range("step_size", self.step_size, least=0)
+        in_range("clean", self.clean, least=0, most=1)
+
+
+@dataclass(frozen=True)
+class ContrastiveSettings:
+    """Contrastive fine-tuning: ``purify`` with its third term alone.
+
+    Attributes:
+        epochs: 15: the CBD paper, A.2.
+        batch_size: 128: likewise.
+        learning_rate: .02: likewise.
+        temperature: .5: likewise.
+        batch_norm: As in ``PurifySettings``; docs/method.md has the reason.
+        seed: Of order and views.
+    """
+
+    epochs: int = 15
+    batch_size: int = 128
+    learning_rate: float = 0.02
+    temperature: float = 0.5
+    batch_norm: Literal["batch", "joint", "frozen", "tracked"] = "tracked"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BcuSettings:
+    """Draw a share of the weights anew, then distil from the victim.
+
+    Attributes:
+        shares: Of the weights drawn anew: in the first layer, in four groups of equal depth, and
+            in the head. Pang et al. 2023, for ResNet-18.
+        match: What is distilled: features, which every backbone has, or the published logits.
+        tuning: Of the distillation. 100 epochs, rate .01, a cosine: Pang et al. 2023.
+        seed: Of the weights, order and augmentation.
+    """
+
+    shares: tuple[float, ...] = (0.01, 0.01, 0.03, 0.09, 0.27, 0.10)
+    match: Literal["features", "logits"] = "features"
+    tuning: Tuning = field(default_factory=lambda: Tuning(epochs=100, batch_size=128))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != 6:
+            raise SettingsError(
+                "shares are six: of the first layer, of four groups, of the head; got "
+                f"{len(self.shares)}"
+            )
+        for share in self.shares:
+            in_range("shares", share, least=0, most=1)
+
+
+@dataclass(frozen=True)
+class ClpSettings:
+    """Prune channels whose Lipschitz bound stands out in their layer.
+
+    Attributes:
+        deviations: Standard deviations above the layer's mean, u. 3: Zheng et al. 2022, for
+            CIFAR-10.
+    """
+
+    deviations: float = 3.0
+
+    def __post_init__(self) -> None:
+        in_range("deviations", self.deviations, least=0)
