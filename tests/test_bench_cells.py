@@ -1,0 +1,54 @@
+from dataclasses import asdict, replace
+
+from unbackdoor.bench.cells import Cell, Victim, describe, key_of
+from unbackdoor.settings import VictimSettings
+
+VICTIM = Victim(
+    attack="badnets",
+    training="supervised",
+    arch="cifar/wrn16_1",
+    data="cifar10",
+    size=0,
+    target=6,
+    seed=0,
+    settings=None,
+)
+CELL = Cell(VICTIM, "badnets", "clp", (("deviations", 3.0),), "none", 0.05, 0)
+
+
+def test_a_key_stays_what_it_is_for_records_are_found_by_it():
+    assert VICTIM.key == key_of(asdict(VICTIM))
+    assert CELL.key == "15220807a147dcd9e10d"
+
+
+def test_a_key_does_not_depend_on_the_order_of_a_table():
+    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
+
+
+def test_each_part_of_a_cell_and_of_its_victim_is_part_of_the_key():
+    others = [
+        replace(CELL, attack="blend"),
+        replace(CELL, defense="none"),
+        replace(CELL, settings=(("deviations", 2.0),)),
+        replace(CELL, labels="pseudo"),
+        replace(CELL, share=0.01),
+        replace(CELL, seed=1),
+        replace(CELL, victim=replace(VICTIM, attack="blend")),
+        replace(CELL, victim=replace(VICTIM, training="simclr")),
+        replace(CELL, victim=replace(VICTIM, arch="cifar/resnet18")),
+        replace(CELL, victim=replace(VICTIM, data="fashion-mnist")),
+        replace(CELL, victim=replace(VICTIM, size=64)),
+        replace(CELL, victim=replace(VICTIM, target=1)),
+        replace(CELL, victim=replace(VICTIM, seed=1)),
+        replace(CELL, victim=replace(VICTIM, settings=VictimSettings())),
+        replace(CELL, victim=replace(VICTIM, settings=VictimSettings(epochs=1))),
+    ]
+    assert len({cell.key for cell in [CELL, *others]}) == len(others) + 1
+
+
+def test_a_cell_is_told_in_one_line():
+    assert describe(CELL) == "badnets supervised cifar/wrn16_1, clp, seed 0"
+    clean = replace(CELL, victim=replace(VICTIM, attack="clean"), labels="pseudo")
+    assert describe(clean) == (
+        "clean under badnets supervised cifar/wrn16_1, clp, pseudo labels, seed 0"
+    )

@@ -1,0 +1,188 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from unbackdoor.attacks.named import ATTACKS
+from unbackdoor.bench import grid as grid_module
+from unbackdoor.bench.grid import (
+    CLEAN_ROW,
+    changed,
+    data_name,
+    describe_schedule,
+    entries,
+    read_grid,
+    settings_of,
+    unique_cells,
+)
+from unbackdoor.errors import SettingsError
+from unbackdoor.settings import PurifySettings
+
+GRIDS = Path(__file__).resolve().parents[1] / "grids"
+TEXT = """
+table = "1"
+tier = "cpu"
+data = "cifar10:../images"
+arch = "cifar/wrn16_1"
+preset = "cpu"
+attacks = ["badnets", "cla"]
+seeds = [0, 1]
+
+[victim]
+epochs = 3
+
+[cbd]
+preset = "cifar10"
+epochs = 4
+search = { steps = 8 }
+
+[[rows]]
+name = "No Defense"
+defense = "none"
+
+[[rows]]
+name = "ANP"
+defense = "anp"
+settings = { iterations = 50, epsilon = "1/4" }
+
+[[rows]]
+name = "CBD"
+defense = "cbd"
+
+[[rows]]
+name = "eps=2"
+defense = "cbd"
+settings = { search = { epsilon = "2/255" } }
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a grid file, with one text replaced; returns its path."""
+
+    def run(old="", new="", text=TEXT):
+        assert old in text
+        path = tmp_path / "grid.toml"
+        path.write_text(text.replace(old, new, 1))
+        return path
+
+    return run
+
+
+def test_a_grid_is_rows_by_attacks_by_seeds_and_a_clean_victim_for_each_attack(write):
+    found = entries(read_grid(write()))
+    assert len(found) == 2 * (2 + 2 * 4)
+    clean = [entry for entry in found if entry.row == CLEAN_ROW]
+    assert [(entry.attack, entry.cell.attack) for entry in clean][:2] == [
+        ("badnets", "badnets"),
+        ("cla", "cla"),
+    ]
+    assert {entry.cell.victim.attack for entry in clean} == {"clean"}
+    assert len({entry.cell.victim.key for entry in clean}) == 2  # one a seed
+
+
+def test_cells_hold_the_preset_then_the_grid_then_the_row(write):
+    cells = {entry.row: entry.cell for entry in entries(read_grid(write())) if entry.cell.seed == 1}
+    settings = settings_of(cells["eps=2"])
+    assert settings == replace(
+        PurifySettings(batch_norm="batch", epochs=4, seed=1),
+        search=replace(PurifySettings().search, steps=8, epsilon=2 / 255),
+    )
+    assert settings_of(cells["CBD"]).search.epsilon == 8 / 255
+    anp = settings_of(cells["ANP"])
+    assert (anp.iterations, anp.epsilon, anp.alpha, anp.seed) == (50, 0.25, 0.2, 1)
+
+
+def test_labels_and_their_share_are_the_papers_unless_a_row_says_otherwise(write):
+    cells = {entry.row: entry.cell for entry in entries(read_grid(write()))}
+    assert (cells["ANP"].labels, cells["ANP"].share) == ("given", 0.01)
+    assert (cells["CBD"].labels, cells["CBD"].share) == ("none", 0.05)
+    path = write('defense = "anp"', 'defense = "anp"\nlabels = "pseudo"')
+    cells = {entry.row: entry.cell for entry in entries(read_grid(path))}
+    assert (cells["ANP"].labels, cells["ANP"].share) == ("pseudo", 0.05)
+
+
+def test_victims_have_the_preset_of_their_attack_and_what_the_grid_says(write):
+    cells = [entry.cell for entry in entries(read_grid(write())) if entry.row == "CBD"]
+    victims = {(cell.victim.attack, cell.seed): cell.victim.settings for cell in cells}
+    assert {settings.epochs for settings in victims.values()} == {3}
+    assert victims["cla", 0].augment == "none"
+    assert victims["badnets", 1].augment == "shift"
+    assert victims["badnets", 1].seed == 1
+
+
+def test_two_tables_share_the_cells_that_are_the_same(write):
+    first = unique_cells(entries(read_grid(write())))
+    second = unique_cells(entries(read_grid(write('table = "1"', 'table = "7"'))))
+    assert [cell.key for cell in first] == [cell.key for cell in second]
+
+
+def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
+    assert read_grid(write()).data == f"cifar10:{tmp_path}/../images"
+    assert read_grid(write("cifar10:../images", "fashion-mnist")).data == "fashion-mnist"
+    assert data_name("cifar10:a/b") == "cifar10"
+    assert data_name("a/photos") == "photos"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("attacks =", "atacks =", "lacks attacks"),
+        ("seeds = [0, 1]", "seeds = [0, 1]\nsede = 1", "key 'sede' is unknown; did you mean 'see"),
+        ('"badnets"', '"badnet"', "attack 'badnet' is unknown; did you mean 'badnets'"),
+        ('defense = "anp"', 'defense = "amp"', "defense 'amp' is unknown; did you mean 'anp'"),
+        ("iterations = 50", "iteration = 50", "setting 'iteration' is unknown; did you mean 'iter"),
+        ("iterations = 50", "iterations = 0.5", "iterations is of type int, got 0.5"),
+        ('"1/4"', '"1/x"', "epsilon is a number or a ratio, got '1/x'"),
+        ('"2/255"', "2", "for 8 grey levels pass 8/255"),
+        ("steps = 8", "stesp = 8", "setting 'stesp' is unknown; did you mean 'steps'"),
+        ('tier = "cpu"', 'tier = "gpu"', "tier 'gpu' is unknown; did you mean 'cpu'"),
+        ('preset = "cpu"', 'preset = "cpus"', "there are paper, cpu"),
+        ('preset = "cifar10"', 'preset = "cifar"', "preset 'cifar' is unknown; did you mean"),
+        ("epochs = 3", "epoch = 3", "setting 'epoch' is unknown; did you mean 'epochs'"),
+        ('name = "ANP"', 'name = "CBD"', "two rows have one name"),
+        ('defense = "anp"', 'defense = "anp"\nlabels = "none"', "ANP needs labels"),
+        ("[0, 1]", "[]", "seeds are whole numbers"),
+        ("[0, 1]", "[true]", "seeds is a whole number, got True"),
+        ('table = "1"', "table = 1", "table is a text, got 1"),
+        ('defense = "anp"', 'defense = "anp"\nlabels = "some"', "labels .some. is unknown"),
+    ],
+)
+def test_what_a_grid_cannot_hold_is_refused_with_the_nearest_name(write, old, new, message):
+    with pytest.raises(SettingsError, match=message.replace("[", r"\[")):
+        read_grid(write(old, new))
+
+
+def test_a_grid_without_rows_is_refused(write):
+    with pytest.raises(SettingsError, match="has no rows"):
+        read_grid(write(text=TEXT.partition("[[rows]]")[0]))
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(SettingsError, match=r"none\.toml"):
+        read_grid(tmp_path / "none.toml")
+
+
+def test_the_reduced_schedule_is_told_in_words(write):
+    words = describe_schedule(read_grid(write()))
+    assert "preset cpu, epochs 3" in words
+    assert "cbd: preset cifar10, epochs 4, search.steps 8" in words
+    assert "ANP: iterations 50, epsilon 1/4" in words
+
+
+def test_changed_refuses_a_value_where_a_table_belongs():
+    with pytest.raises(SettingsError, match="search is a table of settings, got 3"):
+        changed(PurifySettings(), {"search": 3}, "here")
+
+
+def test_the_names_of_attacks_are_those_that_can_be_made():
+    assert tuple(ATTACKS) == grid_module.ATTACKS
+
+
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.toml")), ids=lambda path: path.stem)
+def test_each_grid_of_this_repository_can_be_read(path):
+    grid = read_grid(path)
+    assert entries(grid)
+    assert grid.clean or grid.tier == "smoke"
+    assert path.stem in (f"table{grid.table}-{grid.tier}", "smoke")
+    assert grid.seeds == (0, 1, 2) or not grid.compares

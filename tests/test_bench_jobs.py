@@ -1,0 +1,113 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unbackdoor.bench.jobs import plan_grids
+from unbackdoor.bench.store import SCHEMA, open_store, write_record
+from unbackdoor.cli import main
+from unbackdoor.errors import SettingsError
+
+SMOKE = str(Path(__file__).resolve().parents[1] / "grids" / "smoke.toml")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder with made-up records of all cells of the smoke grid."""
+    store = open_store(tmp_path / "results")
+    scores = {"acc": 0.8, "asr": 0.1, "pa": 0.7, "images": 200, "triggered": 180}
+    readers = ("head", "probe", "neighbours", "reestimated", "fine_tuned")
+    losses = {"pull": 2.0, "distill": 1.0, "align": 0.5, "total": 1.2, "seconds": 1.0}
+    for cell in plan_grids([Path(SMOKE)])[0].cells:
+        record = {
+            "schema": SCHEMA,
+            "cell": {
+                "defense": cell.defense,
+                "seed": cell.seed,
+                "victim": {"arch": cell.victim.arch, "training": cell.victim.training},
+            },
+            "victim": {"key": cell.victim.key, "seconds": None},
+            "scores": {"after": dict.fromkeys(readers, scores)},
+            "history": [losses] if cell.defense == "cbd" else [],
+            "flags": [],
+            "seconds": {"defense": 1.0, "all": 2.0},
+            "data": {"probe": 40, "train_sha256": "a", "test_sha256": "a"},
+            "revision": "abc123",
+        }
+        write_record(store, cell.key, record)
+    return str(store.folder)
+
+
+def test_what_is_done_is_not_run_again(results, capsys):
+    assert main(["bench", "run", SMOKE, "--results", results]) == 0
+    assert "smoke: 0 cells to run, 4 not" in capsys.readouterr().out
+
+
+def test_status_table_and_report_are_made_of_records(results, capsys, tmp_path):
+    assert main(["bench", "status", SMOKE, "--results", results]) == 0
+    assert "smoke: 4 done, 0 running, 0 failed, 0 left" in capsys.readouterr().out
+    assert main(["bench", "table", SMOKE, "--results", results]) == 0
+    assert "| BadNets: CBD | 80.0 | – | 10.0 |" in capsys.readouterr().out
+    out = tmp_path / "tables.md"
+    assert main(["bench", "table", SMOKE, "--results", results, "--out", str(out)]) == 0
+    assert "| BadNets: CBD | 80.0 |" in out.read_text()
+    page = tmp_path / "bench.html"
+    assert main(["bench", "report", SMOKE, "--results", results, "--out", str(page)]) == 0
+    assert "4 of 4 cells are done" in page.read_text()
+    assert main(["bench", "report", SMOKE, "--results", results, "--out", str(page)]) == 2
+
+
+def test_looking_makes_no_folder(tmp_path, capsys):
+    assert main(["bench", "status", SMOKE, "--results", str(tmp_path / "none")]) == 0
+    assert "4 left with 0 victims to train" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_failed_cell_ends_in_an_exit_code_and_a_name(tmp_path, capsys):
+    grid = tmp_path / "grid.toml"
+    text = Path(SMOKE).read_text().partition("[[rows]]")[0]
+    text = text.replace("batch_size = 64", "batch_size = 4096")
+    grid.write_text(f'{text}[[rows]]\nname = "CBD"\ndefense = "cbd"\n')
+    results = str(tmp_path / "results")
+    command = ["bench", "run", str(grid), "--results", results, "--device", "cpu"]
+    assert main(command) == 2
+    assert "1 cells failed" in capsys.readouterr().err
+    assert main(["bench", "status", str(grid), "--results", results]) == 0
+    assert "failed: badnets supervised cifar/wrn16_1, cbd, seed 0: DataError" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run"], "argument"),
+        (["run", "none.toml"], "none.toml"),
+        (["run", SMOKE, "--limit", "0"], "at least 1"),
+        (["run", SMOKE, "--backend", "slurm"], "slurm"),
+    ],
+)
+def test_a_command_that_cannot_run_says_why(words, message, capsys, tmp_path):
+    assert main(["bench", *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
+
+
+def test_other_images_make_other_cells():
+    here, there = (plan_grids([Path(SMOKE)], data=data)[0] for data in (None, "cifar10:somewhere"))
+    assert here.cells[0].key != there.cells[0].key
+    with pytest.raises(SettingsError, match="pass one grid file"):
+        plan_grids([])
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from unbackdoor.cli import main; main(['bench', 'run', '--help']);"
+        "print('torch' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert "GRIDS" in run.stdout.upper()
+    assert run.stdout.strip().endswith("False")

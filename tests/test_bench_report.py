@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from unbackdoor.bench.features import as_base64, compressed, from_base64
+from unbackdoor.bench.grid import entries, read_grid
+from unbackdoor.bench.report import Part as ReportPart
+from unbackdoor.bench.report import comparison, figures, report_of, sections_of
+from unbackdoor.bench.tables import lines
+
+SMOKE = Path(__file__).resolve().parents[1] / "grids" / "smoke.toml"
+
+
+def record(cell):
+    """Return a made-up record of a cell, with losses of two epochs where it has some."""
+    scores = {"acc": 0.8, "asr": 0.1, "pa": 0.7, "images": 200, "triggered": 180}
+    readers = ("head", "probe", "neighbours", "reestimated", "fine_tuned")
+    losses = {"pull": 2.0, "distill": 1.0, "align": 0.5, "total": 1.2, "seconds": 1.0}
+    return {
+        "cell": {"defense": cell.defense, "seed": cell.seed},
+        "scores": {"after": dict.fromkeys(readers, scores)},
+        "history": [losses, losses] if cell.defense == "cbd" else [],
+        "flags": ["made up"],
+        "seconds": {"defense": 1.0, "all": 2.0},
+        "data": {"probe": 40, "train_sha256": "a", "test_sha256": "a"},
+        "revision": "abc123",
+    }
+
+
+@pytest.fixture
+def part():
+    grid = read_grid(SMOKE)
+    found = entries(grid)
+    return ReportPart(grid, found, {entry.cell.key: record(entry.cell) for entry in found})
+
+
+@pytest.fixture
+def kept(generator):
+    """Return what is kept of a cell for the figures."""
+
+    def groups():
+        return {
+            name: torch.randn(8, 20, generator=generator)
+            for name in ("shirt", "target: bag", "triggered", "adversarial")
+        }
+
+    raw = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return {
+        "title": "badnets, supervised, seed 0",
+        "panels": {"before": compressed(groups()), "after": compressed(groups())},
+        "strong": ["target: bag", "triggered", "adversarial"],
+        "attack": {"clean": as_base64(raw), "triggered": as_base64(255 - raw)},
+    }
+
+
+def test_the_report_is_one_page_with_everything_in_it(part, kept):
+    page = report_of([part], {"key": kept})
+    assert page.count("<table") == 3
+    assert page.count("<img") == 2 + 1 + 2 + 1  # scatter, losses, features, trigger
+    for words in ("4 of 4 cells", "does it last?", "made up", "abc123", "Features:", "Trigger:"):
+        assert words in page
+    assert "<script" not in page
+    assert "http" not in page.partition("<main>")[2].replace("http://www.w3.org", "")
+
+
+def test_a_grid_without_records_has_no_section(part):
+    assert sections_of(part._replace(records={})) == []
+    assert "0 of 4 cells" in report_of([part._replace(records={})], {})
+
+
+def test_the_comparison_has_a_point_for_each_attack_and_row(part):
+    picture = comparison(part.grid, lines(*part))
+    assert [panel.alt.partition(",")[0] for panel in picture.panels] == [
+        *("ASR over ACC", "PA over ACC"),
+    ]
+    assert "CLP: 80.0 10.0" in picture.panels[0].alt
+    assert "CLP: 80.0 70.0" in picture.panels[1].alt
+
+
+def test_features_keep_their_cosines_where_few_components_hold_all(generator):
+    low = torch.randn(30, 5, generator=generator) @ torch.randn(5, 40, generator=generator)
+    kept = torch.tensor(compressed({"a": low[:10], "b": low[10:]})["b"])
+    unit = torch.nn.functional.normalize
+    expected, found = (unit(x) @ unit(x).T for x in (low[10:], kept))
+    assert (expected - found).abs().max() < 0.01
+    assert kept.shape == (20, 12)
+
+
+def test_images_survive_json(generator):
+    raw = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8, generator=generator)
+    assert from_base64(as_base64(raw)).equal(raw)
+
+
+def test_figures_are_the_same_for_the_same_record(kept):
+    one, other = figures(kept), figures(kept)
+    assert [panel.svg for panel in one[0].panels] == [panel.svg for panel in other[0].panels]

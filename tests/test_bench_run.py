@@ -1,0 +1,298 @@
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from unbackdoor.bench.cells import Cell
+from unbackdoor.bench.features import from_base64
+from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid, unique_cells
+from unbackdoor.bench.obtain import Place, load_sets
+from unbackdoor.bench.run import (
+    Tally,
+    by_victim,
+    defender_images,
+    flags_of,
+    pending,
+    run_cells,
+)
+from unbackdoor.bench.store import forget_failures, is_running, open_store, read_record
+from unbackdoor.data import load_labeled
+from unbackdoor.defense_jobs import load_pool
+from unbackdoor.errors import DataError
+from unbackdoor.metrics import Reading, Scores
+
+GRIDS = Path(__file__).resolve().parents[1] / "grids"
+GRID = """
+table = "1"
+tier = "smoke"
+data = "{data}"
+arch = "cifar/wrn16_1"
+size = 8
+target = 1
+preset = "cpu"
+victims = "{victims}"
+attacks = ["badnets"]
+seeds = [0]
+
+[victim]
+epochs = 2
+batch_size = 50
+augment = "none"
+
+[cbd]
+epochs = 3
+batch_size = 8
+search = {{ steps = 1 }}
+
+[[rows]]
+name = "No Defense"
+defense = "none"
+
+[[rows]]
+name = "FT"
+defense = "fine-tuning"
+labels = "pseudo"
+settings = {{ tuning = {{ epochs = 1 }} }}
+
+[[rows]]
+name = "broken"
+defense = "cbd"
+settings = {{ batch_size = 4096 }}
+
+[[rows]]
+name = "CBD"
+defense = "cbd"
+"""
+
+
+class Killed(BaseException):
+    """Stands for a signal: it is no Exception, so it is not recorded as a failure."""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Two classes of images, dark and bright: 400 for training, 60 for the test."""
+    root = tmp_path_factory.mktemp("bench") / "shades"
+    for split, count in (("train", 200), ("test", 30)):
+        for label, name in enumerate(("dark", "bright")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                level = 40 + 120 * label + i % 80
+                Image.new("RGB", (8, 8), (level, 90, level)).save(folder / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture
+def grid(data, tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.format(data=data, victims=tmp_path / "given"))
+    return read_grid(path)
+
+
+@pytest.fixture
+def cells(grid):
+    return {entry.row: entry.cell for entry in entries(grid)}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(tmp_path / "results")
+
+
+@pytest.fixture
+def run(grid, store, tmp_path):
+    """Run cells; returns the tally and the lines that were said."""
+
+    def run(cells, on_step=None, **options):
+        lines = []
+        place = Place(grid.data, grid.victims, device="cpu", **options)
+        tally = run_cells(cells, store, place, say=lines.append, on_step=on_step)
+        return tally, lines
+
+    return run
+
+
+def record_of(store, cell):
+    return read_record(store.record_path(cell.key))
+
+
+def test_a_grid_runs_and_each_record_says_all(run, store, cells):
+    tally, lines = run(cells.values(), features=(cells["CBD"].key,))
+    assert tally == Tally(done=4, failed=1, left=0)
+    assert "loss" in "".join(lines)
+
+    error = store.error_of(cells["broken"].key)
+    assert error.startswith("DataError: ")
+    assert "do not fill one batch of 4096" in error
+
+    record = record_of(store, cells["CBD"])
+    assert record["cell"] == json.loads(json.dumps(asdict(cells["CBD"])))
+    assert len(record["history"]) == 3
+    assert record["told"]["images"] == 20
+    assert record["data"]["probe"] == 4
+    assert set(record["seconds"]) == {"defense", "all"}
+    assert record["peak_memory"] > 0
+    assert record["versions"]["torch"] == torch.__version__
+    for when in ("before", "after"):
+        scores = record["scores"][when]
+        assert all(0 <= scores[name]["asr"] <= 1 for name in scores)
+        assert scores["reestimated"]["triggered"] == 30  # of the other class
+    assert record["scores"]["before"] == record_of(store, cells["No Defense"])["scores"]["after"]
+    tuned = record_of(store, cells["FT"])
+    assert 0 <= tuned["told"]["pseudo_label_accuracy"] <= 1
+
+    features = json.loads(store.features_path(cells["CBD"].key).read_text())
+    assert set(features["panels"]["after"]) == {
+        *("bright", "target: dark", "triggered", "adversarial"),
+    }
+    clean, triggered = (from_base64(features["attack"][name]) for name in ("clean", "triggered"))
+    assert clean.shape == (6, 3, 8, 8)
+    assert (clean != triggered).any()
+    assert not any((store.folder / "running").iterdir())
+
+
+def test_a_clean_victim_is_scored_under_the_attack_and_trained_once(run, store, cells):
+    run([cells[CLEAN_ROW]])
+    record = record_of(store, cells[CLEAN_ROW])
+    assert record["cell"]["victim"]["attack"] == "clean"
+    assert record["scores"]["after"]["probe"]["triggered"] == 30
+    (folder,) = (store.folder / "victims").iterdir()
+    assert folder.name == cells[CLEAN_ROW].victim.key
+
+
+def test_after_a_kill_between_cells_nothing_is_computed_again(run, store, cells):
+    wanted = [cells["No Defense"], cells["FT"], cells["CBD"]]
+
+    def kill_in_ft(step, steps):
+        if store.is_done(wanted[0].key):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(wanted, kill_in_ft)
+    assert store.is_done(wanted[0].key)
+    assert not store.is_done(wanted[1].key)
+    assert not is_running(store, wanted[1].key)
+    before = store.record_path(wanted[0].key).stat().st_mtime_ns
+    (victim,) = (store.folder / "victims").glob("*/*.safetensors")
+    trained = victim.stat().st_mtime_ns
+
+    tally, lines = run(wanted)
+    assert tally == Tally(done=2)
+    assert not [line for line in lines if "epoch" in line]  # the victim is not trained again
+    assert victim.stat().st_mtime_ns == trained
+    assert store.record_path(wanted[0].key).stat().st_mtime_ns == before
+    assert run(wanted)[0] == Tally()
+
+
+def test_a_kill_loses_the_last_epoch_at_most_and_changes_no_result(run, store, cells, grid):
+    cell = cells["CBD"]
+    whole = open_store(store.folder.parent / "whole")
+    place = Place(grid.data, grid.victims, device="cpu")
+    run_cells([cell], whole, place, say=lambda line: None)
+
+    steps = []
+
+    def kill_in_the_last_epoch(step, of):
+        if of == 6 and step == 6:  # three epochs of two steps
+            raise Killed
+
+    with pytest.raises(Killed):
+        run([cell], kill_in_the_last_epoch)
+    assert store.state_path(cell.key).exists()
+    run([cell], lambda step, of: steps.append(step) if of == 6 else None)
+    assert steps[-2:] == [5, 6]
+    assert 1 not in steps
+    assert not store.state_path(cell.key).exists()
+    one, other = (record_of(each, cell) for each in (whole, store))
+    assert one["scores"] == other["scores"]
+    assert [epoch["total"] for epoch in one["history"]] == [
+        epoch["total"] for epoch in other["history"]
+    ]
+
+
+def test_a_failed_cell_is_run_again_only_when_asked(run, store, cells):
+    assert run([cells["broken"]])[0] == Tally(failed=1)
+    assert run([cells["broken"]])[0] == Tally()
+    assert pending([cells["broken"]], store) == []
+    forget_failures(store, [cells["broken"].key])
+    assert pending([cells["broken"]], store) == [cells["broken"]]
+
+
+def test_a_victim_that_is_given_is_used_only_if_it_is_the_same(run, store, cells, tmp_path):
+    run([cells["No Defense"]])
+    (folder,) = (store.folder / "victims").iterdir()
+    folder.rename(tmp_path / "given")
+    tally, lines = run([cells["CBD"]])
+    assert tally.done == 1
+    assert not [line for line in lines if "not used" in line or "epoch" in line]
+
+    other = cells["No Defense"].victim
+    other = replace(other, settings=replace(other.settings, epochs=1))
+    _, lines = run([replace(cells["No Defense"], victim=other)])
+    assert "not used, for it was trained with other settings" in "".join(lines)
+    assert "epoch 1/1" in "".join(lines)
+
+
+def test_weights_can_be_dropped_after_the_last_cell(run, store, cells):
+    run([cells["No Defense"]], drop_victims=True)
+    (folder,) = (store.folder / "victims").iterdir()
+    assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+
+def test_cells_of_one_victim_are_one_job(cells):
+    groups = by_victim(cells.values())
+    found = [(victim.attack, len(group)) for victim, group in groups]
+    assert found == [("clean", 1), ("badnets", 4)]
+
+
+@pytest.mark.parametrize(("labels", "share"), [("given", 0.01), ("pseudo", 0.05), ("none", 0.2)])
+def test_a_defense_has_the_images_that_the_command_line_gives_it(cells, data, labels, share):
+    cell = replace(cells["FT"], labels=labels, share=share)
+    pool = load_pool(str(data), size=8, labels=labels, share=share, seed=cell.seed)
+    found = defender_images(load_labeled(str(data), split="train", size=8), cell)
+    assert found.images.equal(pool.images)
+    assert found.labels.equal(pool.truth)
+
+
+def test_a_share_that_is_not_there_is_refused(cells, data):
+    train = load_labeled(str(data), split="train", size=8)
+    with pytest.raises(DataError, match="share 1 of 400 images"):
+        defender_images(train, replace(cells["FT"], share=1.0))
+
+
+def test_the_embedded_images_are_divided_into_training_and_test_images():
+    train, test = load_sets("fashion-mnist", 28)
+    assert (len(train.labels), len(test.labels)) == (4_000, 200)
+    assert train.images.shape[1:] == (3, 28, 28)
+
+
+def test_flags_tell_what_to_doubt(cells):
+    reading = Reading(None, *[Scores(1.0, 0.0, 1.0, 100, 90)] * 2)
+    assert flags_of(cells["CBD"], {"scores": {"head": {"asr": 0.5}}}, reading) == [
+        "the victim's own ASR was 50.0%: the attack did not take",
+        "only 90 triggered images",
+    ]
+    many = reading._replace(probe=Scores(1.0, 0.0, 1.0, 1000, 900))
+    assert flags_of(cells["CBD"], {"scores": {"head": {"asr": 0.95}}}, many) == []
+    told: Cell = replace(cells["CBD"], labels="given")
+    assert flags_of(told, {}, many) == ["a label-free method was given labels"]
+
+
+@pytest.mark.timeout(300)  # seconds on an idle machine
+def test_the_smoke_grid_runs_on_what_comes_with_the_package(tmp_path):
+    path = GRIDS / "smoke.toml"
+    grid = read_grid(path)
+    store = open_store(tmp_path / "results")
+    cells = unique_cells(entries(grid))
+    tally = run_cells(cells, store, Place(grid.data, device="cpu"), say=lambda line: None)
+    assert tally == Tally(done=len(cells))
+    undefended = record_of(store, cells[0])["scores"]["after"]
+    assert undefended["head"]["asr"] > 0.95  # it is a victim
+    assert undefended["head"]["acc"] > 0.85
+    for cell in cells:
+        assert math.isfinite(record_of(store, cell)["scores"]["after"]["probe"]["acc"])

@@ -1,0 +1,58 @@
+from dataclasses import replace
+
+import pytest
+
+from unbackdoor.bench.cells import Cell, Victim
+from unbackdoor.bench.status import as_lines, estimate, status_of
+from unbackdoor.bench.store import SCHEMA, claimed, open_store, write_failure, write_record
+from unbackdoor.settings import VictimSettings
+
+VICTIM = Victim("badnets", "supervised", "small", "shades", 8, 1, 0, VictimSettings(epochs=1))
+CELL = Cell(VICTIM, "badnets", "clp", (), "none", 0.05, 0)
+
+
+def record(cell, seconds, victim_seconds):
+    return {
+        "schema": SCHEMA,
+        "cell": {
+            "defense": cell.defense,
+            "victim": {"arch": cell.victim.arch, "training": cell.victim.training},
+        },
+        "victim": {"key": cell.victim.key, "seconds": victim_seconds},
+        "seconds": {"all": seconds},
+    }
+
+
+def test_the_estimate_is_the_median_of_the_same_kind_and_that_of_all_is_a_guess():
+    records = [record(replace(CELL, seed=seed), 10.0 * seed, 100.0) for seed in (1, 2, 9)]
+    left = [replace(CELL, seed=5), replace(CELL, defense="bcu")]
+    assert estimate(left[:1], [], records) == (20, 0)
+    assert estimate(left, [], records) == (40, 1)
+    assert estimate(left, [replace(VICTIM, seed=5)], records) == (140, 1)
+    assert estimate(left, [], []) == (None, 2)
+    assert estimate([], [], []) == (0, 0)
+
+
+def test_a_status_tells_done_running_failed_and_left(tmp_path):
+    store = open_store(tmp_path)
+    cells = [replace(CELL, seed=seed) for seed in range(4)]
+    cells.append(replace(CELL, victim=replace(VICTIM, attack="blend"), attack="blend"))
+    write_record(store, cells[0].key, record(cells[0], 60.0, 600.0))
+    write_failure(store, cells[1].key, "what", "OSError: disk", "Traceback")
+    with claimed(store, cells[2].key):
+        status = status_of(cells, store)
+    assert (status.done, status.left, status.victims_left) == (1, 3, 2)
+    assert status.running == ["badnets supervised small, clp, seed 2"]
+    assert list(status.failed.values()) == ["OSError: disk"]
+    assert status.seconds == pytest.approx(3 * 60 + 2 * 600)
+    assert as_lines("grid", status) == [
+        "grid: 1 done, 1 running, 1 failed, 3 left with 2 victims to train",
+        "  running: badnets supervised small, clp, seed 2",
+        "  failed: badnets supervised small, clp, seed 1: OSError: disk",
+        "  time left: about 0 h 23 min on one worker",
+    ]
+
+
+def test_nothing_is_estimated_before_the_first_record(tmp_path):
+    status = status_of([CELL], open_store(tmp_path))
+    assert as_lines("grid", status)[-1] == "  time left: unknown until the first cell is done"

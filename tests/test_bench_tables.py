@@ -1,0 +1,207 @@
+import pytest
+
+from unbackdoor.attacks.named import ATTACKS
+from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid
+from unbackdoor.bench.tables import (
+    PAPER_ATTACKS,
+    all_tables,
+    as_markdown,
+    durability_table,
+    lines,
+    paper_tables,
+    scores_table,
+)
+from unbackdoor.report import Flagged, Table
+
+GRID = """
+table = "1"
+tier = "{tier}"
+data = "cifar10:images"
+arch = "cifar/resnet18"
+attacks = ["badnets"]
+seeds = [0, 1]
+clean = false
+
+[[rows]]
+name = "No Defense"
+defense = "none"
+
+[[rows]]
+name = "FT"
+defense = "fine-tuning"
+
+[[rows]]
+name = "CBD, ours"
+defense = "cbd"
+"""
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Return a grid of a tier."""
+
+    def make(tier="paper", text=GRID):
+        path = tmp_path / "grid.toml"
+        path.write_text(text.format(tier=tier))
+        return read_grid(path)
+
+    return make
+
+
+def scores(acc, asr, pa):
+    return {"acc": acc, "asr": asr, "pa": pa, "images": 10_000, "triggered": 9_000}
+
+
+def record(entry, probe, *, head=None, renewed=None, tuned=None, flags=(), seconds=10.0, data="a"):
+    """Return a made-up record with these scores after the defense."""
+    return {
+        "cell": {"defense": entry.cell.defense, "seed": entry.cell.seed},
+        "scores": {
+            "after": {
+                "probe": scores(*probe),
+                "head": head and scores(*head),
+                "reestimated": scores(*(renewed or probe)),
+                "fine_tuned": scores(*(tuned or probe)),
+            }
+        },
+        "flags": list(flags),
+        "seconds": {"defense": seconds, "all": seconds},
+        "data": {"probe": 500, "train_sha256": data, "test_sha256": data},
+    }
+
+
+def made_up(found):
+    """Return records of both seeds without a defense, and of seed 0 with fine-tuning."""
+    zero, one = (entry for entry in found if entry.row == "No Defense")
+    tuned = next(entry for entry in found if entry.row == "FT")
+    return {
+        zero.cell.key: record(zero, (0.80, 0.60, 0.30), head=(0.92, 0.99, 0.01)),
+        one.cell.key: record(one, (0.84, 0.80, 0.10), head=(0.94, 1.00, 0.00)),
+        tuned.cell.key: record(
+            tuned,
+            (0.90, 0.05, 0.85),
+            head=(0.91, 0.06, 0.84),
+            renewed=(0.89, 0.75, 0.20),
+            tuned=(0.91, 0.10, 0.80),
+            flags=["the attack did not take"],
+            seconds=30.0,
+        ),
+    }
+
+
+def tables_of(grid):
+    found = entries(grid)
+    return all_tables(grid, found, made_up(found))
+
+
+def test_mean_and_spread_are_in_percent_and_over_seeds(grid):
+    found = entries(grid("cpu"))
+    table = scores_table(grid("cpu"), lines(grid("cpu"), found, made_up(found)), "probe")
+    assert table.columns == (
+        *("attack, defense", "ACC", "±", "ASR", "±", "PA", "±", "seeds", "seconds"),
+    )
+    spread = 2 / 2**0.5 * 2  # the sample's standard deviation of 80 and 84
+    assert table.rows[0] == pytest.approx(
+        ("BadNets: No Defense", 82, spread, 70, 10 * 2**0.5, 20, 10 * 2**0.5, 2, 10)
+    )
+    assert table.rows[1] == (
+        *("BadNets: FT", Flagged(90.0, "the attack did not take"), None),
+        *(5.0, None, 85.0, None, 1, 30.0),
+    )
+    assert table.rows[2] == ("BadNets: CBD, ours", *[None] * 6, 0, None)
+
+
+@pytest.mark.parametrize("tier", ["paper", "h200"])
+def test_the_papers_number_and_the_difference_stand_beside_ours(grid, tier):
+    table = tables_of(grid(tier))[0]
+    assert "the paper's reading" in table.title
+    assert table.columns[1:5] == ("ACC", "±", "paper", "ours − paper")
+    printed = paper_tables()["table1"]["data"]["BadNets"]["No Defense"]
+    row = table.rows[0]  # read by the victim's own head: 92 and 94
+    assert row[1] == pytest.approx(93)
+    assert row[3] == printed["ACC"] == 93.25
+    assert row[4] == pytest.approx(-0.25)
+    assert table.rows[1][1].value == 90  # read by the probe, as after any defense
+    assert table.rows[2][3:5] == (None, None)  # the paper has no such row
+
+
+@pytest.mark.parametrize("tier", ["cpu", "smoke"])
+def test_no_number_of_the_paper_stands_beside_a_reduced_schedule(grid, tier):
+    found = tables_of(grid(tier))
+    assert not [t for t in found if "paper" in t.columns or "paper's reading" in t.title]
+    assert all("Not comparable with the paper" in table.note for table in found)
+    assert "paper" not in "".join(t.title for t in found)
+
+
+def test_the_twin_tells_removed_from_masked(grid):
+    found = entries(grid())
+    table = durability_table(grid(), lines(grid(), found, made_up(found)))
+    row = dict(zip(table.columns, table.rows[1], strict=True))
+    assert row["ASR delivered"] == pytest.approx(5)
+    assert row["ASR re-estimated"] == pytest.approx(75)
+    assert row["ASR fine-tuned"] == pytest.approx(10)
+    assert row["worst ASR"] == pytest.approx(75)
+    assert row["comes back"] == pytest.approx(70)
+    assert row["PA re-estimated"] == pytest.approx(20)
+    assert table.rows[2][1:-1] == (None,) * 11
+    assert tables_of(grid())[-1].title.endswith("does it last?")
+
+
+def test_the_worst_reading_is_that_of_each_seed(grid):
+    found = entries(grid())
+    records = made_up(found)
+    zero, one = (entry for entry in found if entry.row == "No Defense")
+    records[zero.cell.key] = record(zero, (0.8, 0.1, 0.8), renewed=(0.8, 0.9, 0.1))
+    records[one.cell.key] = record(one, (0.8, 0.1, 0.8), tuned=(0.8, 0.7, 0.1))
+    row = durability_table(grid(), lines(grid(), found, records)).rows[0]
+    assert row[1:6] == pytest.approx((10, 50, 40, 80, 70))
+
+
+def test_a_clean_victim_is_a_row_of_each_attack(grid):
+    made = grid(text=GRID.replace("clean = false", ""))
+    table = all_tables(made, entries(made), {})[0]
+    assert table.rows[0][0] == f"BadNets: {CLEAN_ROW}"
+
+
+def test_a_flag_names_its_seeds_where_not_all_have_it(grid):
+    made = grid("cpu")
+    found = entries(made)
+    records = made_up(found)
+    one = next(e for e in found if e.row == "No Defense" and e.cell.seed == 1)
+    records[one.cell.key] = record(one, (0.8, 0.1, 0.8), flags=["doubtful"])
+    assert scores_table(made, lines(made, found, records), "probe").rows[0][1].flag == (
+        "doubtful (seed 1)"
+    )
+
+
+def test_an_oracle_choice_is_flagged(grid):
+    made = grid("cpu", GRID.replace('"fine-tuning"', '"fine-tuning"\noracle = "by test ASR"'))
+    found = entries(made)
+    row = scores_table(made, lines(made, found, made_up(found)), "probe").rows[1]
+    assert row[1].flag == "an oracle choice: by test ASR; the attack did not take"
+
+
+def test_the_note_tells_of_few_seeds_and_of_different_images(grid):
+    made = grid("cpu")
+    found = entries(made)
+    records = made_up(found)
+    assert "fewer than 3 seeds" in scores_table(made, lines(made, found, records), "probe").note
+    tuned = next(entry for entry in found if entry.row == "FT")
+    records[tuned.cell.key] = record(tuned, (0.8, 0.1, 0.8), data="b")
+    note = scores_table(made, lines(made, found, records), "probe").note
+    assert "The records are of different images." in note
+
+
+def test_the_papers_tables_are_all_there_and_their_attacks_are_known():
+    assert set(paper_tables()) >= {f"table{number}" for number in range(1, 11)}
+    for number in (1, 2, 3, 4, 5, 7, 8, 9, 10):
+        assert set(paper_tables()[f"table{number}"]["data"]) <= set(PAPER_ATTACKS.values())
+    assert set(PAPER_ATTACKS) == set(ATTACKS)
+
+
+def test_a_table_is_written_as_markdown_with_its_flags():
+    table = Table("T", ("a", "b"), (("x", Flagged(1.25, "why")), ("y", None)), 1, note="N")
+    assert as_markdown(table).splitlines() == [
+        *("**T**", "", "| a | b |", "| --- | --: |", "| x | 1.2 [1] |", "| y | – |"),
+        *("", "[1] why", "N"),
+    ]

@@ -1,0 +1,148 @@
+"""Who runs the cells: processes of this machine, or Ray on many. No torch until they run.
+
+Either way, workers agree through claims in the folder of records, one victim with all its cells at
+a time, so a worker that dies loses nothing but the epoch it was in.
+"""
+
+import importlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unbackdoor.bench.cells import Cell
+from unbackdoor.bench.store import open_store
+from unbackdoor.errors import SettingsError
+
+if TYPE_CHECKING:
+    from unbackdoor.bench.obtain import Place
+    from unbackdoor.bench.run import Tally
+
+TRIES = 3  # of a group whose worker dies
+
+Say = Callable[[str], None]
+
+
+def run_local(
+    cells: Sequence[Cell],
+    results: Path,
+    place: "Place",
+    *,
+    workers: int = 1,
+    say: Say = print,
+    on_step: Callable[[int, int], None] | None = None,
+) -> "Tally":
+    """Run ``cells`` on this machine, in this process or in ``workers`` others.
+
+    Workers that die are replaced, up to ``TRIES`` times.
+    """
+    from unbackdoor.bench.run import Tally, run_cells
+
+    wanted = _wanted(cells, results)
+    if workers == 1:
+        return run_cells(wanted, open_store(results), place, say=say, on_step=on_step)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    for _ in range(TRIES):
+        processes = [
+            context.Process(target=work, args=(wanted, results, place, threads))
+            for _ in range(workers)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join()
+        except KeyboardInterrupt:
+            for process in processes:
+                process.terminate()
+            raise
+        wanted = _wanted(wanted, results)
+        if not wanted or all(process.exitcode == 0 for process in processes):
+            break
+        say(f"a worker died; {len(wanted)} cells go on")
+    return _tally(cells, results, Tally)
+
+
+def run_ray(
+    cells: Sequence[Cell],
+    results: Path,
+    place: "Place",
+    *,
+    workers: int = 0,
+    say: Say = print,
+    address: str | None = None,
+    gpus: float = 0,
+) -> "Tally":
+    """Run ``cells`` on a Ray cluster: one task a victim, started again where a worker dies.
+
+    Args:
+        results: On storage that all machines share, under the same path.
+        place: Likewise.
+        workers: Processors a task takes; 0 is one.
+        address: Of a running cluster; without one, a small one is started here.
+        gpus: A task takes.
+
+    Raises:
+        SettingsError: If Ray is not installed.
+    """
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise SettingsError(
+            "--backend ray needs Ray; install unbackdoor[ray], or pass --backend local"
+        ) from error
+    from unbackdoor.bench.run import Tally, by_victim
+
+    wanted = _wanted(cells, results)
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False)
+    task = ray.remote(num_cpus=workers or 1, num_gpus=gpus, max_retries=TRIES)(work)
+    folder, owner = results.resolve(), os.urandom(8).hex()
+    names = {}
+    for victim, group in by_victim(wanted):
+        job = task.remote(group, folder, place, workers or 1, owner=f"{owner}-{victim.key}")
+        names[job] = f"{victim.attack}, seed {victim.seed}"
+    try:
+        while names:
+            (ready,), _ = ray.wait(list(names), num_returns=1)
+            name = names.pop(ready)
+            try:
+                ray.get(ready)
+            except ray.exceptions.RayError as error:
+                say(f"{name}: its worker died {TRIES + 1} times: {error}")
+                continue
+            say(f"{name}: finished")
+    finally:
+        if started:
+            ray.shutdown()
+    return _tally(cells, results, Tally)
+
+
+def work(
+    cells: Sequence[Cell], results: Path, place: "Place", threads: int, *, owner: str | None = None
+) -> None:
+    """Be a worker: run whatever of ``cells`` nobody else is at work on."""
+    import torch
+
+    from unbackdoor.bench.run import run_cells
+
+    if place.device == "cpu" or not torch.cuda.is_available():
+        torch.set_num_threads(threads)
+    run_cells(cells, open_store(results, owner=owner), place)
+
+
+def _wanted(cells: Iterable[Cell], results: Path) -> list[Cell]:
+    from unbackdoor.bench.run import pending
+
+    return pending(cells, open_store(results))
+
+
+def _tally(cells: Sequence[Cell], results: Path, kind: "type[Tally]") -> "Tally":
+    store = open_store(results)
+    keys = {cell.key for cell in cells}
+    done = sum(store.is_done(key) for key in keys)
+    failed = sum(store.error_of(key) is not None for key in keys)
+    return kind(done, failed, len(keys) - done - failed)

@@ -1,0 +1,90 @@
+"""What is run: a victim, and a cell of a table; each with a key of its own. No torch."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from unbackdoor.settings import VictimSettings
+
+CLEAN = "clean"
+NO_DEFENSE = "none"
+CBD = "cbd"  # the method of this package, inside tables
+DEMO = "demo"  # the victim that comes with the package
+
+Labels = Literal["given", "pseudo", "none"]
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A backbone before any defense.
+
+    Attributes:
+        attack: What it was poisoned by; ``clean`` is never poisoned.
+        training: With labels, or by SimCLR.
+        arch: See ``build``.
+        data: Name of the images, without the place where they are.
+        size: Side of the images in pixels; 0 is the architecture's.
+        target: The attacker's class.
+        seed: Of its training.
+        settings: Of its training; ``None`` for one that comes with the package.
+    """
+
+    attack: str
+    training: Literal["supervised", "simclr"]
+    arch: str
+    data: str
+    size: int
+    target: int
+    seed: int
+    settings: VictimSettings | None
+
+    @property
+    def key(self) -> str:
+        """Of everything above."""
+        return key_of(asdict(self))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One defense of one victim, scored under one attack.
+
+    It holds all that decides the result and nothing that names it, so that tables share cells.
+
+    Attributes:
+        victim: See :class:`Victim`; tables share these as well.
+        attack: What the backbone is scored under: the victim's own attack, or, for a clean victim,
+            any.
+        defense: ``none``, ``cbd``, or a name in ``DEFENSES``.
+        settings: All of the defense's, as sorted pairs of a dotted name and a value.
+        labels: What the defense is told beside the images.
+        share: Of the training images, that the defense has.
+        seed: Of the split and of the defense.
+    """
+
+    victim: Victim
+    attack: str
+    defense: str
+    settings: tuple[tuple[str, Any], ...]
+    labels: Labels
+    share: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Of everything above."""
+        return key_of(asdict(self))
+
+
+def key_of(value: Any) -> str:
+    """Return the first 20 hexadecimal digits of the SHA-256 of ``value`` as sorted JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def describe(cell: Cell) -> str:
+    """Return one line about a cell."""
+    victim = cell.victim
+    name = victim.attack if victim.attack != CLEAN else f"clean under {cell.attack}"
+    labels = "" if cell.labels == "none" else f", {cell.labels} labels"
+    return f"{name} {victim.training} {victim.arch}, {cell.defense}{labels}, seed {cell.seed}"

@@ -1,0 +1,386 @@
+"""A grid file: which rows a table has, and so which cells. No torch.
+
+::
+
+    table = "1"                       # of the paper
+    tier = "cpu"                      # paper, h200, cpu or smoke
+    data = "cifar10:../../shared/data/cifar10"  # a path is relative to the file
+    arch = "cifar/wrn16_1"
+    training = "supervised"
+    preset = "cpu"                    # of the victims
+    victims = "../results/victims"    # where they may lie already; the others are trained
+    attacks = ["badnets", "blend"]
+    seeds = [0, 1, 2]
+
+    [victim]                          # what differs from the preset
+    epochs = 12
+
+    [cbd]                             # what all rows of this method share
+    preset = "cifar10"
+    epochs = 4
+
+    [[rows]]
+    name = "ANP"                      # in the table, and in the paper's
+    defense = "anp"
+    labels = "given"
+    settings = { iterations = 500 }
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from unbackdoor.bench.cells import CBD, CLEAN, DEMO, NO_DEFENSE, Cell, Labels, Victim
+from unbackdoor.defenses import DEFENSES
+from unbackdoor.errors import SettingsError
+from unbackdoor.settings import PRESETS, PurifySettings, VictimSettings, flatten, victim_preset
+
+Tier = Literal["paper", "h200", "cpu", "smoke"]
+SHARES: Mapping[str, float] = {"given": 0.01, "pseudo": 0.05, "none": 0.05}  # the paper's
+CLEAN_ROW = "Clean victim"
+ATTACKS = ("badnets", "blend", "sig", "wanet", "cla")  # names only: this module loads no torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: one defense with its settings.
+
+    Attributes:
+        name: In the table, and in the paper's where that has it.
+        defense: ``none``, ``cbd``, or a name in ``DEFENSES``.
+        labels: What the defense is told; by default, given where it needs any.
+        share: Of the training images; the paper's by default.
+        settings: What differs from the defense's defaults.
+        oracle: Why a choice in it could not have been made by a defender; a flag in the table.
+    """
+
+    name: str
+    defense: str
+    labels: Labels | None = None
+    share: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    oracle: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file, see the top of this module.
+
+    Attributes:
+        name: The file's, without its suffix.
+        title: Above the table; the paper's by default.
+        target: The attacker's class.
+        size: Side of the images in pixels; 0 is the architecture's.
+        clean: Whether a clean victim is a row.
+        features: Rows whose features the report draws, before and after.
+    """
+
+    name: str
+    table: str
+    tier: Tier
+    data: str
+    arch: str
+    attacks: tuple[str, ...]
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    training: Literal["supervised", "simclr"] = "supervised"
+    preset: str = "paper"
+    title: str = ""
+    victims: str = ""
+    target: int = 6
+    size: int = 0
+    clean: bool = True
+    victim: Mapping[str, Any] = field(default_factory=dict)
+    cbd: Mapping[str, Any] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
+
+    @property
+    def compares(self) -> bool:
+        """Whether the paper's numbers may stand beside these results."""
+        return self.tier in ("paper", "h200")
+
+
+class Entry(NamedTuple):
+    """A cell with its place in a table."""
+
+    attack: str
+    row: str
+    cell: Cell
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a grid file.
+
+    Raises:
+        SettingsError: If it cannot be read, lacks a key, or holds an unknown key, defense, attack
+            or setting; the nearest name is given.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path}: {error}") from error
+    rows = table.pop("rows", [])
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise SettingsError(f"{path}: has no rows; a row is a table [[rows]]")
+    made = tuple(_make(Row, row, f"{path.name}, a row") for row in rows)
+    grid: Grid = _make(Grid, {**table, "name": path.stem, "rows": made}, path.name)
+    grid = replace(grid, data=_beside(path, grid.data), victims=_beside(path, grid.victims))
+    _check(grid)
+    entries(replace(grid, seeds=grid.seeds[:1]))  # refuses unknown settings before anything runs
+    return grid
+
+
+def entries(grid: Grid) -> list[Entry]:
+    """Return all cells of a grid, those of one victim one after the other.
+
+    Raises:
+        SettingsError: If a setting of a victim or a defense is unknown or out of range.
+    """
+    found = []
+    for seed in grid.seeds:
+        if grid.clean:
+            victim = make_victim(grid, CLEAN, seed)
+            row = Row(CLEAN_ROW, NO_DEFENSE)
+            found += [
+                Entry(a, CLEAN_ROW, make_cell(grid, row, victim, a, seed)) for a in grid.attacks
+            ]
+        for attack in grid.attacks:
+            victim = make_victim(grid, attack, seed)
+            found += [
+                Entry(attack, row.name, make_cell(grid, row, victim, attack, seed))
+                for row in grid.rows
+            ]
+    return found
+
+
+def unique_cells(found: Iterable[Entry]) -> list[Cell]:
+    """Return every cell once, in order."""
+    return list({entry.cell.key: entry.cell for entry in found}.values())
+
+
+def make_victim(grid: Grid, attack: str, seed: int) -> Victim:
+    """Return the victim of ``attack``; of the package itself, there is one for all seeds."""
+    settings = None
+    if grid.preset != DEMO:
+        preset = victim_preset(grid.preset, training=grid.training, attack=attack)
+        settings = changed(VictimSettings(), preset, "preset")
+        settings = changed(settings, grid.victim, f"{grid.name}, [victim]")
+        settings = replace(settings, seed=seed)
+    return Victim(
+        attack=attack,
+        training=grid.training,
+        arch=grid.arch,
+        data=data_name(grid.data),
+        size=grid.size,
+        target=grid.target,
+        seed=0 if settings is None else seed,
+        settings=settings,
+    )
+
+
+def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cell:
+    """Return the cell of one row."""
+    needs = row.defense in DEFENSES and DEFENSES[row.defense].labels
+    labels: Labels = row.labels or ("given" if needs else "none")
+    settings = row_settings(grid, row, seed)
+    return Cell(
+        victim=victim,
+        attack=attack,
+        defense=row.defense,
+        settings=tuple(sorted(flatten(_as_table(settings)))) if settings else (),
+        labels=labels if row.defense != NO_DEFENSE else "none",
+        share=(row.share or SHARES[labels]) if row.defense != NO_DEFENSE else 0.0,
+        seed=seed,
+    )
+
+
+def row_settings(grid: Grid, row: Row, seed: int) -> Any:
+    """Return the settings dataclass of a row's defense; ``None`` without a defense."""
+    where = f"{grid.name}, row {row.name!r}"
+    if row.defense == NO_DEFENSE:
+        if row.settings:
+            raise SettingsError(f"{where}: no defense has no settings")
+        return None
+    if row.defense == CBD:
+        shared = dict(grid.cbd)
+        preset = shared.pop("preset", None)
+        if preset is not None and preset not in PRESETS:
+            raise SettingsError(f"{grid.name}: {_unknown('preset', preset, PRESETS)}")
+        settings = changed(PurifySettings(), PRESETS.get(preset or "", {}), "preset")
+        return replace(changed(settings, _merged(shared, row.settings), where), seed=seed)
+    settings = changed(DEFENSES[row.defense].settings(), row.settings, where)
+    has_seed = any(item.name == "seed" for item in fields(settings))
+    return replace(settings, seed=seed) if has_seed else settings
+
+
+def settings_of(cell: Cell) -> Any:
+    """Return the settings dataclass that ``cell`` holds as pairs."""
+    defaults = PurifySettings() if cell.defense == CBD else DEFENSES[cell.defense].settings()
+    table: dict[str, Any] = {}
+    for name, value in cell.settings:
+        *outer, last = name.split(".")
+        place = table
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return changed(defaults, table, cell.defense)
+
+
+def changed(defaults: Any, table: Mapping[str, Any], where: str) -> Any:
+    """Return a settings dataclass with the values of ``table`` in place of its defaults.
+
+    Args:
+        table: Nested as the dataclass; a number may be a ratio such as ``"8/255"``.
+        where: What errors name first.
+
+    Raises:
+        SettingsError: If a name is unknown, or a value of another kind or out of range.
+    """
+    hints = get_type_hints(type(defaults))
+    values = {}
+    for name, value in table.items():
+        if name not in hints:
+            raise SettingsError(f"{where}: {_unknown('setting', name, hints)}")
+        before = getattr(defaults, name)
+        if is_dataclass(before):
+            if not isinstance(value, Mapping):
+                raise SettingsError(f"{where}: {name} is a table of settings, got {value!r}")
+            values[name] = changed(before, value, where)
+        else:
+            values[name] = _read(hints[name], value, before, f"{where}: {name}")
+    try:
+        return replace(defaults, **values)
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from error
+
+
+def data_name(data: str) -> str:
+    """Return the name of a source of images: its scheme, or the last part of its path."""
+    scheme, colon, _ = data.partition(":")
+    return scheme if colon else Path(data).name
+
+
+def describe_schedule(grid: Grid) -> str:
+    """Return in words what a grid fixes beside the defaults; stands above its table."""
+    parts = [f"victims: preset {grid.preset}{_differences(grid.victim)}"]
+    if grid.cbd and any(row.defense == CBD for row in grid.rows):
+        parts.append(f"cbd:{_differences(grid.cbd).removeprefix(',')}")
+    parts += [
+        f"{row.name}:{_differences(row.settings).removeprefix(',')}"
+        for row in grid.rows
+        if row.settings
+    ]
+    return f"Tier {grid.tier}. " + "; ".join(parts) + ". All else is the published value."
+
+
+def _differences(table: Mapping[str, Any]) -> str:
+    return "".join(f", {name} {value}" for name, value in flatten(table))
+
+
+def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(shared)
+    for name, value in own.items():
+        before = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(before, Mapping)
+        merged[name] = {**before, **value} if both else value  # type: ignore[dict-item]
+    return merged
+
+
+def _make(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
+    """Return a dataclass made of a TOML table."""
+    hints = get_type_hints(kind)
+    needed = {item.name for item in fields(kind) if item.name in ("name", "defense")}
+    if kind is Grid:
+        needed |= {"table", "tier", "data", "arch", "attacks", "seeds"}
+    if missing := sorted(needed - table.keys()):
+        raise SettingsError(f"{where}: lacks {', '.join(missing)}")
+    values = {}
+    for name, value in table.items():
+        if name not in hints:
+            raise SettingsError(f"{where}: {_unknown('key', name, hints)}")
+        values[name] = _key(hints[name], value, name, where)
+    return kind(**values)
+
+
+def _key(hint: Any, value: Any, name: str, where: str) -> Any:
+    """Return the value of a key of a grid or a row, after its type has been checked."""
+    if get_origin(hint) is UnionType or get_origin(hint) is Union:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise SettingsError(f"{where}: {_unknown(name, value, get_args(hint))}")
+        return value
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_key(get_args(hint)[0], item, name, where) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    kind = get_origin(hint) or hint
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        words = {str: "a text", int: "a whole number", bool: "true or false", tuple: "a list"}
+        raise SettingsError(f"{where}: {name} is {words.get(kind, 'a table')}, got {value!r}")
+    return value
+
+
+def _check(grid: Grid) -> None:
+    for name, value, known in (
+        *(("attack", attack, ATTACKS) for attack in grid.attacks),
+        *(("defense", row.defense, (NO_DEFENSE, CBD, *DEFENSES)) for row in grid.rows),
+        *(("features", name, [row.name for row in grid.rows]) for name in grid.features),
+    ):
+        if value not in known:
+            raise SettingsError(f"{grid.name}: {_unknown(name, value, known)}")
+    names = [row.name for row in grid.rows]
+    if len(set(names)) < len(names) or CLEAN_ROW in names:
+        raise SettingsError(f"{grid.name}: two rows have one name: {', '.join(sorted(names))}")
+    for row in grid.rows:
+        if row.defense in DEFENSES and DEFENSES[row.defense].labels and row.labels == "none":
+            raise SettingsError(f"{grid.name}: {row.name} needs labels, given or pseudo")
+    if not grid.seeds or min(grid.seeds) < 0:
+        raise SettingsError(f"{grid.name}: seeds are whole numbers from 0, got {grid.seeds}")
+
+
+def _beside(path: Path, place: str) -> str:
+    """Return a relative path in a grid file as one from here."""
+    scheme, colon, rest = place.rpartition(":")
+    if not rest or (not colon and "/" not in rest) or Path(rest).expanduser().is_absolute():
+        return place
+    return f"{scheme}{colon}{path.parent / rest}"
+
+
+def _as_table(settings: Any) -> dict[str, Any]:
+    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    return {
+        name: _as_table(value) if is_dataclass(value) else value for name, value in values.items()
+    }
+
+
+def _read(kind: Any, value: Any, before: Any, where: str) -> Any:
+    """Return ``value`` as the type of a setting."""
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise SettingsError(f"{where} is one of {', '.join(get_args(kind))}, got {value!r}")
+    if isinstance(before, tuple) and isinstance(value, list | tuple):
+        return tuple(value)
+    if isinstance(before, float) and isinstance(value, str):
+        above, slash, below = value.partition("/")
+        try:
+            return float(above) / float(below) if slash else float(above)
+        except (ValueError, ZeroDivisionError) as error:
+            raise SettingsError(f"{where} is a number or a ratio, got {value!r}") from error
+    if isinstance(before, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(before):
+        raise SettingsError(f"{where} is of type {type(before).__name__}, got {value!r}")
+    return value
+
+
+def _unknown(what: str, name: object, known: Iterable[str]) -> str:
+    names = list(known)
+    nearest = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names)}"
+    return f"{what} {name!r} is unknown; {hint}"

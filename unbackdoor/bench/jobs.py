@@ -1,0 +1,146 @@
+"""What the command line does with grid files: run, look, print, report."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from unbackdoor.bench.backends import run_local, run_ray
+from unbackdoor.bench.cells import Cell
+from unbackdoor.bench.grid import Entry, Grid, entries, read_grid, unique_cells
+from unbackdoor.bench.obtain import Place
+from unbackdoor.bench.report import report_of
+from unbackdoor.bench.run import pending
+from unbackdoor.bench.status import as_lines, status_of
+from unbackdoor.bench.store import forget_failures, look_at, open_store, read_features, read_records
+from unbackdoor.bench.tables import all_tables, as_markdown
+from unbackdoor.checkpoint import write_text as write_text  # the command line writes with it
+from unbackdoor.errors import SettingsError
+
+Say = Callable[[str], None]
+
+
+class Plan(NamedTuple):
+    """A grid with its cells."""
+
+    grid: Grid
+    found: list[Entry]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every cell once."""
+        return unique_cells(self.found)
+
+
+def plan_grids(paths: Sequence[Path], *, data: str | None = None) -> list[Plan]:
+    """Read grid files.
+
+    Args:
+        data: Where the images are, in place of what the files say.
+
+    Raises:
+        SettingsError: See ``read_grid``; or if there is no file.
+    """
+    if not paths:
+        raise SettingsError("pass one grid file or more, such as grids/smoke.toml")
+    grids = [read_grid(path) for path in paths]
+    if data is not None:
+        grids = [replace(grid, data=data) for grid in grids]
+    return [Plan(grid, entries(grid)) for grid in grids]
+
+
+def run_grids(
+    paths: Sequence[Path],
+    results: Path,
+    *,
+    backend: Literal["local", "ray"] = "local",
+    workers: int = 1,
+    limit: int | None = None,
+    data: str | None = None,
+    retry: bool = False,
+    drop_victims: bool = False,
+    address: str | None = None,
+    gpus: float = 0,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    say: Say = print,
+    on_step: Callable[[int, int], None] | None = None,
+) -> int:
+    """Run the cells of grid files that have no record yet, file by file; returns how many failed.
+
+    Raises:
+        SettingsError: See :func:`plan_grids`; or if a number is out of range, or Ray is missing.
+    """
+    if workers < 1 or (limit is not None and limit < 1):
+        raise SettingsError(f"workers and limit are at least 1, got {workers} and {limit}")
+    failed, left = 0, limit
+    for plan in plan_grids(paths, data=data):
+        store = open_store(results)
+        if retry:
+            forget_failures(store, [cell.key for cell in plan.cells])
+        cells = pending(plan.cells, store)[:left]
+        say(f"{plan.grid.name}: {len(cells)} cells to run, {len(plan.cells) - len(cells)} not")
+        place = Place(
+            data=plan.grid.data,
+            victims=plan.grid.victims,
+            device=device,
+            precision=precision,
+            drop_victims=drop_victims,
+            features=tuple(e.cell.key for e in plan.found if e.row in plan.grid.features),
+        )
+        common: dict[str, Any] = {"workers": workers, "say": say}
+        if backend == "ray":
+            tally = run_ray(cells, results, place, address=address, gpus=gpus, **common)
+        else:
+            tally = run_local(cells, results, place, on_step=on_step, **common)
+        say(
+            f"{plan.grid.name}: {tally.done} done, {tally.failed} failed, "
+            f"{tally.left} left to others"
+        )
+        failed += tally.failed
+        left = None if left is None else left - len(cells)
+        if left == 0:
+            break
+    return failed
+
+
+def grids_status(paths: Sequence[Path], results: Path) -> list[str]:
+    """Return how far grid files are, in lines; errors are those of :func:`plan_grids`."""
+    store = look_at(results)
+    return [
+        line
+        for plan in plan_grids(paths)
+        for line in as_lines(plan.grid.name, status_of(plan.cells, store))
+    ]
+
+
+def grids_tables(paths: Sequence[Path], results: Path) -> str:
+    """Return the tables of grid files as Markdown; errors are those of :func:`plan_grids`."""
+    return "\n".join(
+        as_markdown(table)
+        for plan in plan_grids(paths)
+        for table in all_tables(plan.grid, plan.found, _records(plan, results))
+    )
+
+
+def write_report(paths: Sequence[Path], results: Path, out: Path, *, overwrite: bool) -> None:
+    """Write the report of grid files.
+
+    Raises:
+        SettingsError: See :func:`plan_grids`.
+        OutputError: If ``out`` exists and must not be replaced.
+    """
+    plans = plan_grids(paths)
+    parts = [(plan.grid, plan.found, _records(plan, results)) for plan in plans]
+    store = look_at(results)
+    features = {
+        cell.key: kept
+        for plan in plans
+        for cell in plan.cells
+        if (kept := read_features(store, cell.key)) is not None
+    }
+    write_text(out, report_of(parts, features), overwrite=overwrite)
+
+
+def _records(plan: Plan, results: Path) -> Mapping[str, Mapping[str, Any]]:
+    return read_records(look_at(results), [cell.key for cell in plan.cells])

@@ -1,0 +1,203 @@
+"""Where victims come from: the package, a folder, or a training, which may be somebody else's."""
+
+import importlib.resources
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+
+from unbackdoor.attack_jobs import make_victim
+from unbackdoor.backbones import Loaded
+from unbackdoor.bench.cells import CLEAN, DEMO, Victim
+from unbackdoor.bench.grid import data_name
+from unbackdoor.bench.store import Store, beat, claimed
+from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_labeled
+from unbackdoor.errors import CheckpointError, OutputError, SettingsError
+from unbackdoor.jobs import Source, open_source
+
+EMBEDDED_TRAIN, EMBEDDED_TEST = 4_000, 200  # of the 5,000 that come with the package
+WAIT = 5.0  # seconds between looks at a victim that somebody else trains
+
+Say = Callable[[str], None]
+OnStep = Callable[[int, int], None]
+
+
+class Place(NamedTuple):
+    """Where things are and how to compute; names no result, so it is part of no key."""
+
+    data: str  # see ``load_labeled``
+    victims: str = ""  # a folder where victims may lie already
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    drop_victims: bool = False  # delete a victim's weights after its last cell
+    features: tuple[str, ...] = ()  # keys of cells whose features shall be kept for the report
+
+
+class Sets(NamedTuple):
+    """All labeled images of a grid."""
+
+    train: LabeledImages
+    test: LabeledImages
+
+
+class Found(NamedTuple):
+    """The files of a victim."""
+
+    tensors: Path
+    record: Path
+
+
+def load_sets(data: str, size: int) -> Sets:
+    """Load training and test images; errors are those of ``load_labeled``.
+
+    The images that come with the package are all test images; here they are divided in two.
+    """
+    if data != "fashion-mnist":
+        return Sets(*(load_labeled(data, split=part, size=size) for part in ("train", "test")))
+    images, labels, classes = load_labeled(data, split="test", size=size)
+    cut, end = EMBEDDED_TRAIN, EMBEDDED_TRAIN + EMBEDDED_TEST
+    train = LabeledImages(images[:cut], labels[:cut], classes)
+    return Sets(train, LabeledImages(images[cut:end], labels[cut:end], classes))
+
+
+def obtain_victim(
+    victim: Victim,
+    store: Store,
+    place: Place,
+    *,
+    load: Callable[[str, int], Sets],
+    say: Say,
+    on_step: OnStep,
+) -> Found:
+    """Return the files of a victim; it is trained if it is nowhere yet.
+
+    Raises:
+        UnbackdoorError: If it cannot be trained.
+    """
+    while (found := find_victim(victim, store, place, load=load, say=say)) is None:
+        with claimed(store, victim.key) as mine:
+            if not mine:
+                time.sleep(WAIT)
+                continue
+            surrogate = None
+            if victim.attack == "cla" and victim.settings is not None:
+                clean = replace(
+                    victim, attack=CLEAN, settings=replace(victim.settings, augment="shift")
+                )
+                surrogate = obtain_victim(
+                    clean, store, place, load=load, say=say, on_step=on_step
+                ).tensors
+            _train(victim, store, place, surrogate=surrogate, say=say, on_step=on_step)
+    return found
+
+
+def find_victim(
+    victim: Victim, store: Store, place: Place, *, load: Callable[[str, int], Sets], say: Say
+) -> Found | None:
+    """Return the files of a victim that is there: with the package, given, or trained before."""
+    if victim.settings is None:
+        return _shipped(victim)
+    stem = f"{victim.attack}-{victim.training}-seed{victim.seed}"
+    folders = [store.victim_folder(victim.key)]
+    if place.victims:
+        folders.append(Path(place.victims).expanduser())
+    for folder in folders:
+        found = Found(folder / f"{stem}.safetensors", folder / f"{stem}.json")
+        if not (found.tensors.is_file() and found.record.is_file()):
+            continue
+        if why := why_not(victim, json.loads(found.record.read_text()), place, load=load):
+            say(f"{found.tensors}: not used, for {why}")
+            continue
+        return found
+    return None
+
+
+def why_not(
+    victim: Victim, made: dict[str, Any], place: Place, *, load: Callable[[str, int], Sets]
+) -> str | None:
+    """Return why a victim's record does not describe ``victim``; None if it does."""
+    settings = victim.settings
+    if settings is None:
+        return "its training is not known"
+    wanted = json.loads(json.dumps({"kind": victim.training, **asdict(settings)}))
+    if made.get("training") != wanted:
+        return "it was trained with other settings"
+    if made.get("arch") != victim.arch or (victim.size and made.get("size") != victim.size):
+        return "it is another network"
+    attack = made.get("attack") or {"name": CLEAN, "target": victim.target}
+    if (attack["name"], attack["target"]) != (victim.attack, victim.target):
+        return "it has another attack"
+    images = load(place.data, made["size"]).train.images
+    if settings.limit:
+        images = images[torch.from_numpy(draw_rows(len(images), settings.limit, seed=victim.seed))]
+    if made["data"]["sha256"] != from_tensor(images).fingerprint:
+        return "it was trained on other images"
+    return None
+
+
+def _shipped(victim: Victim) -> Found:
+    assets = Path(str(importlib.resources.files("unbackdoor") / "assets"))
+    found = Found(assets / f"{DEMO}_victim.safetensors", assets / f"{DEMO}_victim.json")
+    made = json.loads(found.record.read_text())
+    if (made["attack"]["name"], made["arch"]) != (victim.attack, victim.arch):
+        raise SettingsError(
+            f"the victim that comes with the package is {made['attack']['name']} on "
+            f"{made['arch']}, not {victim.attack} on {victim.arch}"
+        )
+    return found
+
+
+def _train(
+    victim: Victim,
+    store: Store,
+    place: Place,
+    *,
+    surrogate: Path | None,
+    say: Say,
+    on_step: OnStep,
+) -> None:
+    if victim.settings is None or victim.data != data_name(place.data):
+        raise SettingsError(f"a victim of {victim.data} cannot be trained on {place.data}")
+    folder = store.victim_folder(victim.key)
+    stem = f"{victim.attack}-{victim.training}-seed{victim.seed}"
+    state = folder / f"{stem}.state.safetensors"
+
+    def step(done: int, steps: int) -> None:
+        beat(store, victim.key)
+        on_step(done, steps)
+
+    def train(*, resume: bool) -> None:
+        make_victim(
+            victim.attack,
+            place.data,
+            victim.arch,
+            folder,
+            cast("Any", victim.settings),
+            training=victim.training,
+            options={"target": victim.target},
+            surrogate=surrogate,
+            size=victim.size or None,
+            device=place.device,
+            precision=place.precision,
+            overwrite=not resume,
+            resume=resume,
+            say=say,
+            on_step=step,
+        )
+
+    if state.exists():
+        try:
+            return train(resume=True)
+        except (OutputError, CheckpointError) as error:  # of another device, or damaged
+            say(f"starting again: {error}")
+    return train(resume=False)
+
+
+def open_victim(found: Found, made: dict[str, Any]) -> Loaded:
+    """Open the checkpoint of a victim as its record says."""
+    mean, std = tuple(made["mean"]), tuple(made["std"])
+    return open_source(Source(found.tensors, made["arch"], mean, std, made.get("size")))

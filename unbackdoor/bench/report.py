@@ -1,0 +1,143 @@
+"""One self-contained HTML page of all that records say: tables, comparisons, losses, figures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from unbackdoor.bench.cells import CBD
+from unbackdoor.bench.features import from_base64
+from unbackdoor.bench.grid import CLEAN_ROW, Entry, Grid
+from unbackdoor.bench.tables import (
+    PAPER_ATTACKS,
+    Line,
+    Record,
+    all_tables,
+    heading,
+    lines,
+    mean_and_spread,
+)
+from unbackdoor.jobs import losses_picture
+from unbackdoor.report import (
+    Note,
+    Panel,
+    Picture,
+    Table,
+    amplified_difference,
+    images_picture,
+    render_report,
+    scatter_picture,
+    tsne_picture,
+)
+
+GAIN = 2  # of the difference that a trigger makes
+
+
+class Part(NamedTuple):
+    """A grid, its cells and the records that there are."""
+
+    grid: Grid
+    found: Sequence[Entry]
+    records: Mapping[str, Record]
+
+
+def report_of(
+    parts: Sequence[tuple[Grid, Sequence[Entry], Mapping[str, Record]]],
+    features: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """Return the report as an HTML page.
+
+    Args:
+        features: What ``cell_features`` kept, by key.
+    """
+    made = [Part(*part) for part in parts]
+    sections = [section for part in made for section in sections_of(part)]
+    pictures = [picture for kept in features.values() for picture in figures(kept)]
+    revisions = sorted(
+        {str(record["revision"]) for part in made for record in part.records.values()}
+    )
+    known = {key for part in made for key in part.records}
+    wanted = {entry.cell.key for part in made for entry in part.found}
+    return render_report(
+        "Attacks and defenses",
+        f"{len(known)} of {len(wanted)} cells are done. Accuracy (ACC), attack success rate (ASR) "
+        "and accuracy on triggered images (PA) are read by a linear probe on the frozen features, "
+        "unless a table says otherwise. What a defense only masks comes back when statistics are "
+        "re-estimated or the network is fine-tuned: see the tables that ask whether it lasts.",
+        (*sections, *pictures, Note("Where the numbers come from", "\n".join(revisions))),
+    )
+
+
+def sections_of(part: Part) -> list[Table | Picture]:
+    """Return the tables of a grid, how its defenses compare, and the losses of its method."""
+    if not part.records:
+        return []
+    rows = lines(part.grid, part.found, part.records)
+    found: list[Table | Picture] = list(all_tables(part.grid, part.found, part.records))
+    found.append(comparison(part.grid, rows))
+    losses = curves(part.grid, rows)
+    return [*found, losses] if losses is not None else found
+
+
+def comparison(grid: Grid, rows: Sequence[Line]) -> Picture:
+    """Draw ACC against ASR, and against PA, of all rows; a point is a mean over seeds."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for what in ("asr", "pa"):
+        groups = panels.setdefault(f"{what.upper()} over ACC, percent", {})
+        for line in rows:
+            x, y = (_mean(line, name) for name in ("acc", what))
+            if x is not None and y is not None:
+                groups.setdefault(line.row, []).append((x, y))
+    return scatter_picture(
+        f"{heading(grid)}: how defenses compare",
+        panels,
+        x_label="ACC",
+        caption="A point for each attack. The best corner is bottom right for ASR, top right for "
+        f"PA. {CLEAN_ROW}: the same triggers on a network that was never poisoned.",
+    )
+
+
+def curves(grid: Grid, rows: Sequence[Line]) -> Picture | None:
+    """Draw the losses of the method, attack by attack, of the first seed."""
+    chosen = next((row.name for row in grid.rows if row.defense == CBD), None)
+    panels, names = [], []
+    for line in rows:
+        if line.row == chosen and line.records:
+            (panel,) = losses_picture(line.records[0]["history"]).panels
+            names.append(PAPER_ATTACKS[line.attack])
+            panels.append(Panel(panel.svg, f"{names[-1]}: {panel.alt}"))
+    if not panels:
+        return None
+    caption = f"Row {chosen}, first seed; in this order: {', '.join(names)}."
+    return Picture(f"{heading(grid)}: losses", panels, caption)
+
+
+def figures(kept: Mapping[str, Any]) -> list[Picture]:
+    """Draw features before and after, as in the paper's Figure 1, and triggers, as in Figure 2."""
+    panels = {
+        name: {group: torch.tensor(rows) for group, rows in groups.items()}
+        for name, groups in kept["panels"].items()
+    }
+    clean, triggered = (from_base64(kept["attack"][name]) for name in ("clean", "triggered"))
+    return [
+        tsne_picture(
+            f"Features: {kept['title']}",
+            panels,
+            strong=kept["strong"],
+            seed=0,
+            caption="Test images. Adversarial ones are those that the contrastive search finds in "
+            "each backbone. Features are reduced to their first components before.",
+        ),
+        images_picture(
+            f"Trigger: {kept['title']}",
+            {
+                "clean": clean,
+                "triggered": triggered,
+                f"difference, {GAIN} times": amplified_difference(clean, triggered, gain=GAIN),
+            },
+        ),
+    ]
+
+
+def _mean(line: Line, what: str) -> float | None:
+    return mean_and_spread([record["scores"]["after"]["probe"][what] for record in line.records])[0]

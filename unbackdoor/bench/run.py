@@ -1,0 +1,407 @@
+"""Run cells: find or train the victim, defend it, score it before and after, write the record."""
+
+import json
+import platform
+import shutil
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from unbackdoor import __version__
+from unbackdoor.attack_jobs import describe_device
+from unbackdoor.attacks.named import named_attack
+from unbackdoor.attacks.poisoning import Attack
+from unbackdoor.backbones import Backbone, Loaded
+from unbackdoor.bench.cells import CBD, CLEAN, NO_DEFENSE, Cell, Victim, describe
+from unbackdoor.bench.features import cell_features
+from unbackdoor.bench.grid import data_name, settings_of
+from unbackdoor.bench.obtain import (
+    Found,
+    OnStep,
+    Place,
+    Say,
+    Sets,
+    load_sets,
+    obtain_victim,
+    open_victim,
+)
+from unbackdoor.bench.store import (
+    SCHEMA,
+    Store,
+    beat,
+    claimed,
+    drop_victim,
+    write_failure,
+    write_json,
+    write_record,
+)
+from unbackdoor.cbd import PurifyState, purify
+from unbackdoor.data import LabeledImages, from_tensor, split_rows
+from unbackdoor.defense_jobs import check_result, find_defense
+from unbackdoor.defenses import DEFENSES
+from unbackdoor.defenses.common import DefenseData, predict
+from unbackdoor.devices import peak_memory, pick_device, pick_precision
+from unbackdoor.errors import CheckpointError, DataError, OutputError
+from unbackdoor.evaluation import (
+    FEW,
+    PROBE,
+    TOOK,
+    UNLABELED,
+    Split,
+    counts,
+    divide,
+    find_attack,
+    own_head,
+    reading_record,
+)
+from unbackdoor.metrics import Reading, make_test_set, read
+from unbackdoor.resume import identity, load_state, save_state
+
+
+class Repaired(NamedTuple):
+    """What a defense made, as far as JSON can hold it, beside the backbone."""
+
+    backbone: Backbone
+    log: dict[str, Any]
+    history: list[dict[str, float]]
+    told: dict[str, Any]  # of the images and labels that the defense was given
+
+
+class Tally(NamedTuple):
+    """How a run over some cells ended."""
+
+    done: int = 0
+    failed: int = 0
+    left: int = 0  # to others who are at work on them
+
+
+def run_cells(
+    cells: Iterable[Cell],
+    store: Store,
+    place: Place,
+    *,
+    say: Say = print,
+    on_step: OnStep | None = None,
+) -> Tally:
+    """Run those of ``cells`` that have no record, one victim after the other.
+
+    A cell that fails is recorded with its error, and the rest go on; it is run again only after
+    ``forget_failures``. Cells of a victim that somebody else is at work on are left to them.
+    Whatever is killed goes on after its last finished epoch, but for baselines, which start again.
+    """
+    load = cache(load_sets)
+    tally = Tally()
+    for victim, group in by_victim(pending(cells, store)):
+        with claimed(store, f"{victim.key}-cells") as mine:
+            if not mine:
+                tally = tally._replace(left=tally.left + len(group))
+                continue
+
+            def step(done: int, steps: int, key: str = victim.key) -> None:
+                beat(store, f"{key}-cells")
+                if on_step is not None:
+                    on_step(done, steps)
+
+            done = _run_group(victim, group, store, place, load=load, say=say, on_step=step)
+            tally = tally._replace(done=tally.done + done, failed=tally.failed + len(group) - done)
+            if place.drop_victims:
+                drop_victim(store, victim.key)
+    return tally
+
+
+def pending(cells: Iterable[Cell], store: Store) -> list[Cell]:
+    """Return the cells with neither a record nor a failure."""
+    unique = {cell.key: cell for cell in cells}
+    return [
+        cell
+        for key, cell in unique.items()
+        if not store.is_done(key) and store.error_of(key) is None
+    ]
+
+
+def by_victim(cells: Iterable[Cell]) -> list[tuple[Victim, list[Cell]]]:
+    """Group cells by their victim, in order: one group is one job."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.victim.key, []).append(cell)
+    return [(group[0].victim, group) for group in groups.values()]
+
+
+def _run_group(
+    victim: Victim,
+    cells: Sequence[Cell],
+    store: Store,
+    place: Place,
+    *,
+    load: Callable[[str, int], Sets],
+    say: Say,
+    on_step: OnStep,
+) -> int:
+    """Run the cells of one victim; returns how many have a record now."""
+    before = cache(score_victim)
+    done = 0
+    for cell in cells:
+        with claimed(store, cell.key) as mine:
+            if not mine or not pending([cell], store):
+                done += store.is_done(cell.key)
+                continue
+            say(describe(cell))
+            try:
+                found = obtain_victim(victim, store, place, load=load, say=say, on_step=on_step)
+                record = run_cell(
+                    cell, found, store, place, load=load, before=before, on_step=on_step
+                )
+            except Exception as error:  # noqa: BLE001, RUF100 - a failed cell must not stop the others
+                text = f"{type(error).__name__}: {error}"
+                write_failure(store, cell.key, describe(cell), text, traceback.format_exc())
+                say(f"failed: {text}")
+                continue
+            write_record(store, cell.key, record)
+            done += 1
+    return done
+
+
+def defender_images(train: LabeledImages, cell: Cell) -> LabeledImages:
+    """Return what a defense has, by the rules of ``load_pool``, with the true classes.
+
+    Raises:
+        DataError: If the share is too large or too small.
+    """
+    count, seed = len(train.labels), cell.seed
+    unlabeled, probe = round(UNLABELED * count), round(PROBE * count)
+    rows = split_rows(count, unlabeled=unlabeled, probe=probe, seed=seed)
+    there = rows.unlabeled
+    wanted = round(cell.share * count)
+    if wanted < unlabeled:
+        there = there[torch.randperm(unlabeled, generator=torch.Generator().manual_seed(seed))]
+    there = rows.rest if cell.labels == "given" else torch.cat([there, rows.rest])
+    if not 2 <= wanted <= len(there):
+        raise DataError(f"share {cell.share:g} of {count} images is {wanted}: none, or too many")
+    taken = there[:wanted]
+    return LabeledImages(train.images[taken], train.labels[taken], train.classes)
+
+
+def run_cell(
+    cell: Cell,
+    found: Found,
+    store: Store,
+    place: Place,
+    *,
+    load: Callable[[str, int], Sets],
+    before: Callable[..., Reading],
+    on_step: OnStep,
+) -> dict[str, Any]:
+    """Defend and score one victim; returns the record.
+
+    Args:
+        before: Scores a victim, see :func:`score_victim`; remembers what it has scored.
+
+    Raises:
+        UnbackdoorError: See ``errors``.
+    """
+    started, device = time.monotonic(), pick_device(place.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    made = json.loads(found.record.read_text())
+    loaded = open_victim(found, made)
+    sets = load(place.data, loaded.size)
+    split = divide(sets.train, sets.test, seed=cell.seed)
+    attack = attack_of(cell, found, size=loaded.size)
+    delivered = before(found, cell.attack, cell.victim, cell.seed, place, load)
+    defended = time.monotonic()
+    repaired = repair(cell, loaded, sets.train, store, place, on_step=on_step)
+    seconds = {"defense": time.monotonic() - defended}
+    reading = delivered
+    if cell.defense != NO_DEFENSE:
+        reading = read_scores(loaded._replace(backbone=repaired.backbone), split, attack, device)
+    if cell.key in place.features:
+        kept = cell_features(loaded.backbone, repaired.backbone, split, attack, cell)
+        write_json(store.features_path(cell.key), kept, indent=None)
+    seconds["all"] = time.monotonic() - started
+    return {
+        "schema": SCHEMA,
+        "key": cell.key,
+        "cell": asdict(cell),
+        "victim": _describe_found(found, made, cell),
+        "scores": {"before": reading_record(delivered), "after": reading_record(reading)},
+        "log": repaired.log,
+        "history": repaired.history,
+        "told": repaired.told,
+        "data": {
+            "name": data_name(place.data),
+            "train_sha256": from_tensor(sets.train.images).fingerprint,
+            "test_sha256": from_tensor(sets.test.images).fingerprint,
+            **counts(split),
+        },
+        "flags": flags_of(cell, made, reading),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "peak_memory": peak_memory(device),
+        "device": describe_device(device),
+        "precision": _precision(cell, place, device),
+        "revision": revision(),
+        "versions": {
+            "unbackdoor": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def attack_of(cell: Cell, found: Found, *, size: int) -> Attack:
+    """Return what a cell is scored under; the victim's record has the attack that was planted."""
+    if cell.victim.attack != CLEAN:
+        return find_attack(str(found.record), size=size).attack
+    options = {"target": cell.victim.target}
+    return named_attack(cell.attack, size=size, training=cell.victim.training, options=options)
+
+
+def score_victim(
+    found: Found,
+    attack: str,
+    victim: Victim,
+    seed: int,
+    place: Place,
+    load: Callable[[str, int], Sets],
+) -> Reading:
+    """Score a victim as it is delivered, and whether that lasts."""
+    loaded = open_victim(found, json.loads(found.record.read_text()))
+    split = divide(*load(place.data, loaded.size), seed=seed)
+    cell = Cell(victim, attack, NO_DEFENSE, (), "none", 0.0, seed)
+    planted = attack_of(cell, found, size=loaded.size)
+    return read_scores(loaded, split, planted, pick_device(place.device))
+
+
+def read_scores(loaded: Loaded, split: Split, attack: Attack, device: torch.device) -> Reading:
+    """Score a backbone by head, probe and neighbours, and the probe after what users do."""
+    classes = len(split.test.classes)
+    images, labels, _ = split.test
+    test = make_test_set(images, labels, attack, classes=classes)
+    backbone = loaded.backbone.to(device).to(memory_format=torch.channels_last)
+    return read(
+        backbone, own_head(backbone, classes=classes), split.probe, test, plain=split.unlabeled
+    )
+
+
+def repair(
+    cell: Cell,
+    loaded: Loaded,
+    train: LabeledImages,
+    store: Store,
+    place: Place,
+    *,
+    on_step: OnStep,
+) -> Repaired:
+    """Run the defense of a cell."""
+    if cell.defense == NO_DEFENSE:
+        return Repaired(loaded.backbone, {}, [], {"labels": "none", "images": 0})
+    device = pick_device(place.device)
+    pool = defender_images(train, cell)
+    told: dict[str, Any] = {
+        "labels": cell.labels,
+        "images": len(pool.labels),
+        "fingerprint": from_tensor(pool.images).fingerprint,
+    }
+    if cell.defense == CBD:
+        return _purify(cell, loaded, pool, store, place, told=told, on_step=on_step)
+    data = DefenseData(pool.images)
+    backbone = loaded.backbone.to(device)
+    if cell.labels == "given":
+        data = DefenseData(pool.images, pool.labels)
+    elif cell.labels == "pseudo":
+        labels = predict(backbone, pool.images)
+        told["pseudo_label_accuracy"] = (labels == pool.labels).float().mean().item()
+        data = DefenseData(pool.images, labels)
+    chosen = find_defense(cell.defense, seed=cell.seed)
+    result = chosen.function(backbone, data, settings_of(cell), device=device, on_step=on_step)
+    check_result(result, backbone, cell.defense)
+    return Repaired(result.backbone, result.log, [], told)
+
+
+def _purify(
+    cell: Cell,
+    loaded: Loaded,
+    pool: LabeledImages,
+    store: Store,
+    place: Place,
+    *,
+    told: dict[str, Any],
+    on_step: OnStep,
+) -> Repaired:
+    device = pick_device(place.device)
+    precision = pick_precision(place.precision, device)
+    settings, path = settings_of(cell), store.state_path(cell.key)
+    of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=told["fingerprint"])
+    of |= {"device": str(device), "precision": precision}
+    state = None
+    if path.exists():
+        try:
+            state = load_state(path, of)
+        except (OutputError, CheckpointError):  # of another device, or damaged
+            path.unlink()
+
+    def on_epoch(reached: PurifyState) -> None:
+        save_state(path, reached, of)
+
+    backbone, history = purify(
+        loaded.backbone,
+        pool.images,
+        settings,
+        device=device,
+        precision=precision,
+        state=state,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    epochs = [epoch._asdict() for epoch in history]
+    return Repaired(cast("Backbone", backbone), {}, epochs, told)
+
+
+def flags_of(cell: Cell, made: dict[str, Any], reading: Reading) -> list[str]:
+    """Return why the scores of a cell should be read with care."""
+    found = []
+    head = (made.get("scores") or {}).get("head") or {}
+    asr = head.get("asr")
+    if cell.victim.training == "supervised" and asr is not None and asr < TOOK:
+        found.append(f"the victim's own ASR was {asr:.1%}: the attack did not take")
+    if reading.probe.triggered < FEW:
+        found.append(f"only {reading.probe.triggered} triggered images")
+    free = cell.defense == CBD or (cell.defense in DEFENSES and not DEFENSES[cell.defense].labels)
+    if free and cell.labels != "none":
+        found.append("a label-free method was given labels")
+    return found
+
+
+def revision() -> str | None:
+    """Return the git revision of this package's checkout, with a mark if files differ from it."""
+    git, folder = shutil.which("git"), Path(__file__).resolve().parent
+    if git is None:
+        return None
+
+    def answer(*words: str) -> str | None:
+        run = subprocess.run(
+            [git, "-C", str(folder), *words], capture_output=True, text=True, check=False
+        )
+        return run.stdout.strip() if run.returncode == 0 else None
+
+    head = answer("rev-parse", "HEAD")
+    if head is None:
+        return None
+    return f"{head}-changed" if answer("status", "--porcelain", "--", "..") else head
+
+
+def _precision(cell: Cell, place: Place, device: torch.device) -> str:
+    return pick_precision(place.precision, device) if cell.defense == CBD else "fp32"
+
+
+def _describe_found(found: Found, made: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    kept = {name: made.get(name) for name in ("attack", "scores", "seconds", "speed", "device")}
+    if cell.victim.attack == CLEAN:
+        kept["scores"] = None  # under every attack; this cell's own are below
+    return {"key": cell.victim.key, "name": found.tensors.name, "sha256": made["sha256"], **kept}

@@ -1,0 +1,227 @@
+"""The folder of records: what is done, what failed, who is at work on what. No torch.
+
+::
+
+    RESULTS/KEY.json            a record; written by rename, so present means done
+    RESULTS/failed/KEY.json     the error of a cell that failed
+    RESULTS/running/KEY.json    a claim: who is at work on a cell or a victim
+    RESULTS/victims/KEY/        a victim and its record
+    RESULTS/states/KEY.*        the last finished epoch of a cell
+    RESULTS/features/KEY.json   what the report draws
+
+Only the records are worth keeping in git.
+"""
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unbackdoor.errors import OutputError
+
+SCHEMA = 1
+SILENT = 600.0  # seconds without a sign of life, after which another host's claim is void
+BEAT = 20.0  # seconds between signs of life
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of records.
+
+    Attributes:
+        folder: On storage that all machines at work share.
+        owner: Who claims: a second claim by the same owner succeeds, so that work that a scheduler
+            starts again after a crash goes on.
+    """
+
+    folder: Path
+    owner: str
+
+    def record_path(self, key: str) -> Path:
+        """Of a finished cell."""
+        return self.folder / f"{key}.json"
+
+    def victim_folder(self, key: str) -> Path:
+        """Of a victim that was trained here."""
+        return self.folder / "victims" / key
+
+    def state_path(self, key: str) -> Path:
+        """Of a cell at work."""
+        return self.folder / "states" / f"{key}.safetensors"
+
+    def features_path(self, key: str) -> Path:
+        """Of what the report draws of a cell."""
+        return self.folder / "features" / f"{key}.json"
+
+    def is_done(self, key: str) -> bool:
+        """Tell whether a cell has its record."""
+        return self.record_path(key).is_file()
+
+    def error_of(self, key: str) -> str | None:
+        """Return why a cell failed; None if it did not, or is done by now."""
+        path = self.folder / "failed" / f"{key}.json"
+        if self.is_done(key) or not path.is_file():
+            return None
+        return str(json.loads(path.read_text())["error"])
+
+
+def open_store(folder: Path, *, owner: str | None = None) -> Store:
+    """Return the store in ``folder``, which is made if absent.
+
+    Raises:
+        OutputError: If ``folder`` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; --results takes a folder")
+    for part in ("", "failed", "running", "victims", "states", "features"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    return Store(folder, owner or secrets.token_hex(8))
+
+
+def look_at(folder: Path) -> Store:
+    """Return the store in ``folder`` to read from; nothing is made."""
+    return Store(folder, "")
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = 1) -> None:
+    """Write JSON; a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=indent, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        OutputError: If it is damaged, or of another schema.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        schema = record["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{path}: is no record ({error}); delete it to run it again") from error
+    if schema != SCHEMA:
+        raise OutputError(
+            f"{path}: is of schema {schema}, this version reads {SCHEMA}; delete it to run it again"
+        )
+    return dict(record)
+
+
+def read_records(store: Store, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the records that there are, by key; errors are those of :func:`read_record`."""
+    return {key: read_record(store.record_path(key)) for key in keys if store.is_done(key)}
+
+
+def read_features(store: Store, key: str) -> dict[str, Any] | None:
+    """Return what the report draws of a cell; None if it was not kept."""
+    path = store.features_path(key)
+    return dict(json.loads(path.read_text())) if path.is_file() else None
+
+
+def write_record(store: Store, key: str, record: Mapping[str, Any]) -> None:
+    """Write the record of a finished cell, then forget its state and its earlier failure."""
+    write_json(store.record_path(key), record)
+    store.state_path(key).unlink(missing_ok=True)
+    (store.folder / "failed" / f"{key}.json").unlink(missing_ok=True)
+
+
+def write_failure(store: Store, key: str, what: str, error: str, trace: str) -> None:
+    """Write why a cell failed."""
+    path = store.folder / "failed" / f"{key}.json"
+    write_json(path, {"what": what, "error": error, "traceback": trace})
+
+
+def forget_failures(store: Store, keys: Iterable[str]) -> None:
+    """Let cells that failed be run again."""
+    for key in keys:
+        (store.folder / "failed" / f"{key}.json").unlink(missing_ok=True)
+
+
+def drop_victim(store: Store, key: str) -> None:
+    """Delete the weights of a victim that was trained here; its record stays."""
+    for path in store.victim_folder(key).glob("*.safetensors"):
+        path.unlink()
+
+
+@contextmanager
+def claimed(store: Store, key: str) -> Iterator[bool]:
+    """Claim a cell or a victim while inside; yields whether nobody else has it."""
+    path = store.folder / "running" / f"{key}.json"
+    if not _claim(store, path):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def is_running(store: Store, key: str) -> bool:
+    """Tell whether somebody alive has claimed ``key``."""
+    return _alive(store.folder / "running" / f"{key}.json") is not None
+
+
+def beat(store: Store, key: str) -> None:
+    """Give a sign of life for a claim, at most every ``BEAT`` seconds."""
+    path = store.folder / "running" / f"{key}.json"
+    try:
+        if time.time() - path.stat().st_mtime > BEAT:
+            path.touch()
+    except FileNotFoundError:
+        return
+
+
+def _claim(store: Store, path: Path) -> bool:
+    claim = {"owner": store.owner, "host": socket.gethostname(), "pid": os.getpid()}
+    holder = _alive(path)
+    if holder is not None and holder.get("owner") != store.owner:
+        return False
+    if holder is None and path.exists():
+        path.unlink(missing_ok=True)  # at worst two claim, and one record is written twice
+    elif holder is not None:
+        write_json(path, claim)
+        return True
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.part")
+    temporary.write_text(json.dumps(claim))
+    try:
+        os.link(temporary, path)  # fails where the name exists: one claims, whole or not at all
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def _alive(path: Path) -> dict[str, Any] | None:
+    """Return the claim in ``path`` if there is one and its process is alive, as far as one sees."""
+    try:
+        claim = dict(json.loads(path.read_text()))
+        age = time.time() - path.stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    if claim.get("host") == socket.gethostname():
+        return claim if _runs(int(claim["pid"])) else None
+    return claim if age < SILENT else None
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

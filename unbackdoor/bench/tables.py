@@ -1,0 +1,262 @@
+"""Tables made of records: pure functions, in which shares become percent.
+
+Means and spreads (the sample's standard deviation) are over seeds.
+"""
+
+import importlib.resources
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from unbackdoor.bench.cells import NO_DEFENSE
+from unbackdoor.bench.grid import CLEAN_ROW, Entry, Grid, describe_schedule
+from unbackdoor.report import Flagged, Table
+
+Reader = Literal["probe", "head", "paper"]
+Record = Mapping[str, Any]
+
+SEEDS = 3  # fewer are flagged
+WHAT = ("acc", "asr", "pa")
+DURABLE = {"probe": "delivered", "reestimated": "re-estimated", "fine_tuned": "fine-tuned"}
+PAPER_ATTACKS = {
+    "badnets": "BadNets",
+    "blend": "Blend",
+    "sig": "SIG",
+    "wanet": "WaNet",
+    "cla": "CLA",
+}
+READERS: Mapping[Reader, str] = {
+    "paper": "the paper's reading: the victim's own head before a defense, a linear probe after",
+    "probe": "linear probe before and after",
+    "head": "the backbone's own head before and after",
+}
+
+
+class Line(NamedTuple):
+    """All records of one row of a table, a record a seed."""
+
+    attack: str
+    row: str
+    records: tuple[Record, ...]
+
+
+def lines(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]) -> list[Line]:
+    """Collect the records of each row, attack by attack; rows without any are kept."""
+    kept: dict[tuple[str, str], list[Record]] = {}
+    for entry in sorted(found, key=lambda entry: grid.attacks.index(entry.attack)):
+        place = kept.setdefault((entry.attack, entry.row), [])
+        if entry.cell.key in records:
+            place.append(records[entry.cell.key])
+    return [Line(attack, row, tuple(values)) for (attack, row), values in kept.items()]
+
+
+def all_tables(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]) -> list[Table]:
+    """Return the tables of a grid: scores by each reader, and whether they last."""
+    rows = lines(grid, found, records)
+    readers: list[Reader] = ["probe", "head"]
+    if grid.compares:
+        readers.insert(0, "paper")
+    return [
+        *(scores_table(grid, rows, reader) for reader in readers),
+        durability_table(grid, rows),
+    ]
+
+
+def scores_table(grid: Grid, rows: Sequence[Line], reader: Reader) -> Table:
+    """Return ACC, ASR and PA in percent.
+
+    In the paper's own reading the paper's numbers stand beside, and how much ours are above them.
+    """
+    beside = grid.compares and reader == "paper"
+    columns = ["attack, defense"]
+    for name in ("ACC", "ASR", "PA"):
+        columns += [name, "±"] + (["paper", "ours − paper"] if beside else [])
+    columns += ["seeds", "seconds"]
+    body = []
+    for line in rows:
+        cells: list[Any] = [label(line)]
+        figures = paper_figures(grid, line) if beside else {}
+        for what in WHAT:
+            mean, spread = mean_and_spread([_read(r, reader, what) for r in line.records])
+            cells += [mean, spread]
+            if beside:
+                paper = figures.get(what.upper())
+                both = mean is not None and paper is not None
+                cells += [paper, mean - paper if both else None]  # type: ignore[operator]
+        seconds = [float(record["seconds"]["defense"]) for record in line.records]
+        cells += [len(line.records), statistics.median(seconds) if seconds else None]
+        flags = _flags(grid, line)
+        cells[1] = Flagged(cells[1], flags) if flags and line.records else cells[1]
+        body.append(tuple(cells))
+    return Table(
+        f"{heading(grid)}: {READERS[reader]}",
+        tuple(columns),
+        tuple(body),
+        decimals=1,
+        note=_note(grid, rows),
+    )
+
+
+def durability_table(grid: Grid, rows: Sequence[Line]) -> Table:
+    """Return ASR, PA and ACC of the probe as delivered and after what users do, in percent.
+
+    ``comes back``: how much the worst ASR is above the one as delivered. A defense that removes a
+    backdoor has about 0 there; one that only masks it has more.
+    """
+    words = list(DURABLE.values())
+    columns = (
+        "attack, defense",
+        *(f"ASR {word}" for word in words),
+        "worst ASR",
+        "comes back",
+        *(f"PA {word}" for word in words),
+        *(f"ACC {word}" for word in words),
+        "seeds",
+    )
+    body = []
+    for line in rows:
+
+        def means(what: str, line: Line = line) -> list[float | None]:
+            readings = [[_score(r, name, what) for r in line.records] for name in DURABLE]
+            return [mean_and_spread(values)[0] for values in readings]
+
+        worst, delivered = mean_and_spread(list(map(worst_asr, line.records)))[0], means("asr")[0]
+        back = None if worst is None or delivered is None else worst - delivered
+        body.append(
+            (
+                label(line),
+                *means("asr"),
+                worst,
+                back,
+                *means("pa"),
+                *means("acc"),
+                len(line.records),
+            )
+        )
+    return Table(
+        f"{heading(grid)}: does it last?",
+        columns,
+        tuple(body),
+        decimals=1,
+        note="The probe as delivered; after batch-norm statistics are re-estimated on plain clean "
+        "images; after a short clean fine-tuning. " + _note(grid, rows),
+    )
+
+
+def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Return mean and sample standard deviation in percent of what is there, as shares."""
+    there = [100 * value for value in values if value is not None]
+    if not there:
+        return None, None
+    return statistics.fmean(there), statistics.stdev(there) if len(there) > 1 else None
+
+
+def worst_asr(record: Record) -> float | None:
+    """Return the highest ASR of the probe's readings."""
+    there = [_score(record, name, "asr") for name in DURABLE]
+    return max((value for value in there if value is not None), default=None)
+
+
+def paper_figures(grid: Grid, line: Line) -> Mapping[str, float]:
+    """Return what the paper prints for a row, in percent; nothing if it does not have the row."""
+    data = paper_tables().get(f"table{grid.table}", {}).get("data", {})
+    figures: Mapping[str, float] = data.get(PAPER_ATTACKS[line.attack], {}).get(line.row, {})
+    return figures
+
+
+def paper_tables() -> dict[str, Any]:
+    """Return the numbers of the paper's tables."""
+    text = (importlib.resources.files("unbackdoor.bench") / "paper_tables.json").read_text("utf-8")
+    return dict(json.loads(text))
+
+
+def heading(grid: Grid) -> str:
+    """Return what stands above a table of ``grid``."""
+    printed = paper_tables().get(f"table{grid.table}", {}).get("title", "")
+    title = grid.title or (printed if grid.compares else printed.partition(",")[0])
+    return f"Table {grid.table} ({grid.tier}): {title}"
+
+
+def label(line: Line) -> str:
+    """Return the first cell of a row."""
+    return f"{PAPER_ATTACKS[line.attack]}: {line.row}"
+
+
+def as_markdown(table: Table) -> str:
+    """Return a table for a terminal and for a page of documentation, with its flags and note."""
+    flags = list(dict.fromkeys(c.flag for row in table.rows for c in row if isinstance(c, Flagged)))
+    places = 1 if table.decimals is None else table.decimals
+
+    def text(cell: Any) -> str:
+        if isinstance(cell, Flagged):
+            return f"{text(cell.value)} [{flags.index(cell.flag) + 1}]"
+        if cell is None:
+            return "–"
+        return f"{cell:.{places}f}" if isinstance(cell, float) else str(cell)
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    return "\n".join(
+        [
+            f"**{table.title}**",
+            "",
+            line(table.columns),
+            line(["---", *("--:" for _ in table.columns[1:])]),
+            *(line([text(cell) for cell in row]) for row in table.rows),
+            "",
+            *(f"[{number}] {flag}" for number, flag in enumerate(flags, start=1)),
+            table.note,
+            "",
+        ]
+    )
+
+
+def _read(record: Record, reader: Reader, what: str) -> float | None:
+    if reader != "paper":
+        return _score(record, reader, what)
+    undefended = record["cell"]["defense"] == NO_DEFENSE
+    by_head = _score(record, "head", what) if undefended else None
+    return by_head if by_head is not None else _score(record, "probe", what)
+
+
+def _score(record: Record, reader: str, what: str) -> float | None:
+    scores = record["scores"]["after"].get(reader)
+    return None if scores is None else float(scores[what])
+
+
+def _flags(grid: Grid, line: Line) -> str:
+    """Return the flags of a row, with the seeds that have them where not all do."""
+    oracles = [
+        f"an oracle choice: {r.oracle}" for r in grid.rows if r.name == line.row and r.oracle
+    ]
+    seeds: dict[str, list[int]] = {}
+    for record in line.records:
+        for flag in record["flags"]:
+            seeds.setdefault(flag, []).append(record["cell"]["seed"])
+    texts = [
+        flag if len(found) == len(line.records) else f"{flag} (seed {', '.join(map(str, found))})"
+        for flag, found in seeds.items()
+    ]
+    return "; ".join([*oracles, *texts])
+
+
+def _note(grid: Grid, rows: Sequence[Line]) -> str:
+    records = [record for line in rows for record in line.records]
+    parts = [describe_schedule(grid)]
+    if not grid.compares:
+        parts.append("Not comparable with the paper: compare within the table.")
+    if records:
+        scores = records[0]["scores"]["after"]["probe"]
+        data = records[0]["data"]
+        parts.append(
+            f"Percent. ACC on {scores['images']} test images, ASR and PA on those of other classes "
+            f"than the target; the probe has {data['probe']} labels, other than the defense's. "
+            f"The row {CLEAN_ROW!r} was never poisoned: what the trigger does to a clean network."
+        )
+    if any(0 < len(line.records) < SEEDS for line in rows):
+        parts.append(f"Some rows have fewer than {SEEDS} seeds.")
+    if len({(r["data"]["train_sha256"], r["data"]["test_sha256"]) for r in records}) > 1:
+        parts.append("The records are of different images.")
+    return " ".join(parts)
