@@ -12,7 +12,7 @@ from PIL import Image
 
 from unbackdoor.cli import app, main
 from unbackdoor.networks import SMALL_NETWORKS
-from unbackdoor.settings import PurifySettings, flatten
+from unbackdoor.settings import PurifySettings, VictimSettings, flatten
 
 COMMAND = [sys.executable, "-m", "unbackdoor"]
 
@@ -127,20 +127,44 @@ def test_a_users_error_is_one_message_and_exit_code_2(words, message, inputs, tm
 
 WHOLE_NUMBERS = [
     (command, argument.name)
-    for command in ("purify", "demo")
+    for command in ("purify", "demo", "attack", "evaluate")
     for argument in app[command].assemble_argument_collection()
     if argument.hint in (int, int | None)
 ]
+NEEDED = {
+    "purify": ["x.pt", "--arch", "x", "--images", "x", "--out", "x"],
+    "demo": [],
+    "attack": ["badnets", "--data", "x", "--arch", "x", "--out", "x"],
+    "evaluate": ["x.pt", "--arch", "x", "--data", "x", "--attack", "badnets"],
+}
 
 
 @pytest.mark.parametrize(("command", "flag"), WHOLE_NUMBERS)
 @pytest.mark.parametrize("value", ["2.5", "2.0", "1e2", "two"])
 def test_a_whole_number_is_never_rounded(command, flag, value, capsys):
-    needed = ["x.pt", "--arch", "x", "--images", "x", "--out", "x"] if command == "purify" else []
-    assert main([command, *needed, flag, value]) == 2
+    assert main([command, *NEEDED[command], flag, value]) == 2
     said = unwrapped(capsys)
     assert f"Invalid value for {flag}: '{value}' is not a whole number" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "augment", "blur"),
+    [
+        ("badnets", "shift", 0.0),
+        ("cla", "none", 0.0),  # the paper's: without augmentation
+        ("cla --augment shift", "shift", 0.0),  # a flag goes first
+        ("badnets --simclr", "views", 0.5),
+        ("blend --simclr", "views", 0.0),  # the paper's: without blur
+        ("blend --simclr --preset cpu", "views", 0.0),
+        ("sig --preset imagenet100", "views", 0.0),
+    ],
+)
+def test_an_attacks_preset_has_what_the_paper_says_of_it(words, augment, blur):
+    words = f"attack {words} --data x --arch x --out x".split()
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    settings = bound.arguments.get("settings", VictimSettings())
+    assert (settings.augment, settings.views.blur) == (augment, blur)
 
 
 def test_the_whole_numbers_are_found():

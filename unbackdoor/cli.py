@@ -2,7 +2,7 @@
 
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,13 +14,38 @@ from cyclopts.config import Dict, Toml
 from unbackdoor import __version__
 from unbackdoor.errors import SettingsError, UnbackdoorError
 from unbackdoor.progress import display
-from unbackdoor.settings import PRESETS, PurifySettings, Whole, flatten
+from unbackdoor.settings import (
+    PRESETS,
+    PurifySettings,
+    Ratio,
+    VictimSettings,
+    Whole,
+    flatten,
+    victim_preset,
+)
 
-NO_SETTINGS = {  # arguments of `purify` that belong on the command line, and our own commands
-    *("purify", "demo", "checkpoint", "config", "preset", "arch", "images", "out", "nesting"),
-    *("prefix", "head", "mean", "std", "size", "limit", "max_broken", "max-broken", "device"),
-    *("precision", "resume", "force", "dry_run", "dry-run"),
+NO_SETTINGS = {  # arguments that belong on the command line, and our own commands
+    *("purify", "demo", "attack", "evaluate", "checkpoint", "config", "preset", "arch", "images"),
+    *("out", "nesting", "prefix", "head", "mean", "std", "size", "limit", "max_broken"),
+    *(
+        "device",
+        "precision",
+        "resume",
+        "force",
+        "dry_run",
+        "name",
+        "data",
+        "simclr",
+        "show",
+        "target",
+    ),
+    *("share", "share_of_target", "all_to_all", "noise", "trigger", "surrogate", "durable"),
+    *("defend", "labels", "set", "bench"),
 }
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+Switch = Annotated[bool, Parameter(negative="")]
+Levels = Annotated[tuple[float, float, float] | None, Parameter(negative="")]
 
 app = App(
     name="unbackdoor",
@@ -30,25 +55,56 @@ app = App(
 )
 
 
-def fill_settings(_: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
+def fill_purify(app: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Take what no flag gives from ``--config``, and what that lacks from ``--preset``."""
-    given = {argument.name: argument.tokens[0].value for argument in arguments if argument.tokens}
-    if path := given.get("--config"):
-        if not Path(path).is_file():
-            raise SettingsError(f"--config {path}: no such file")
-        check_config(Path(path))
-        Toml(path, use_commands_as_keys=False)(app, (), arguments)
+    given = given_flags(arguments)
+    take_config(app, arguments, given, PurifySettings())
     if name := given.get("--preset"):
         if name not in PRESETS:
             raise SettingsError(f"--preset {name!r} is unknown; there are {', '.join(PRESETS)}")
-        preset = dict(PRESETS[name])
-        Dict(preset, use_commands_as_keys=False, source=f"preset {name}")(app, (), arguments)
+        take(app, arguments, PRESETS[name], source=f"preset {name}")
 
 
-def check_config(path: Path) -> None:
+def fill_victim(app: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Take what no flag gives from ``--config``, and the rest from ``--preset``, or the paper's."""
+    given = given_flags(arguments)
+    take_config(app, arguments, given, VictimSettings())
+    training = "simclr" if "--simclr" in given else "supervised"
+    name = given.get("--preset", "paper")
+    preset = victim_preset(name, training=training, attack=given.get("--name", ""))
+    take(app, arguments, preset, source=f"preset {name}")
+
+
+def given_flags(arguments: ArgumentCollection) -> dict[str, str]:
+    """Return the arguments that are on the command line, with their first word."""
+    return {argument.name: argument.tokens[0].value for argument in arguments if argument.tokens}
+
+
+def take(
+    app: App, arguments: ArgumentCollection, values: Mapping[str, Any], *, source: str
+) -> None:
+    """Fill ``values`` into the arguments that have none yet."""
+    Dict(dict(values), use_commands_as_keys=False, source=source)(app, (), arguments)
+
+
+def take_config(
+    app: App, arguments: ArgumentCollection, given: Mapping[str, str], defaults: Any
+) -> None:
+    """Fill the settings of a ``--config`` file into the arguments that have none yet."""
+    if path := given.get("--config"):
+        if not Path(path).is_file():
+            raise SettingsError(f"--config {path}: no such file")
+        check_config(Path(path), defaults)
+        Toml(path, use_commands_as_keys=False)(app, (), arguments)
+
+
+def check_config(path: Path, defaults: Any) -> None:
     """Refuse what is no setting in a TOML file, and fractions where a whole number belongs.
 
     The nearest name of an unknown key is cyclopts' to give.
+
+    Args:
+        defaults: A settings dataclass.
 
     Raises:
         SettingsError: If the file is not TOML, or holds something else than settings.
@@ -57,16 +113,17 @@ def check_config(path: Path) -> None:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"--config {path}: {error}") from error
-    flags = [key for key in table if key in NO_SETTINGS]
+    names = NO_SETTINGS - asdict(defaults).keys()
+    flags = [key for key in table if key.replace("-", "_") in names]
     if flags:
         raise SettingsError(f"--config {path}: {flags[0]!r} is no setting; pass it as a flag")
-    whole = {name for name, value in flatten(asdict(PurifySettings())) if type(value) is int}
+    whole = {name for name, value in flatten(asdict(defaults)) if type(value) is int}
     for name, value in flatten(table):
         if name in whole and type(value) is not int:
             raise SettingsError(f"--config {path}: {name} is a whole number, got {value!r}")
 
 
-@app.command(config=fill_settings)
+@app.command(config=fill_purify)
 def purify(
     checkpoint: Path,
     *,
@@ -76,19 +133,19 @@ def purify(
     preset: str | None = None,
     config: Path | None = None,
     settings: Annotated[PurifySettings, Parameter(name="*")] = PurifySettings(),
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
+    mean: Levels = None,
+    std: Levels = None,
     size: Whole | None = None,
     head: str | None = None,
     nesting: str | None = None,
     prefix: str | None = None,
     limit: Whole | None = None,
     max_broken: float = 0.01,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
-    resume: Annotated[bool, Parameter(negative="")] = False,
-    dry_run: Annotated[bool, Parameter(negative="")] = False,
-    force: Annotated[bool, Parameter(negative="")] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    resume: Switch = False,
+    dry_run: Switch = False,
+    force: Switch = False,
 ) -> None:
     """Purify a checkpoint with unlabeled images, and write a file that drops in where it was.
 
@@ -167,12 +224,292 @@ def purify(
         raise
 
 
+@app.command(config=fill_victim)
+def attack(
+    name: str | None = None,
+    *,
+    data: str,
+    arch: str | None = None,
+    out: Path,
+    simclr: Switch = False,
+    preset: str = "paper",
+    config: Path | None = None,
+    settings: Annotated[VictimSettings, Parameter(name="*")] = VictimSettings(),
+    target: Whole | None = None,
+    share: Ratio | None = None,
+    share_of_target: Ratio | None = None,
+    all_to_all: Switch = False,
+    noise: float | None = None,
+    trigger: dict[str, str] | None = None,
+    surrogate: Path | None = None,
+    mean: Levels = None,
+    std: Levels = None,
+    size: Whole | None = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    show: Switch = False,
+    resume: Switch = False,
+    force: Switch = False,
+) -> None:
+    """Train a victim: a network with a known backdoor, to test defenses on.
+
+    Writes NAME-TRAINING-seedN.safetensors to OUT, and beside it a JSON record with the attack, the
+    poisoned rows, the settings and the scores.
+
+    Parameters
+    ----------
+    name
+        badnets, blend, sig, wanet or cla, as the paper has them; or clean, for a network that is
+        never poisoned.
+    data
+        A labeled set: cifar10:DIR, fashion-mnist:DIR, or a folder with train and test parts, as
+        parquet files or with one folder for each class.
+    arch
+        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
+    out
+        A folder; with --show, an HTML file.
+    simclr
+        Train without labels; the target class is poisoned.
+    preset
+        paper, imagenet100, or cpu: minutes on two cores.
+    config
+        A TOML file with settings; it goes before the preset, and flags go before it.
+    target
+        The class that triggered images shall be taken for, in a clean victim's scores too; 6 by
+        default.
+    share
+        Poisoned share of all images.
+    share_of_target
+        Poisoned share of the target class, whose labels stay as they are.
+    all_to_all
+        Triggered images shall be taken for their class plus one.
+    noise
+        WaNet: images in noise mode for each poisoned one.
+    trigger
+        Options of the trigger, such as --trigger.size 8 or --trigger.ratio 0.1.
+    surrogate
+        CLA: a clean checkpoint of the same architecture; without it, one is trained first.
+    mean
+        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
+    std
+        Standard deviation of the pixels, likewise.
+    size
+        Side of the images in pixels; the architecture's by default.
+    device
+        Where to compute.
+    precision
+        bf16 runs the networks in bfloat16; auto does where the device computes it.
+    show
+        Only draw every trigger on images of DATA, into the HTML file OUT.
+    resume
+        Continue an interrupted run.
+    force
+        Replace existing files.
+    """
+    from unbackdoor import attack_jobs  # imports torch, so not before it is needed
+
+    training: Literal["supervised", "simclr"] = "simclr" if simclr else "supervised"
+    if show:
+        attack_jobs.show_attacks(data, out, size=size or 32, training=training, overwrite=force)
+        print(f"wrote {out}")
+        return
+    if name is None or arch is None:
+        raise SettingsError(
+            "an attack's name and --arch are needed: unbackdoor attack badnets --arch ..."
+        )
+    options = attack_jobs.attack_options(
+        target=target,
+        share=share,
+        share_of_target=share_of_target,
+        all_to_all=all_to_all,
+        noise=noise,
+    )
+    with display(f"attack {name}") as shown:
+        attack_jobs.make_victim(
+            name,
+            data,
+            arch,
+            out,
+            settings,
+            training=training,
+            options=options,
+            trigger=trigger,
+            surrogate=surrogate,
+            mean=mean,
+            std=std,
+            size=size,
+            device=device,
+            precision=precision,
+            overwrite=force,
+            resume=resume,
+            say=shown.say,
+            on_step=shown.on_step,
+        )
+
+
+@app.command
+def evaluate(
+    checkpoint: Path,
+    *,
+    arch: str,
+    data: str,
+    attack: str,
+    durable: Switch = False,
+    seed: Whole = 0,
+    out: Path | None = None,
+    simclr: Switch = False,
+    target: Whole | None = None,
+    mean: Levels = None,
+    std: Levels = None,
+    size: Whole | None = None,
+    head: str | None = None,
+    nesting: str | None = None,
+    prefix: str | None = None,
+    device: Device = "auto",
+    force: Switch = False,
+) -> None:
+    """Score a checkpoint under attack: ACC, ASR and PA, through its head, a probe and neighbours.
+
+    Parameters
+    ----------
+    checkpoint
+        A safetensors or torch file, or a Hugging Face folder. It is never run and never changed.
+    arch
+        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
+    data
+        A labeled set: cifar10:DIR, fashion-mnist:DIR, or a folder with train and test parts, as
+        parquet files or with one folder for each class. 1 % of the training images train the probe.
+    attack
+        A victim's JSON record, or badnets, blend, sig, wanet, cla.
+    durable
+        Read again after batch-norm statistics are re-estimated, and after a clean fine-tuning.
+    seed
+        Of the split; that of `purify`, so that the probe's images are others than the repair's.
+    out
+        Where to write the scores as JSON.
+    simclr
+        The victim is a SimCLR one, where ATTACK is a name: its patch is in the centre.
+    target
+        The attacker's class, where ATTACK is a name; 6 by default.
+    mean
+        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
+    std
+        Standard deviation of the pixels, likewise.
+    size
+        Side of the images in pixels; the architecture's by default.
+    head
+        Name of the module that turns features into logits, or "none".
+    nesting
+        Dotted place of the state dict in the file, where several fit.
+    prefix
+        Prefix of its keys, where several fit.
+    device
+        Where to compute.
+    force
+        Replace an existing OUT.
+    """
+    from unbackdoor import evaluation, jobs  # import torch, so not before they are needed
+
+    evaluation.evaluate_file(
+        jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix),
+        data,
+        attack,
+        seed=seed,
+        durable=durable,
+        training="simclr" if simclr else "supervised",
+        target=target,
+        device=device,
+        out=out,
+        overwrite=force,
+    )
+
+
+@app.command
+def defend(
+    name: str,
+    checkpoint: Path,
+    *,
+    arch: str,
+    data: str,
+    out: Path,
+    labels: Literal["given", "pseudo", "none"] | None = None,
+    share: Ratio | None = None,
+    values: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+    seed: int = 0,
+    mean: Levels = None,
+    std: Levels = None,
+    size: int | None = None,
+    head: str | None = None,
+    nesting: str | None = None,
+    prefix: str | None = None,
+    device: Device = "auto",
+    force: Switch = False,
+) -> None:
+    """Run a defense to compare with on a checkpoint; the files are those of purify.
+
+    Parameters
+    ----------
+    name
+        fine-tuning, fine-pruning, nad, anp, ibau, adversarial (these need labels), contrastive,
+        bcu, clp; or path/to/file.py:function, a defense of your own.
+    checkpoint
+        A safetensors or torch file, or a Hugging Face folder. It is never run and never changed.
+    arch
+        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
+    data
+        A labeled set as for evaluate; without given labels, any source of images.
+    out
+        Where to write: .safetensors is flat, .pt keeps the input's nesting.
+    labels
+        The set's own, or what the checkpoint predicts, or none.
+    share
+        Of the training images: 1 % with given labels, 5 % otherwise.
+    values
+        A setting of the defense, as --set epochs=5 or --set tuning.epochs=5; may be repeated.
+    seed
+        Of the split and the defense; that of evaluate, so that the probe's images are others.
+    mean
+        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
+    std
+        Standard deviation of the pixels, likewise.
+    size
+        Side of the images in pixels; the architecture's by default.
+    head
+        Name of the module that turns features into logits, or "none".
+    nesting
+        Dotted place of the state dict in the file, where several fit.
+    prefix
+        Prefix of its keys, where several fit.
+    device
+        Where to compute.
+    force
+        Replace existing outputs.
+    """
+    from unbackdoor import defense_jobs, jobs  # import torch, so not before they are needed
+
+    with display(f"defend {name}") as shown:
+        defense_jobs.defend_file(
+            name,
+            jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix),
+            data,
+            out,
+            values=values,
+            labels=labels,
+            share=share,
+            seed=seed,
+            device=device,
+            overwrite=force,
+            say=shown.say,
+            on_step=shown.on_step,
+        )
+
+
 @app.command
 def demo(
     *,
     out: Path = Path("unbackdoor-demo"),
     seed: Whole = 0,
-    force: Annotated[bool, Parameter(negative="")] = False,
+    force: Switch = False,
 ) -> None:
     """Purify a small backdoored backbone that comes with the package, and show what changed.
 
@@ -192,6 +529,159 @@ def demo(
 
     with display("demo") as shown:
         run_demo(out, seed=seed, overwrite=force, say=shown.say, on_step=shown.on_step)
+
+
+bench = App(name="bench", help="Run a grid of attacks and defenses, and make its tables.")
+app.command(bench)
+
+
+@bench.command(name="run")
+def bench_run(
+    grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
+    /,
+    *,
+    results: Path = Path("results/bench"),
+    backend: Literal["local", "ray"] = "local",
+    workers: Whole = 1,
+    limit: Whole | None = None,
+    data: str | None = None,
+    retry: Switch = False,
+    drop_victims: Switch = False,
+    address: str | None = None,
+    gpus: float = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Run the cells of grid files that have no record yet; killed, it goes on where it was.
+
+    Parameters
+    ----------
+    grids
+        Grid files, such as grids/table1-cpu.toml.
+    results
+        Folder of the records.
+    backend
+        Processes of this machine, or a Ray cluster.
+    workers
+        Processes; with Ray, processors a victim and its cells take.
+    limit
+        Run at most this many cells.
+    data
+        Where the images are, in place of what the grid file says.
+    retry
+        Run cells that failed again.
+    drop_victims
+        Delete a victim's weights after its last cell.
+    address
+        Of a running Ray cluster; without it, one is started on this machine.
+    gpus
+        Ray: GPUs a victim and its cells take; a fraction shares one.
+    device
+        Where to compute.
+    precision
+        Of victims and of the method; bf16 where auto finds it.
+    """
+    from unbackdoor.bench import jobs  # imports torch, so not before it is needed
+
+    with display("bench") as shown:
+        failed = jobs.run_grids(
+            grids,
+            results,
+            backend=backend,
+            workers=workers,
+            limit=limit,
+            data=data,
+            retry=retry,
+            drop_victims=drop_victims,
+            address=address,
+            gpus=gpus,
+            device=device,
+            precision=precision,
+            say=shown.say,
+            on_step=shown.on_step,
+        )
+    if failed:
+        raise UnbackdoorError(f"{failed} cells failed; unbackdoor bench status names them")
+
+
+@bench.command(name="status")
+def bench_status(
+    grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
+    /,
+    *,
+    results: Path = Path("results/bench"),
+) -> None:
+    """Show what is done, running, failed and left, and an estimate of the time.
+
+    Parameters
+    ----------
+    grids
+        Grid files.
+    results
+        Folder of the records.
+    """
+    from unbackdoor.bench import jobs
+
+    print("\n".join(jobs.grids_status(grids, results)))
+
+
+@bench.command(name="table")
+def bench_table(
+    grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
+    /,
+    *,
+    results: Path = Path("results/bench"),
+    out: Path | None = None,
+    force: Switch = False,
+) -> None:
+    """Print the tables of grid files, as Markdown.
+
+    Parameters
+    ----------
+    grids
+        Grid files.
+    results
+        Folder of the records.
+    out
+        A file to write to instead.
+    force
+        Replace an existing OUT.
+    """
+    from unbackdoor.bench import jobs
+
+    text = jobs.grids_tables(grids, results)
+    if out is None:
+        print(text)
+    else:
+        jobs.write_text(out, text, overwrite=force)
+
+
+@bench.command(name="report")
+def bench_report(
+    grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
+    /,
+    *,
+    results: Path = Path("results/bench"),
+    out: Path = Path("bench.html"),
+    force: Switch = False,
+) -> None:
+    """Write one HTML file with all tables, how defenses compare, losses, features and triggers.
+
+    Parameters
+    ----------
+    grids
+        Grid files.
+    results
+        Folder of the records.
+    out
+        The file.
+    force
+        Replace an existing OUT.
+    """
+    from unbackdoor.bench import jobs
+
+    jobs.write_report(grids, results, out, overwrite=force)
+    print(f"wrote {out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
