@@ -71,6 +71,7 @@ def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
     assert (given["images"], given["limit"], given["device"]) == ("fashion-mnist", 2500, "cpu")
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.timeout(300)  # a minute on an idle machine
 def test_the_demo_prints_scores_and_writes_one_self_contained_page(tmp_path):
     lines = []
