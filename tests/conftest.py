@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -26,3 +27,16 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("needs the folder shared/data beside the repository")
     return SHARED_DATA
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Two classes of images, dark and bright, 600 for training and 20 for the test."""
+    for split, count in (("train", 300), ("test", 10)):
+        for label, name in enumerate(("dark", "bright")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                level = 40 + 120 * label + i % 80
+                Image.new("RGB", (8, 8), (level, 90, level)).save(folder / f"{i:03}.png")
+    return str(tmp_path / "data")

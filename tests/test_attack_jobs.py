@@ -28,19 +28,6 @@ QUICK = VictimSettings(epochs=2, batch_size=25, augment="none")
 
 
 @pytest.fixture
-def data(tmp_path):
-    """Two classes of images, dark and bright, 600 for training and 20 for the test."""
-    for split, count in (("train", 300), ("test", 10)):
-        for label, name in enumerate(("dark", "bright")):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                level = 40 + 120 * label + i % 80
-                Image.new("RGB", (8, 8), (level, 90, level)).save(folder / f"{i:03}.png")
-    return str(tmp_path / "data")
-
-
-@pytest.fixture
 def make(data, tmp_path):
     """Make a small victim in ``out``; returns its record and the lines that were said."""
 

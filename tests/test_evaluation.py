@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from unbackdoor.attacks.named import attack_record, named_attack
@@ -27,19 +26,6 @@ from unbackdoor.metrics import Reading, Scores, make_test_set, score
 from unbackdoor.networks import SMALL_NETWORKS
 
 ATTACK = named_attack("badnets", size=32, training="supervised", options={"target": 1})
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Two classes of images, dark and bright, 600 for training and 20 for the test."""
-    for split, count in (("train", 300), ("test", 10)):
-        for label, name in enumerate(("dark", "bright")):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                level = 40 + 120 * label + i % 40
-                Image.new("RGB", (16, 16), (level, 90, level)).save(folder / f"{i:03}.png")
-    return str(tmp_path / "data")
 
 
 @pytest.fixture
