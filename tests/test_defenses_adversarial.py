@@ -22,6 +22,20 @@ def test_with_clean_images_alone_it_is_plain_fine_tuning():
     assert any(not value.allclose(tuned[name]) for name, value in mixed.items())
 
 
+def test_only_the_first_epochs_search():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    two = replace(ONE, epochs=2)
+    settings = replace(QUICK["adversarial"], tuning=two, clean=0.0, adversarial_epochs=0)
+    tuned = weights_of(fine_tune(backbone, data, FineTuningSettings(tuning=two)))
+    torch.testing.assert_close(weights_of(fine_tune_adversarially(backbone, data, settings)), tuned)
+    once, always = (
+        weights_of(fine_tune_adversarially(backbone, data, replace(settings, adversarial_epochs=n)))
+        for n in (1, 2)
+    )
+    assert any(not value.allclose(tuned[name]) for name, value in once.items())
+    assert any(not value.allclose(always[name]) for name, value in once.items())
+
+
 def test_the_head_is_tuned_with_the_rest():
     backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
     result = fine_tune_adversarially(backbone, data, QUICK["adversarial"])

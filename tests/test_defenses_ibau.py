@@ -1,56 +1,84 @@
 from dataclasses import replace
 
+import pytest
 import torch
 from test_defenses import QUICK, make_backbone, make_data
 
 from unbackdoor.defenses.common import cross_entropy
-from unbackdoor.defenses.ibau import find_trigger, hypergradient
+from unbackdoor.defenses.ibau import find_trigger, hypergradient, perturbed_count, perturbed_loss
 from unbackdoor.defenses.settings import IbauSettings
 
 SETTINGS = IbauSettings(fixed_point_steps=4, inner_rate=0.2, penalty=0.3)
+MIXED = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
+CURVED = torch.tensor([[1.0, 0.3], [0.3, 2.0]])
+OUTER = torch.tensor([[0.2, 0.0], [1.5, 0.4]])
 
 
-def quadratic(weights):
-    """A loss whose derivatives are known: w' A d - d' B d / 2 + |w|^2 / 2."""
-    mixed = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
-    curved = torch.tensor([[1.0, 0.3], [0.3, 2.0]])
+def objectives(weights):
+    """Two losses whose derivatives are known: w' A d - d' B d / 2, and w' C d + |w|^2 / 2."""
 
-    def objective(delta):
-        return weights @ mixed @ delta - delta @ curved @ delta / 2 + weights @ weights / 2
+    def inner(delta):
+        return weights @ MIXED @ delta - delta @ CURVED @ delta / 2
 
-    return objective, mixed, curved
+    def outer(delta):
+        return weights @ OUTER @ delta + weights @ weights / 2
+
+    return outer, inner
 
 
 def test_the_hypergradient_is_the_sum_that_its_source_writes():
     weights = torch.tensor([0.7, -0.4], requires_grad=True)
     delta = torch.tensor([0.2, 0.1])
-    objective, mixed, curved = quadratic(weights)
+    outer, inner = objectives(weights)
     rate, penalty = SETTINGS.inner_rate, SETTINGS.penalty
-    by_delta = mixed.T @ weights.detach() - curved @ delta
-    jacobian = torch.eye(2) - rate * curved - 2 * rate * penalty * torch.eye(2)
+    by_delta = OUTER.T @ weights.detach()
+    jacobian = torch.eye(2) - rate * CURVED - 2 * rate * penalty * torch.eye(2)
     v = sum(torch.linalg.matrix_power(jacobian.T, k) @ by_delta for k in range(4))
-    expected = mixed @ delta + weights.detach() + rate * mixed @ v
-    (found,), loss = hypergradient(objective, delta, [weights], SETTINGS)
+    expected = OUTER @ delta + weights.detach() + rate * MIXED @ v
+    (found,), loss = hypergradient(outer, inner, delta, [weights], SETTINGS)
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(loss, objective(delta).detach())
+    torch.testing.assert_close(loss, outer(delta).detach())
 
 
 def test_without_fixed_point_steps_it_is_the_plain_gradient():
     weights = torch.tensor([0.7, -0.4], requires_grad=True)
     delta = torch.tensor([0.2, 0.1])
-    objective, mixed, _ = quadratic(weights)
-    (found,), _ = hypergradient(objective, delta, [weights], replace(SETTINGS, fixed_point_steps=0))
-    torch.testing.assert_close(found, mixed @ delta + weights.detach())
+    plain = replace(SETTINGS, fixed_point_steps=0)
+    (found,), _ = hypergradient(*objectives(weights), delta, [weights], plain)
+    torch.testing.assert_close(found, OUTER @ delta + weights.detach())
 
 
-def test_the_trigger_stays_in_its_ball_and_raises_the_loss():
+@pytest.mark.parametrize(
+    ("images", "share", "count"), [(100, 0.01, 1), (300, 0.01, 3), (8, 0.01, 1), (100, 0, 0)]
+)
+def test_a_share_of_a_batch_is_perturbed_but_one_image_at_least(images, share, count):
+    assert perturbed_count(images, replace(SETTINGS, perturbed=share)) == count
+
+
+def test_a_perturbation_moves_the_images_that_it_shall_and_no_others():
     backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
-    loss_of = cross_entropy(backbone)
-    settings = replace(QUICK["ibau"], epsilon=1.5, inner_steps=6, batch_size=8)
-    trigger = find_trigger(loss_of, data.images, data.labels, backbone.mean, settings, lambda: None)
-    assert trigger.shape == (1, 3, 16, 16)
-    assert trigger.norm() <= 1.5 + 1e-5
-    plain = data.images.float() / 255
+    loss_of, delta = cross_entropy(backbone), torch.full((1, 3, 16, 16), 0.3)
+    images = data.images.float() / 255
+    moved = torch.cat([images[:2] + 0.3, images[2:]])
+    found = perturbed_loss(loss_of, data.images, data.labels, backbone.mean, perturbed=2)(delta)
+    torch.testing.assert_close(found, loss_of(moved, data.labels))
+    none = perturbed_loss(loss_of, data.images, data.labels, backbone.mean, perturbed=0)(delta)
+    torch.testing.assert_close(none, loss_of(images, data.labels))
+
+
+def test_the_trigger_is_one_gradient_step_a_batch_and_changes_predictions():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    settings = replace(QUICK["ibau"], search_rate=3.0, penalty=0.1)
+    loss_of, images = cross_entropy(backbone), data.images.float() / 255
+    own = backbone.logits(images).argmax(1)
+    delta = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss_of(images + delta, own), delta)
+    first = find_trigger(backbone, [data.images], settings, lambda: None)
+    torch.testing.assert_close(first, 3 * gradient)
+    twice = find_trigger(backbone, [data.images] * 2, settings, lambda: None)
+    moved = first.clone().requires_grad_(True)
+    raised = loss_of(images + moved, own) - 0.1 * moved.square().sum()
+    (gradient,) = torch.autograd.grad(raised, moved)
+    torch.testing.assert_close(twice, first + 3 * gradient)
     with torch.no_grad():
-        before = loss_of(plain, data.labels)
-        assert loss_of((plain + trigger).clamp(0, 1), data.labels) > before
+        assert loss_of(images + twice, own) > loss_of(images, own)

@@ -29,11 +29,11 @@ def fine_tune_adversarially(
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
 ) -> Defended:
-    """Return a copy of ``backbone`` after training on clean and on adversarial images.
+    """Return a copy of ``backbone`` after training on adversarial and then on clean images.
 
     A backdoored network's untargeted adversarial examples resemble triggered images in its
     features, so that learning their true labels unlearns the trigger. They are searched for in
-    every step against the network as it then is.
+    every step against the network as it then is; the epochs on clean images restore accuracy.
 
     Raises:
         ArchitectureError: If the backbone has no head.
@@ -41,17 +41,22 @@ def fine_tune_adversarially(
         DivergedError: If the loss is no longer finite.
 
     Source:
-        Mu et al. 2022, https://arxiv.org/abs/2202.06312: its adversarial fine-tuning.
-
-    Differs from the paper: clean images alone, of which the defender is sure; the paper's later
-    versions also clean the poisoned training set, which a defender of a downloaded file lacks.
+        Mu et al. 2023, https://arxiv.org/abs/2202.06312: adversarial fine-tuning (AFT), its
+        defense of somebody who has clean images and not the training set.
     """
     labels = labels_of(backbone, data)
     repaired = copy_of(backbone, device)
-    generator = torch.Generator(repaired.mean.device).manual_seed(settings.seed)
     loss = cross_entropy(repaired)
+    epoch = 0
+
+    def before_epoch(number: int) -> None:
+        nonlocal epoch
+        epoch = number
 
     def loss_of(images: Images, truth: Labels) -> Scalar:
+        clean = settings.clean if epoch < settings.adversarial_epochs else 1.0
+        if clean == 1:
+            return loss(images, truth)
         with batch_statistics(repaired, batch=False):  # the search must not move them
             found = linf_pgd(
                 lambda candidates: loss(candidates, truth),
@@ -59,9 +64,11 @@ def fine_tune_adversarially(
                 epsilon=settings.epsilon,
                 step_size=settings.step_size,
                 steps=settings.steps,
-                generator=generator,
+                generator=None,
             )
-        return settings.clean * loss(images, truth) + (1 - settings.clean) * loss(found, truth)
+        if clean == 0:
+            return loss(found, truth)
+        return clean * loss(images, truth) + (1 - clean) * loss(found, truth)
 
     tune(
         repaired,
@@ -71,5 +78,6 @@ def fine_tune_adversarially(
         seed=settings.seed,
         loss_of=loss_of,
         after_step=counter(steps_of(len(labels), settings.tuning), on_step),
+        before_epoch=before_epoch,
     )
     return Defended(finished(repaired), {"images": len(labels)})

@@ -134,12 +134,12 @@ def feature_distance(student: Features, teacher: Features) -> Scalar:
 
 
 def soft_label_distance(student: Tensor, teacher: Tensor, *, temperature: float) -> Scalar:
-    """Return the divergence of softened predictions, times the temperature squared.
+    """Return the divergence of softened predictions.
 
     Source:
-        Hinton et al. 2015, section 2.1, https://arxiv.org/abs/1503.02531.
+        Pang et al. 2023; like their code, without the factor of the temperature squared that
+        Hinton et al. 2015 have, https://arxiv.org/abs/1503.02531.
     """
     log_student = F.log_softmax(student / temperature, dim=1)
     log_teacher = F.log_softmax(teacher / temperature, dim=1)
-    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
-    return divergence * temperature**2
+    return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")

@@ -130,13 +130,6 @@ def to_unit(raw: RawImages, like: Tensor) -> Images:
     return unit.contiguous(memory_format=torch.channels_last)
 
 
-def plain_batches(images: RawImages, like: Tensor, batch_size: int) -> Iterator[Images]:
-    """Yield images in [0, 1] in their order, whole batches only unless there is none."""
-    whole = len(images) // batch_size * batch_size or len(images)
-    for batch in images[:whole].split(batch_size):
-        yield to_unit(batch, like)
-
-
 def counter(steps: int, on_step: OnStep | None) -> Callable[[], None]:
     """Return what to call after every step, over all phases of a defense."""
     done = 0

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unbackdoor.backbones import Backbone
-from unbackdoor.batchnorm import reestimate
 from unbackdoor.defenses.common import (
     Defended,
     DefenseData,
@@ -19,7 +18,7 @@ from unbackdoor.defenses.common import (
     cross_entropy,
     finished,
     labels_of,
-    plain_batches,
+    predict,
     shuffled,
     to_unit,
 )
@@ -38,12 +37,12 @@ def unlearn(
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
 ) -> Defended:
-    """Return a copy of ``backbone`` that classifies rightly under the worst shared perturbation.
+    """Return a copy of ``backbone`` that classifies rightly under a shared perturbation.
 
-    Each round searches for one perturbation of all images that raises the loss, and then lowers
-    the loss by the weights, through the perturbation's own dependence on them. Batch norm uses
-    its running statistics, taken anew from the plain images after every round: a batch's own would
-    normalize a perturbation of all its images away.
+    Each round searches for one perturbation of all images that changes what the backbone takes
+    them for, and then lowers the loss by the weights, through the perturbation's own dependence on
+    them. Batch norm uses the victim's running statistics throughout, as in the authors' code: a
+    batch's own would normalize a perturbation of all its images away.
 
     Raises:
         ArchitectureError: If the backbone has no head.
@@ -51,10 +50,9 @@ def unlearn(
         DivergedError: If the loss is no longer finite.
 
     Source:
-        Zeng et al. 2022, https://arxiv.org/abs/2110.03735.
-
-    Differs from the paper: the search for the perturbation takes steps of a fixed length in an L2
-    ball on the [0, 1] scale, and triggered pixels are clipped to [0, 1].
+        Zeng et al. 2022, https://arxiv.org/abs/2110.03735, and what their code adds: the
+        perturbation is found by plain gradient steps, in no ball, and only a share of every batch
+        is perturbed.
     """
     labels = labels_of(backbone, data)
     repaired = copy_of(backbone, device).requires_grad_(True)
@@ -62,97 +60,117 @@ def unlearn(
     optimizer = torch.optim.Adam(weights, lr=settings.learning_rate)
     generator = torch.Generator().manual_seed(settings.seed)
     loss_of = cross_entropy(repaired)
-    batches = list(shuffled(len(labels), settings.batch_size, generator=generator))
-    count = counter(settings.rounds * (settings.inner_steps + len(batches)), on_step)
+    parts = list(shuffled(len(labels), settings.batch_size, generator=generator))
+    batches = [data.images[rows] for rows in parts]
+    count = counter(settings.rounds * 2 * len(parts), on_step)
     found_losses: list[float] = []
     # attention's fast kernels have no second derivative
     with deterministic(), sdpa_kernel(SDPBackend.MATH):
+        inner = perturbed_loss(loss_of, batches[0], labels[parts[0]], repaired.mean)
         for _ in range(settings.rounds):
-            trigger = find_trigger(loss_of, data.images, labels, repaired.mean, settings, count)
+            trigger = find_trigger(repaired, batches, settings, count)
             total = 0.0
             for rows in shuffled(len(labels), settings.batch_size, generator=generator):
-                batch = to_unit(data.images[rows], repaired.mean)
-                truth = labels[rows].to(batch.device)
-
-                def worst(delta: Tensor, batch: Tensor = batch, truth: Labels = truth) -> Scalar:
-                    return loss_of((batch + delta).clamp(0, 1), truth)
-
-                gradients, loss = hypergradient(worst, trigger, weights, settings)
+                outer = perturbed_loss(
+                    loss_of,
+                    data.images[rows],
+                    labels[rows],
+                    repaired.mean,
+                    perturbed=perturbed_count(len(rows), settings),
+                )
+                gradients, loss = hypergradient(outer, inner, trigger, weights, settings)
                 optimizer.zero_grad()
                 for weight, gradient in zip(weights, gradients, strict=True):
                     weight.grad = gradient
                 optimizer.step()
-                total += loss.item() / len(batches)
+                total += loss.item() / len(parts)
                 count()
             check_finite(torch.tensor(total), "unlearning")
             found_losses.append(total)
-            reestimate(repaired, plain_batches(data.images, repaired.mean, settings.batch_size))
     return Defended(finished(repaired), {"losses": found_losses})
 
 
+def perturbed_count(images: int, settings: IbauSettings) -> int:
+    """Return how many images of a batch are perturbed: their share, but one unless it is 0."""
+    return max(int(images * settings.perturbed), int(settings.perturbed > 0))
+
+
+def perturbed_loss(
+    loss_of: Loss, raw: RawImages, labels: Labels, like: Tensor, *, perturbed: int | None = None
+) -> Objective:
+    """Return the loss of a batch as a function of a perturbation of its first images.
+
+    Args:
+        perturbed: How many of the images; all by default. The batch is in random order.
+    """
+    images, truth = to_unit(raw, like), labels.to(like.device)
+    if perturbed is None:
+        return lambda delta: loss_of(images + delta, truth)
+    there = (torch.arange(len(images), device=like.device) < perturbed).to(images.dtype)
+    mask = there[:, None, None, None]
+    return lambda delta: loss_of(images + mask * delta, truth)
+
+
 def find_trigger(
-    loss_of: Loss,
-    images: RawImages,
-    labels: Labels,
-    like: Tensor,
+    backbone: Backbone,
+    batches: Sequence[RawImages],
     settings: IbauSettings,
     count: Callable[[], None],
 ) -> Tensor:
-    """Return the perturbation ``(1, c, h, w)`` of length ``epsilon`` or less that raises the loss.
+    """Return a perturbation ``(1, c, h, w)`` of all images that changes what they are taken for.
 
-    Batch after batch, one step of 2.5 epsilon / ``inner_steps`` along the gradient, and back into
-    the ball.
+    From zero, one gradient step a batch on the cross-entropy to the backbone's own predictions,
+    less ``penalty`` times the perturbation's squared length.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    delta = torch.zeros(1, *images.shape[1:], device=like.device)
-    step = 2.5 * settings.epsilon / settings.inner_steps
-    batches = [*shuffled(len(labels), settings.batch_size, generator=generator)]
-    for index in range(settings.inner_steps):
-        rows = batches[index % len(batches)]
-        batch, truth = to_unit(images[rows], like), labels[rows].to(like.device)
+    loss_of = cross_entropy(backbone)
+    delta = torch.zeros(1, *batches[0].shape[1:], device=backbone.mean.device)
+    for raw in batches:
+        objective = perturbed_loss(loss_of, raw, predict(backbone, raw), backbone.mean)
         delta.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss_of((batch + delta).clamp(0, 1), truth), delta)
-        with torch.no_grad():
-            delta = delta + step * gradient / gradient.norm().clamp(min=1e-12)
-            delta = delta * (settings.epsilon / delta.norm().clamp(min=1e-12)).clamp(max=1)
+        raised = objective(delta) - settings.penalty * delta.square().sum()
+        (gradient,) = torch.autograd.grad(raised, delta)
+        delta = (delta + settings.search_rate * gradient).detach()
         count()
-    return delta.detach()
+    return delta
 
 
 def hypergradient(
-    objective: Objective, delta: Tensor, weights: Sequence[Tensor], settings: IbauSettings
+    outer: Objective,
+    inner: Objective,
+    delta: Tensor,
+    weights: Sequence[Tensor],
+    settings: IbauSettings,
 ) -> tuple[list[Tensor], Scalar]:
-    """Return the gradient of ``objective`` by the weights, through ``delta`` too, and its value.
+    """Return the gradient of ``outer`` by the weights, through ``delta`` too, and its value.
 
     The perturbation is the fixed point of one gradient step on it,
-    ``P(delta) = delta + rate * d/d delta (objective - penalty |delta|^2)``. With
-    ``v = sum over k < K of (dP/d delta)^T^k dL/d delta``, the gradient is
-    ``dL/d weights + (dP/d weights)^T v``.
+    ``P(delta) = delta + rate * d/d delta (inner - penalty |delta|^2)``. With
+    ``v = sum over k < K of (dP/d delta)^T^k d outer/d delta``, the gradient is
+    ``d outer/d weights + (dP/d weights)^T v``.
 
     Args:
-        objective: Maps a perturbation to the loss L, which depends on ``weights``.
+        outer: Maps a perturbation to the loss that the weights shall lower.
+        inner: Maps it to the loss that the perturbation shall raise.
 
     Source:
         Grazzi et al. 2020, the fixed-point method, https://arxiv.org/abs/2006.16218,
         which Zeng et al. 2022 use.
     """
     delta = delta.detach().requires_grad_(True)
-    loss = objective(delta)
-    by_delta, *direct = torch.autograd.grad(
-        loss, [delta, *weights], create_graph=settings.fixed_point_steps > 0, allow_unused=True
-    )
+    loss = outer(delta)
+    by_delta, *direct = torch.autograd.grad(loss, [delta, *weights], allow_unused=True)
     gradients = [
-        torch.zeros_like(weight) if part is None else part.detach()
+        torch.zeros_like(weight) if part is None else part
         for weight, part in zip(weights, direct, strict=True)
     ]
     if settings.fixed_point_steps == 0:
         return gradients, loss.detach()
-    stepped = delta + settings.inner_rate * (by_delta - 2 * settings.penalty * delta)
-    outer = by_delta.detach()
-    v = outer
+    (ascent,) = torch.autograd.grad(inner(delta), delta, create_graph=True)
+    stepped = delta + settings.inner_rate * (ascent - 2 * settings.penalty * delta)
+    v = by_delta
     for _ in range(settings.fixed_point_steps - 1):
         (carried,) = torch.autograd.grad(stepped, delta, v, retain_graph=True)
-        v = carried + outer
+        v = carried + by_delta
     through = torch.autograd.grad(stepped, list(weights), v, allow_unused=True)
     for gradient, part in zip(gradients, through, strict=True):
         if part is not None:

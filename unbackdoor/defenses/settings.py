@@ -1,7 +1,7 @@
 """Settings of the defenses; imports no torch, so that help is instant.
 
-A default is the published value. Where a source is silent, or could not be read again while this
-was written, the attribute says ``ours``.
+A default is the published value, of the paper or of its authors' code; where both are silent, the
+attribute says ``ours``.
 """
 
 from dataclasses import dataclass, field
@@ -117,12 +117,13 @@ class AnpSettings:
         batch_size: 128: likewise.
         learning_rate: Of the masks. .2: likewise.
         momentum: Of the masks' SGD. .9: likewise.
-        threshold: Neurons whose mask is not above it are pruned. .2: likewise. Where the held-out
-            accuracy forbids that, the highest lower multiple of .05.
+        threshold: Neurons whose mask is not above it are pruned. .2: likewise; their
+            ``prune_neuron_cifar.py`` tries all multiples of .05 and leaves the choice to the
+            reader of test scores. Where the held-out accuracy forbids it, the highest lower one.
         kept: Share of the held-out accuracy that pruning must keep. Ours.
         held_out: Share of the images on which it is read. Ours.
-        batch_norm: What normalizes in the search: each batch's own statistics, or the running
-            ones. Ours: docs/defenses/anp.md.
+        batch_norm: What normalizes in the search: each batch's own statistics, as in the authors'
+            ``optimize_mask_cifar.py``, or the running ones.
         seed: Of the held-out split, batches and the adversary's starts.
     """
 
@@ -154,61 +155,70 @@ class AnpSettings:
 class IbauSettings:
     """Unlearn a universal perturbation by its implicit hypergradient.
 
+    The values are those of the authors' ``defense.py``.
+
     Attributes:
-        rounds: Of finding the perturbation and unlearning it. 5: Zeng et al. 2022, to our memory.
-        fixed_point_steps: K of the hypergradient's fixed-point iteration. 5: likewise.
-        epsilon: L2 radius of the perturbation on the [0, 1] scale. Ours.
-        inner_steps: Gradient steps that find it. Ours.
-        inner_rate: Step of the map whose fixed point it is. .1: likewise.
-        penalty: Of the perturbation's squared length. .001: likewise.
-        learning_rate: Of Adam on the weights. 1e-3: likewise.
-        batch_size: 100: likewise.
+        rounds: Of finding the perturbation and unlearning it. 5.
+        search_rate: Of the gradient steps that find it, one for each batch of images. 10.
+        penalty: Of the perturbation's squared length. .001.
+        perturbed: Share of every batch that is perturbed in unlearning, one image at least. .01.
+        fixed_point_steps: K of the hypergradient's fixed-point iteration. 5.
+        inner_rate: Step of the map whose fixed point the perturbation is. .1.
+        learning_rate: Of Adam on the weights. 1e-3.
+        batch_size: 100.
         seed: Of the order.
     """
 
     rounds: int = 5
-    fixed_point_steps: int = 5
-    epsilon: Ratio = 2.5
-    inner_steps: int = 10
-    inner_rate: float = 0.1
+    search_rate: float = 10.0
     penalty: float = 1e-3
+    perturbed: Ratio = 0.01
+    fixed_point_steps: int = 5
+    inner_rate: float = 0.1
     learning_rate: float = 1e-3
     batch_size: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "inner_steps", "batch_size"):
+        for name in ("rounds", "batch_size"):
             in_range(name, getattr(self, name), least=1)
-        for name in ("inner_rate", "learning_rate", "epsilon"):
+        for name in ("inner_rate", "learning_rate"):
             in_range(name, getattr(self, name), above=0)
-        for name in ("fixed_point_steps", "penalty"):
+        for name in ("search_rate", "fixed_point_steps", "penalty"):
             in_range(name, getattr(self, name), least=0)
+        in_range("perturbed", self.perturbed, least=0, most=1)
 
 
 @dataclass(frozen=True)
 class AdversarialSettings:
-    """Fine-tune on adversarial examples with their true labels.
+    """Fine-tune on adversarial examples with their true labels, then on clean images.
+
+    The values are those of the authors' ``aft_main.py`` and ``config.py``.
 
     Attributes:
-        epsilon: L-infinity radius on the [0, 1] scale. 8/255, the usual one; ours.
-        steps: Of the search. Ours.
-        step_size: On the [0, 1] scale. Ours.
-        clean: Share of the loss on images as they are. Ours.
-        tuning: As fine-tuning's. Ours: the CBD paper does not run this defense.
-        seed: Of order, augmentation and the search's starts.
+        epsilon: L-infinity radius on the [0, 1] scale. 6/255.
+        steps: Of the search, from the image itself. 7.
+        step_size: On the [0, 1] scale. A fifth of the radius.
+        adversarial_epochs: The first epochs, which see adversarial images. 3.
+        clean: Share of the loss on images as they are in those epochs. 0; later it is 1.
+        tuning: 20 epochs, rate .001, batch 128. The cosine is ours: theirs is constant.
+        seed: Of order and augmentation.
     """
 
-    epsilon: Ratio = 8 / 255
+    epsilon: Ratio = 6 / 255
     steps: int = 7
-    step_size: Ratio = 2 / 255
-    clean: float = 0.5
-    tuning: Tuning = field(default_factory=Tuning)
+    step_size: Ratio = 1.2 / 255
+    adversarial_epochs: int = 3
+    clean: float = 0.0
+    tuning: Tuning = field(
+        default_factory=lambda: Tuning(epochs=20, batch_size=128, learning_rate=1e-3)
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:
         in_range("epsilon", self.epsilon, least=0, most=1)
-        in_range("steps", self.steps, least=0)
-        in_range("step_size", self.step_size, least=0)
+        for name in ("steps", "step_size", "adversarial_epochs"):
+            in_range(name, getattr(self, name), least=0)
         in_range("clean", self.clean, least=0, most=1)
 
 
@@ -239,15 +249,16 @@ class BcuSettings:
 
     Attributes:
         shares: Of the weights drawn anew: in the first layer, in four groups of equal depth, and
-            in the head. Pang et al. 2023, for ResNet-18.
+            in the head. Pang et al. 2023, for ResNet-18 (the authors' ``run_defense.sh``).
         match: What is distilled: features, which every backbone has, or the published logits.
-        tuning: Of the distillation. 100 epochs, rate .01, a cosine: Pang et al. 2023.
+        tuning: Of the distillation. 100 epochs, rate .01, a cosine, batch 256: the authors'
+            ``config/defense/ft/cifar10.yaml``.
         seed: Of the weights, order and augmentation.
     """
 
     shares: tuple[float, ...] = (0.01, 0.01, 0.03, 0.09, 0.27, 0.10)
     match: Literal["features", "logits"] = "features"
-    tuning: Tuning = field(default_factory=lambda: Tuning(epochs=100, batch_size=128))
+    tuning: Tuning = field(default_factory=lambda: Tuning(epochs=100))
     seed: int = 0
 
     def __post_init__(self) -> None:
