@@ -1,7 +1,7 @@
 import torch
 from test_defenses import make_backbone, make_data
 
-from unbackdoor.defenses.common import copy_of, split_off, tune, zero_rows
+from unbackdoor.defenses.common import copy_of, rate_at, split_off, tune, zero_rows
 from unbackdoor.defenses.settings import Tuning
 
 
@@ -42,3 +42,15 @@ def test_zeroed_rows_emit_nothing_not_even_their_shift():
     output = layer(torch.rand(2, 2, 5, 5))
     assert not output[:, [1, 3]].any()
     assert output[:, [0, 2]].all()
+
+
+def test_the_rate_follows_its_schedule():
+    cosine, constant, tenth = (
+        Tuning(epochs=4, learning_rate=0.1, schedule=name)
+        for name in ("cosine", "constant", "tenth")
+    )
+    assert [rate_at(cosine, 0, progress) for progress in (0, 0.5)] == [0.1, 0.05]
+    assert rate_at(cosine, 3, 1.0) < 1e-12
+    assert rate_at(constant, 3, 0.99) == 0.1
+    rates = [rate_at(tenth, epoch, epoch / 4) for epoch in range(4)]
+    assert rates == [0.1, 0.1, 0.1 * 0.1, 0.1 * 0.1]

@@ -195,7 +195,7 @@ def tune(
                 before_epoch(epoch)
             backbone.train()
             for rows in shuffled(len(images), tuning.batch_size, generator=generator):
-                optimizer.param_groups[0]["lr"] = cosine(tuning.learning_rate, step / steps)
+                optimizer.param_groups[0]["lr"] = rate_at(tuning, epoch, step / steps)
                 batch = augment(images[rows], tuning, generator=generator)
                 loss = loss_of(to_unit(batch, backbone.mean), labels[rows].to(device))
                 optimizer.zero_grad()
@@ -222,9 +222,13 @@ def augment(batch: RawImages, tuning: Tuning, *, generator: torch.Generator) -> 
     return shift_and_flip(batch, margin=max(1, batch.shape[-1] // 8), generator=generator)
 
 
-def cosine(rate: float, progress: float) -> float:
-    """Return the learning rate at ``progress`` through a run, from 0 to 1."""
-    return rate * 0.5 * (1 + math.cos(math.pi * progress))
+def rate_at(tuning: Tuning, epoch: int, progress: float) -> float:
+    """Return the learning rate in an epoch, counted from 0, at ``progress`` through all steps."""
+    if tuning.schedule == "constant":
+        return tuning.learning_rate
+    if tuning.schedule == "tenth":
+        return tuning.learning_rate * (1.0 if epoch < 2 else 0.1)
+    return tuning.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def check_finite(loss: Tensor, when: str) -> None:

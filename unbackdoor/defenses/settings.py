@@ -21,7 +21,9 @@ class Tuning:
     Attributes:
         epochs: Passes over the images.
         batch_size: Images a step; a last batch of one image is left out.
-        learning_rate: The first; it falls to 0 along a cosine.
+        learning_rate: The first.
+        schedule: How it goes on: ``cosine`` to 0 over all steps; ``constant``; or ``tenth``: to a
+            tenth after two epochs, as NAD's authors have it.
         momentum: Of SGD.
         weight_decay: L2 penalty.
         augment: ``shift``: random crop after padding by an eighth of the side, and mirror images,
@@ -31,6 +33,7 @@ class Tuning:
     epochs: int = 10
     batch_size: int = 256
     learning_rate: float = 0.01
+    schedule: Literal["cosine", "constant", "tenth"] = "cosine"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: Literal["shift", "none"] = "shift"
@@ -201,7 +204,7 @@ class AdversarialSettings:
         step_size: On the [0, 1] scale. A fifth of the radius.
         adversarial_epochs: The first epochs, which see adversarial images. 3.
         clean: Share of the loss on images as they are in those epochs. 0; later it is 1.
-        tuning: 20 epochs, rate .001, batch 128. The cosine is ours: theirs is constant.
+        tuning: 20 epochs, constant rate .001, batch 128.
         seed: Of order and augmentation.
     """
 
@@ -211,7 +214,9 @@ class AdversarialSettings:
     adversarial_epochs: int = 3
     clean: float = 0.0
     tuning: Tuning = field(
-        default_factory=lambda: Tuning(epochs=20, batch_size=128, learning_rate=1e-3)
+        default_factory=lambda: Tuning(
+            epochs=20, batch_size=128, learning_rate=1e-3, schedule="constant"
+        )
     )
     seed: int = 0
 
