@@ -10,7 +10,7 @@ from unbackdoor.backbones import build
 from unbackdoor.cli import main
 from unbackdoor.data import load_labeled, split_rows
 from unbackdoor.defense_jobs import defend_file, find_defense, load_pool, settings_from
-from unbackdoor.defenses.settings import BcuSettings, FineTuningSettings, IbauSettings
+from unbackdoor.defenses.settings import AdversarialSettings, BcuSettings, FineTuningSettings
 from unbackdoor.errors import ArchitectureError, DataError, DivergedError, SettingsError
 from unbackdoor.jobs import Source
 
@@ -215,7 +215,7 @@ def test_settings_are_read_as_what_they_are():
     assert changed.tuning.epochs == 10
     shares = settings_from(BcuSettings(), ["shares=0,0,0,0,0,1/2"]).shares
     assert shares == (0, 0, 0, 0, 0, 0.5)
-    assert settings_from(IbauSettings(), ["epsilon=1024/255"]).epsilon == 1024 / 255
+    assert settings_from(AdversarialSettings(), ["epsilon=8/255"]).epsilon == 8 / 255
 
 
 def test_the_seed_is_the_defenses_too_unless_it_is_set():
