@@ -338,6 +338,12 @@ def test_presets_follow_the_paper():
     paper = victim_preset("paper", training="supervised", attack="badnets")
     assert VictimSettings(**paper).epochs == 200
     assert victim_preset("paper", training="supervised", attack="cla")["augment"] == "none"
+    epochs = [
+        victim_preset("cpu", training=kind, attack="wanet")["epochs"]
+        for kind in ("supervised", "simclr")
+    ]
+    assert epochs[0] == 60
+    assert epochs[1] == victim_preset("cpu", training="simclr", attack="sig")["epochs"]
     simclr = victim_preset("paper", training="simclr", attack="badnets")
     assert (simclr["epochs"], simclr["views"]["blur"]) == (1000, 0.5)
     blend = victim_preset("paper", training="simclr", attack="blend")
