@@ -79,7 +79,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(max(codes))
     if arguments[0] == "test":
         os.chdir(ROOT)
-        command = [PYTHON, "-m", "pytest", *arguments[1:]]
+        workers = str(min(4, os.cpu_count() or 1))
+        command = [PYTHON, "-m", "pytest", "-n", workers, *arguments[1:]]
     else:  # not `python -m`, which would import whatever Python files lie in the current folder
         command = [str(ENVIRONMENT / "bin/unbackdoor"), *arguments]
     os.execve(command[0], command, environ)  # signals and the exit code are the command's own
