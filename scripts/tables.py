@@ -3,15 +3,23 @@
     python scripts/tables.py [--check]
 
 Each record in `results/demo/` is the `scores.json` of one `unbackdoor demo --seed SEED`; the table
-has medians; those in `results/victims/` were written by `unbackdoor attack`.
+has medians; those in `results/victims/` were written by `unbackdoor attack`; those in
+`results/bench/` by `unbackdoor bench run`.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from unbackdoor.bench.cells import NO_DEFENSE
+from unbackdoor.bench.grid import entries, read_grid
+from unbackdoor.bench.store import look_at, read_records
+from unbackdoor.defenses import DEFENSES
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = {
@@ -69,9 +77,46 @@ def victims_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {  # file -> the folder of its records, and what is made of them
-    "README.md": ("results/demo", demo_table),
-    "docs/victims.md": ("results/victims", victims_table),
+def defense_table(defense: str) -> str:
+    """Return what a defense did to the victim of `grids/defenses-cpu.toml`, in percent."""
+    readings = {
+        "head": "own head",
+        "probe": "probe",
+        "reestimated": "probe, re-estimated",
+        "fine_tuned": "probe, fine-tuned",
+    }
+    lines = [f"| | {' | '.join(readings.values())} |", "|---|---|---|---|---|"]
+    for name, record in defense_records():
+        if record["cell"]["defense"] not in (NO_DEFENSE, defense):
+            continue
+        scores = record["scores"]["after"]
+        cells = [" / ".join(f"{100 * scores[r][w]:.1f}" for w in WHAT) for r in readings]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def defense_records() -> list[tuple[str, dict[str, Any]]]:
+    """Return the rows of `grids/defenses-cpu.toml` that have a record, by name."""
+    found = entries(read_grid(ROOT / "grids/defenses-cpu.toml"))
+    records = read_records(look_at(ROOT / "results/bench"), [entry.cell.key for entry in found])
+    return [
+        (entry.row, dict(records[entry.cell.key])) for entry in found if entry.cell.key in records
+    ]
+
+
+def read_folder(folder: str) -> list[dict[str, Any]]:
+    """Return the records in a folder, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted((ROOT / folder).glob("*.json"))]
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # file -> its mark, and what makes the table
+    "README.md": ("results/demo", lambda: demo_table(read_folder("results/demo"))),
+    "docs/victims.md": ("results/victims", lambda: victims_table(read_folder("results/victims"))),
+    **{
+        f"docs/defenses/{name}.md": ("results/bench", lambda name=name: defense_table(name))  # type: ignore[misc]
+        for name in DEFENSES
+    },
 }
 
 
@@ -81,13 +126,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, fail if outdated")
     arguments = parser.parse_args()
     outdated = 0
-    for name, (folder, make) in TABLES.items():
-        records = [json.loads(path.read_text()) for path in sorted((ROOT / folder).glob("*.json"))]
+    for name, (mark, make) in TABLES.items():
         page = ROOT / name
-        begin, end = f"<!-- {folder} -->\n", "<!-- end -->\n"
+        begin, end = f"<!-- {mark} -->\n", "<!-- end -->\n"
         before, _, rest = page.read_text().partition(begin)
         old, _, after = rest.partition(end)
-        new = make(records)
+        new = make()
         if arguments.check and old != new:
             print(f"{name}: its table is outdated; run python scripts/tables.py")
             outdated = 1
