@@ -5,12 +5,13 @@ them, so whoever tunes or scores a network has to say which statistics were in u
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from unbackdoor.ranks import ALONE, Ranks, WholeBatchNorm
 from unbackdoor.types import Images
 
 
@@ -23,8 +24,19 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     ]
 
 
+def without_running_statistics(module: nn.Module) -> list[str]:
+    """Return the names of batch-norm layers that always normalize by the batch."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm) and not layer.track_running_stats
+    ]
+
+
 @contextmanager
-def batch_statistics(module: nn.Module, *, batch: bool, moving: bool = True) -> Iterator[None]:
+def batch_statistics(
+    module: nn.Module, *, batch: bool, moving: bool = True, ranks: Ranks = ALONE
+) -> Iterator[None]:
     """Normalize by the statistics of each batch, or by the running ones, while inside.
 
     Only batch-norm layers change; dropout and the like stay as they are.
@@ -32,6 +44,7 @@ def batch_statistics(module: nn.Module, *, batch: bool, moving: bool = True) -> 
     Args:
         batch: Whether each batch's own statistics are used.
         moving: Whether they move the running ones.
+        ranks: A batch is that of all of them together.
     """
     layers = batch_norms(module)
     before = [(layer.training, layer.momentum) for layer in layers]
@@ -40,7 +53,8 @@ def batch_statistics(module: nn.Module, *, batch: bool, moving: bool = True) -> 
         if not moving:
             layer.momentum = 0.0
     try:
-        yield
+        with WholeBatchNorm(ranks) if batch and ranks.count > 1 else nullcontext():
+            yield
     finally:
         for layer, (mode, momentum) in zip(layers, before, strict=True):
             layer.train(mode)
@@ -48,21 +62,21 @@ def batch_statistics(module: nn.Module, *, batch: bool, moving: bool = True) -> 
 
 
 @torch.no_grad()
-def track(module: nn.Module, images: Images) -> None:
+def track(module: nn.Module, images: Images, *, ranks: Ranks = ALONE) -> None:
     """Let the running statistics of ``module`` take one step towards those of ``images``."""
     if batch_norms(module):
-        with batch_statistics(module, batch=True):
+        with batch_statistics(module, batch=True, ranks=ranks):
             module(images)
 
 
 @torch.no_grad()
-def reestimate(module: nn.Module, batches: Iterable[Images]) -> None:
+def reestimate(module: nn.Module, batches: Iterable[Images], *, ranks: Ranks = ALONE) -> None:
     """Replace the running statistics of ``module`` by the mean of those of all ``batches``.
 
     Nothing else changes; a network without batch norm stays as it is and reads no batch.
 
     Args:
-        batches: Plain images in [0, 1], in batches of two images or more.
+        batches: Plain images in [0, 1], in batches of two images or more, of all ranks together.
     """
     layers = batch_norms(module)
     if not layers:
@@ -72,7 +86,7 @@ def reestimate(module: nn.Module, batches: Iterable[Images]) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # a cumulative mean
     try:
-        with batch_statistics(module, batch=True):
+        with batch_statistics(module, batch=True, ranks=ranks):
             for images in batches:
                 module(images)
     finally:

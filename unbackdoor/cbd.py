@@ -15,13 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from unbackdoor.batchnorm import batch_statistics, reestimate, track
+from unbackdoor.batchnorm import (
+    batch_statistics,
+    reestimate,
+    track,
+    without_running_statistics,
+)
 from unbackdoor.data import ImageSource, from_tensor
 from unbackdoor.devices import Precision, deterministic, in_precision
 from unbackdoor.errors import DataError, DivergedError, SettingsError
 from unbackdoor.losses import nt_xent
 from unbackdoor.pgd import l2_pgd, linf_pgd, shared_pgd
 from unbackdoor.probe import extract
+from unbackdoor.ranks import ALONE, Ranks, add_up, gather, own
 from unbackdoor.settings import PurifySettings, SearchSettings
 from unbackdoor.types import Features, Images, RawImages, Scalar
 from unbackdoor.views import random_views
@@ -72,6 +78,7 @@ def purify(
     *,
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
+    ranks: Ranks = ALONE,
     state: PurifyState | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[PurifyState], None] | None = None,
@@ -84,13 +91,15 @@ def purify(
         settings: See :class:`PurifySettings`.
         device: Where to compute; the copy that is returned is there too.
         precision: ``bf16`` runs networks in bfloat16; weights and losses stay float32.
+        ranks: Purify together with other processes, which are all given the same; see ``joined``.
         state: Continue after its last epoch; on a CPU to the same bits as an uninterrupted run.
         on_step: Called after every step with the number of steps done and of all steps.
         on_epoch: Called after every epoch with the state to continue from.
 
     Raises:
         DataError: If the images do not fill one batch.
-        SettingsError: If ``state`` has more epochs than the settings ask for.
+        SettingsError: If ``state`` has more epochs than the settings ask for; if the ranks cannot
+            have equal parts of a batch, or a layer would normalize by a part alone.
         DivergedError: If the loss is no longer finite or the features collapse.
 
     Source:
@@ -102,7 +111,12 @@ def purify(
     """
     device = torch.device(device)
     source = from_tensor(images) if isinstance(images, Tensor) else images
-    steps = settings.epochs * steps_per_epoch(len(source), settings)
+    steps = settings.epochs * steps_per_epoch(len(source), settings, ranks)
+    if ranks.count > 1 and (apart := without_running_statistics(backbone)):
+        raise SettingsError(
+            f"{apart[0]} always normalizes by the batch, of which a process has a part; "
+            "run one process"
+        )
     original = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
     student = copy.deepcopy(original).requires_grad_(True)
     optimizer = torch.optim.SGD(
@@ -120,48 +134,54 @@ def purify(
 
     network, network_before = (in_precision(net, precision) for net in (student, original))
     with deterministic():
-        projection = train_projection(network_before, source, settings, device=device)
+        projection = train_projection(network_before, source, settings, device=device, ranks=ranks)
         embed, embed_original = (
             nn.Sequential(net, projection) for net in (network, network_before)
         )
-        watched = source.read(range(min(WATCHED, len(source))))
-        spread = feature_spread(network_before, watched, batch_size=settings.batch_size)
+        count = min(WATCHED, len(source))
+        watched = source.read(range(ranks.rank, count - count % ranks.count, ranks.count))
+        spread_of = partial(feature_spread, images=watched, batch_size=settings.batch_size)
+        spread = spread_of(network_before, ranks=ranks)
         step = len(history) * (steps // settings.epochs)
         for epoch in range(len(history), settings.epochs):
             started, losses = time.monotonic(), []
             generator = epoch_generator(settings.seed, epoch, device)
-            for raw in epoch_batches(source, settings, epoch):
+            for raw in epoch_batches(source, settings, epoch, ranks):
                 plain = _to_unit(raw, device)
                 first, second, third = (
-                    random_views(plain, settings.views, generator=generator) for _ in range(3)
+                    random_views(plain, settings.views, generator=generator, ranks=ranks)
+                    for _ in range(3)
                 )
                 if settings.pull > 0:
-                    third = search(embed, first, third, settings, generator=generator)
-                terms = loss_terms(embed, embed_original, (first, second, third), settings)
+                    third = search(embed, first, third, settings, generator=generator, ranks=ranks)
+                views = first, second, third
+                terms = loss_terms(embed, embed_original, views, settings, ranks=ranks)
                 loss = weighted_sum(terms, settings)
                 optimizer.param_groups[0]["lr"] = learning_rate(settings, step / steps)
                 optimizer.zero_grad()
                 loss.backward()
+                add_up(gradients(student), ranks)
                 optimizer.step()
                 if settings.batch_norm == "tracked":
-                    track(network, plain)
+                    track(network, plain, ranks=ranks)
 
                 step += 1
                 losses.append(torch.stack([*terms, loss]).detach())
+                add_up(losses[-1:], ranks)
                 if step % CHECK_EVERY == 0:
                     _check_finite(losses, epoch)
                 if on_step is not None:
                     on_step(step, steps)
             _check_finite(losses, epoch)
-            reached = feature_spread(network, watched, batch_size=settings.batch_size)
-            _check_spread(reached, spread, epoch)
+            _check_spread(spread_of(network, ranks=ranks), spread, epoch)
             pull, distill, align, mean = torch.stack(losses).mean(0).tolist()
             seconds = time.monotonic() - started
             history = (*history, EpochLosses(pull, distill, align, mean, seconds))
             if on_epoch is not None:
                 on_epoch(_state(student, optimizer, history))
         if settings.batch_norm == "tracked":
-            reestimate(network, _plain_batches(source, settings.batch_size, device))
+            plain_batches = _plain_batches(source, settings, device, ranks)
+            reestimate(network, plain_batches, ranks=ranks)
     return Purified(student.requires_grad_(False), history)
 
 
@@ -172,6 +192,7 @@ def search(
     settings: PurifySettings,
     *,
     generator: torch.Generator,
+    ranks: Ranks = ALONE,
 ) -> Images:
     """Return ``images``, perturbed so that their features leave those of ``anchor``.
 
@@ -179,6 +200,7 @@ def search(
         embed: Maps images to the features that the contrastive loss compares.
         anchor: Another view of the same images.
         generator: Draws the starts; on the device of ``images``.
+        ranks: Each has an equal part of a batch; negatives come from all of them.
 
     Source:
         The paper's equation 3: PGD on the contrastive loss, every image on its own. With
@@ -187,9 +209,10 @@ def search(
     options = settings.search
 
     def loss_fn(candidates: Images) -> Scalar:
-        return nt_xent(target, embed(candidates), temperature=settings.temperature)
+        return nt_xent(target, embed(candidates), temperature=settings.temperature, ranks=ranks)
 
-    with batch_statistics(embed, batch=options.batch_norm == "batch", moving=False):
+    by_batch = options.batch_norm == "batch"
+    with batch_statistics(embed, batch=by_batch, moving=False, ranks=ranks):
         with torch.no_grad():
             target = embed(anchor)
         ascend = linf_pgd if options.norm == "linf" else l2_pgd
@@ -202,6 +225,7 @@ def search(
             step_size=step_length(options),
             steps=options.steps,
             generator=generator if options.start == "random" else None,
+            ranks=ranks,
         )
 
 
@@ -216,17 +240,20 @@ def loss_terms(
     embed_original: nn.Module,
     views: tuple[Images, Images, Images],
     settings: PurifySettings,
+    *,
+    ranks: Ranks = ALONE,
 ) -> LossTerms:
-    """Return the pull, distill and align terms of one batch.
+    """Return the pull, distill and align terms of one batch, or a rank's share of them.
 
     Args:
         embed: The network under repair, up to the features that the losses compare.
         embed_original: The frozen original, likewise.
         views: Anchor, positive and found images.
+        ranks: Each has an equal part of the batch; the sum over all of them is the batch's.
     """
-    anchor, positive, found = _embed_views(embed, views, settings)
+    anchor, positive, found = _embed_views(embed, views, settings, ranks)
     zero = torch.zeros((), device=anchor.device)
-    contrast = _contrast(settings.temperature)
+    contrast = _contrast(settings.temperature, ranks)
     pull = contrast(anchor.detach(), found) if settings.pull > 0 else zero
     align = contrast(anchor, positive) if settings.align > 0 else zero
     distill = zero
@@ -245,16 +272,16 @@ def weighted_sum(terms: LossTerms, settings: PurifySettings) -> Scalar:
 
 
 def _embed_views(
-    embed: nn.Module, views: tuple[Images, Images, Images], settings: PurifySettings
+    embed: nn.Module, views: tuple[Images, Images, Images], settings: PurifySettings, ranks: Ranks
 ) -> tuple[Features, Features, Features]:
     """Return the features of the three views; one whose weight is 0 is the anchor's instead."""
     used = [True, settings.align > 0, settings.pull > 0]
     wanted = [view for view, use in zip(views, used, strict=True) if use]
     if settings.batch_norm == "batch":
-        with batch_statistics(embed, batch=True):
+        with batch_statistics(embed, batch=True, ranks=ranks):
             features = [embed(view) for view in wanted]
     else:
-        with batch_statistics(embed, batch=settings.batch_norm == "joint"):
+        with batch_statistics(embed, batch=settings.batch_norm == "joint", ranks=ranks):
             features = list(embed(torch.cat(wanted)).split(len(views[0])))
     anchor = features[0]
     rest = iter(features[1:])
@@ -263,7 +290,12 @@ def _embed_views(
 
 
 def train_projection(
-    backbone: nn.Module, source: ImageSource, settings: PurifySettings, *, device: torch.device
+    backbone: nn.Module,
+    source: ImageSource,
+    settings: PurifySettings,
+    *,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> nn.Module:
     """Return a projection head for ``backbone``, trained on the same images and then frozen.
 
@@ -286,20 +318,27 @@ def train_projection(
     optimizer = torch.optim.SGD(
         head.parameters(), lr=options.learning_rate, momentum=0.9, weight_decay=1e-4
     )
-    contrast = _contrast(settings.temperature)
+    contrast = _contrast(settings.temperature, ranks)
     for epoch in range(options.epochs):
         draws = epoch_generator(settings.seed, -1 - epoch, device)
-        for raw in epoch_batches(source, settings, -1 - epoch):
+        for raw in epoch_batches(source, settings, -1 - epoch, ranks):
             plain = _to_unit(raw, device)
             with torch.no_grad():
                 a, b = (
-                    backbone(random_views(plain, settings.views, generator=draws)) for _ in range(2)
+                    backbone(random_views(plain, settings.views, generator=draws, ranks=ranks))
+                    for _ in range(2)
                 )
             loss = contrast(head(a), head(b))
             optimizer.zero_grad()
             loss.backward()
+            add_up(gradients(head), ranks)
             optimizer.step()
     return head.requires_grad_(False)
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    """Return the gradients that the weights of ``module`` have."""
+    return [weight.grad for weight in module.parameters() if weight.grad is not None]
 
 
 def learning_rate(settings: PurifySettings, progress: float) -> float:
@@ -314,19 +353,22 @@ def epoch_generator(seed: int, epoch: int, device: torch.device) -> torch.Genera
     return torch.Generator(device).manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
-def epoch_batches(source: ImageSource, settings: PurifySettings, epoch: int) -> Iterator[RawImages]:
-    """Yield the images of one epoch, shuffled by seed and epoch alone."""
+def epoch_batches(
+    source: ImageSource, settings: PurifySettings, epoch: int, ranks: Ranks = ALONE
+) -> Iterator[RawImages]:
+    """Yield the images of one epoch, or a rank's part of each batch, shuffled by seed and epoch."""
     shuffle = epoch_generator(settings.seed, epoch, torch.device("cpu"))
     order = torch.randperm(len(source), generator=shuffle)
-    per_epoch = steps_per_epoch(len(source), settings)
-    yield from source.batches(order[: per_epoch * settings.batch_size], settings.batch_size)
+    per_epoch = steps_per_epoch(len(source), settings, ranks)
+    yield from _batches(source, order[: per_epoch * settings.batch_size], settings, ranks)
 
 
-def steps_per_epoch(images: int, settings: PurifySettings) -> int:
+def steps_per_epoch(images: int, settings: PurifySettings, ranks: Ranks = ALONE) -> int:
     """Return how many batches ``images`` make; a batch of one has no negatives and is left out.
 
     Raises:
         DataError: If they make none.
+        SettingsError: If the ranks cannot have equal parts of each.
     """
     full, rest = divmod(images, settings.batch_size)
     steps = full + (settings.last_batch == "keep" and rest >= 2)
@@ -335,28 +377,57 @@ def steps_per_epoch(images: int, settings: PurifySettings) -> int:
             f"{images} images do not fill one batch of {settings.batch_size}; "
             "pass more images or a smaller --batch-size"
         )
+    count, size = ranks.count, settings.batch_size
+    if size % count:
+        more = size + count - size % count
+        raise SettingsError(
+            f"{count} processes cannot have equal parts of a batch of {size}; "
+            f"pass --batch-size {more}"
+        )
+    if steps > full and rest % count:
+        raise SettingsError(
+            f"{count} processes cannot have equal parts of the last batch, of {rest}; "
+            "pass --last-batch drop"
+        )
     return steps
 
 
-def feature_spread(backbone: nn.Module, images: RawImages, *, batch_size: int) -> float:
-    """Return the variance of the unit features of ``images``, 0 (all alike) to 1."""
+def feature_spread(
+    backbone: nn.Module, images: RawImages, *, batch_size: int, ranks: Ranks = ALONE
+) -> float:
+    """Return the variance of the unit features of all ranks' images, 0 (all alike) to 1."""
     unit = F.normalize(extract(backbone, images, batch_size=batch_size), dim=1)
-    return 1 - unit.mean(0).pow(2).sum().item()
+    mean = unit.mean(0)
+    if ranks.count > 1:
+        mean = gather(mean[None].to(next(backbone.parameters()).device), ranks).mean(0)
+    return 1 - mean.pow(2).sum().item()
 
 
-def _contrast(temperature: float) -> Callable[[Features, Features], Scalar]:
-    return lambda a, b: nt_xent(a, b, temperature=temperature)
+def _contrast(temperature: float, ranks: Ranks) -> Callable[[Features, Features], Scalar]:
+    return lambda a, b: nt_xent(a, b, temperature=temperature, ranks=ranks)
 
 
 def _to_unit(raw: RawImages, device: torch.device) -> Images:
     return raw.to(device, non_blocking=True).float() / 255
 
 
-def _plain_batches(source: ImageSource, batch_size: int, device: torch.device) -> Iterator[Images]:
+def _batches(
+    source: ImageSource, order: Tensor, settings: PurifySettings, ranks: Ranks
+) -> Iterator[RawImages]:
+    """Yield this rank's part of each batch of the images ``order``."""
+    size = settings.batch_size
+    if ranks.count > 1:
+        order = torch.cat([own(rows, ranks) for rows in order.split(size)])
+    yield from source.batches(order, size // ranks.count)
+
+
+def _plain_batches(
+    source: ImageSource, settings: PurifySettings, device: torch.device, ranks: Ranks
+) -> Iterator[Images]:
     """Yield up to ``REESTIMATED`` images in the source's order, whole batches only."""
     count = min(len(source), REESTIMATED)
-    count = count // batch_size * batch_size or count
-    for raw in source.batches(torch.arange(count), batch_size):
+    count = count // settings.batch_size * settings.batch_size or count - count % ranks.count
+    for raw in _batches(source, torch.arange(count), settings, ranks):
         yield _to_unit(raw, device)
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unbackdoor.ranks import ALONE, Draw, Ranks, add_up, draw
 from unbackdoor.types import Images, Scalar
 
 
@@ -18,6 +19,7 @@ def linf_pgd(
     step_size: float,
     steps: int,
     generator: torch.Generator | None,
+    ranks: Ranks = ALONE,
 ) -> Images:
     """Search the L∞ ball around ``images`` for inputs that raise ``loss_fn``.
 
@@ -28,6 +30,8 @@ def linf_pgd(
         step_size: Length of one sign step, on the same scale.
         steps: Number of steps; 0 returns the start.
         generator: Draws the start uniformly in the ball; None starts at ``images``.
+        ranks: Each has an equal part of a batch; starts are those of the whole batch, and what
+            ``loss_fn`` returns is this rank's share of the loss.
 
     Returns:
         Detached images within ``epsilon`` of ``images`` and within [0, 1].
@@ -43,7 +47,9 @@ def linf_pgd(
     low, high = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
     adversarial = images.detach()
     if generator is not None:
-        adversarial = low + (high - low) * _uniform(images, generator)
+        adversarial = low + (high - low) * _draw(torch.rand, images, generator, ranks).to(
+            images.dtype
+        )
     for _ in range(steps):
         adversarial.requires_grad_(True)
         (gradient,) = torch.autograd.grad(loss_fn(adversarial), adversarial)
@@ -60,6 +66,7 @@ def l2_pgd(
     step_size: float,
     steps: int,
     generator: torch.Generator | None,
+    ranks: Ranks = ALONE,
 ) -> Images:
     """Search the L2 ball around every image for inputs that raise ``loss_fn``.
 
@@ -75,8 +82,8 @@ def l2_pgd(
         raise ValueError(f"epsilon must not be negative, got {epsilon}")
     delta = torch.zeros_like(images)
     if generator is not None:
-        direction = torch.randn(images.shape, generator=generator, device=images.device)
-        share = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+        direction = _draw(torch.randn, images, generator, ranks)
+        share = _draw(torch.rand, images[:, :1, :1, :1], generator, ranks)
         delta = epsilon * share * direction / _lengths(direction)
     adversarial = (images + delta.to(images.dtype)).clamp(0, 1)
     for _ in range(steps):
@@ -97,6 +104,7 @@ def shared_pgd(
     step_size: float,
     steps: int,
     generator: torch.Generator | None,
+    ranks: Ranks = ALONE,
 ) -> Images:
     """Search for one perturbation that, added to all ``images``, raises ``loss_fn``.
 
@@ -120,13 +128,14 @@ def shared_pgd(
         raise ValueError(f"epsilon must not be negative, got {epsilon}")
     delta = torch.zeros_like(images[:1])
     if generator is not None and norm == "linf":
-        delta = epsilon * (2 * _uniform(delta, generator) - 1)
+        delta = epsilon * (2 * _draw(torch.rand, delta, generator, ALONE).to(delta.dtype) - 1)
     elif generator is not None:
-        direction = torch.randn(delta.shape, generator=generator, device=images.device)
+        direction = _draw(torch.randn, delta, generator, ALONE)  # one for all ranks
         delta = (0.5 * epsilon * direction / _lengths(direction)).to(images.dtype)
     for _ in range(steps):
         delta.requires_grad_(True)
         (gradient,) = torch.autograd.grad(loss_fn((images + delta).clamp(0, 1)), delta)
+        add_up([gradient], ranks)
         with torch.no_grad():
             if norm == "linf":
                 delta = (delta + step_size * gradient.sign()).clamp(-epsilon, epsilon)
@@ -136,8 +145,8 @@ def shared_pgd(
     return (images + delta).clamp(0, 1).detach()
 
 
-def _uniform(images: Images, generator: torch.Generator) -> Images:
-    return torch.rand(images.shape, generator=generator, device=images.device).to(images.dtype)
+def _draw(kind: Draw, like: Images, generator: torch.Generator, ranks: Ranks) -> Images:
+    return draw(kind, like.shape, generator=generator, device=like.device, ranks=ranks)
 
 
 def _lengths(images: Images) -> Float[Tensor, "n 1 1 1"]:

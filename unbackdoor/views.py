@@ -1,11 +1,13 @@
 """Random views of a batch: every image draws its own, all are computed at once on its device."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from unbackdoor.ranks import ALONE, Ranks, draw
 from unbackdoor.settings import ViewSettings
 from unbackdoor.types import Images, RawImages
 
@@ -13,12 +15,15 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision's and PIL's grey
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
-def random_views(images: Images, settings: ViewSettings, *, generator: torch.Generator) -> Images:
+def random_views(
+    images: Images, settings: ViewSettings, *, generator: torch.Generator, ranks: Ranks = ALONE
+) -> Images:
     """Return one random view of every image: crop and flip, colours, grey, blur.
 
     Args:
         images: Values in [0, 1], shape ``(n, c, h, w)``; colours are left alone unless c is 3.
         generator: On the device of ``images``.
+        ranks: Each has an equal part of a batch; the views are those of the whole batch.
 
     Returns:
         Views in [0, 1], of the shape of ``images``.
@@ -29,24 +34,24 @@ def random_views(images: Images, settings: ViewSettings, *, generator: torch.Gen
     Differs from the paper: brightness, contrast, saturation and hue come in this fixed order, and
     hue is a rotation in YIQ, so that all of them are one linear map of an image's colours.
     """
-    views = crop_and_flip(images, settings, generator=generator)
+    views = crop_and_flip(images, settings, generator=generator, ranks=ranks)
     if images.shape[1] == 3 and (settings.jitter > 0 or settings.grey > 0):
-        views = recolour(views, settings, generator=generator)
+        views = recolour(views, settings, generator=generator, ranks=ranks)
     if settings.blur > 0:
-        views = blur(views, settings, generator=generator)
+        views = blur(views, settings, generator=generator, ranks=ranks)
     return views
 
 
-def crop_and_flip(images: Images, settings: ViewSettings, *, generator: torch.Generator) -> Images:
+def crop_and_flip(
+    images: Images, settings: ViewSettings, *, generator: torch.Generator, ranks: Ranks = ALONE
+) -> Images:
     """Cut a random part out of every image, scale it to full size, mirror some.
 
     The part's area is uniform in [``min_area``, 1] of the image's, its aspect ratio log-uniform in
     [3/4, 4/3], its place uniform.
     """
     n = len(images)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=generator, device=images.device)
+    uniform = _uniform(images, generator, ranks)
 
     area, log_ratio = uniform(settings.min_area, 1), uniform(math.log(3 / 4), math.log(4 / 3))
     width = (area * log_ratio.exp()).sqrt().clamp(max=1)
@@ -60,15 +65,15 @@ def crop_and_flip(images: Images, settings: ViewSettings, *, generator: torch.Ge
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def recolour(images: Images, settings: ViewSettings, *, generator: torch.Generator) -> Images:
+def recolour(
+    images: Images, settings: ViewSettings, *, generator: torch.Generator, ranks: Ranks = ALONE
+) -> Images:
     """Jitter brightness, contrast, saturation and hue, and turn some images grey.
 
     Every image's change is one affine map of its colours, a 3×3 matrix and an offset.
     """
     n, device = len(images), images.device
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=generator, device=device)
+    uniform = _uniform(images, generator, ranks)
 
     luma = torch.tensor(LUMA, device=device)
     to_grey = luma.expand(3, 3)
@@ -99,13 +104,16 @@ def recolour(images: Images, settings: ViewSettings, *, generator: torch.Generat
     return torch.baddbmm(offset, matrix, images.flatten(2)).clamp(0, 1).view_as(images)
 
 
-def blur(images: Images, settings: ViewSettings, *, generator: torch.Generator) -> Images:
+def blur(
+    images: Images, settings: ViewSettings, *, generator: torch.Generator, ranks: Ranks = ALONE
+) -> Images:
     """Blur some images with a Gaussian of 0.1 to 2 pixels (at 224; in proportion elsewhere)."""
     n, channels, height, width = images.shape
     radius = max(1, round(0.05 * min(height, width)))  # SimCLR: a kernel of a tenth of the side
     scale = min(height, width) / 224
-    sigma = 0.1 + 1.9 * torch.rand(n, generator=generator, device=images.device)
-    chosen = torch.rand(n, generator=generator, device=images.device) < settings.blur
+    uniform = _uniform(images, generator, ranks)
+    sigma = uniform(0.1, 2)
+    chosen = uniform(0, 1) < settings.blur
 
     distance = torch.arange(-radius, radius + 1, device=images.device)
     kernel = (-0.5 * (distance / (sigma[:, None] * max(scale, 0.25))) ** 2).exp()
@@ -137,3 +145,17 @@ def shift_and_flip(images: RawImages, *, margin: int, generator: torch.Generator
     image = torch.arange(n, device=device)[:, None, None, None]
     channel = torch.arange(channels, device=device)[None, :, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _uniform(
+    images: Images, generator: torch.Generator, ranks: Ranks
+) -> Callable[[float, float], Tensor]:
+    """Return what draws a number between two others for every image."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        share = draw(
+            torch.rand, (len(images),), generator=generator, device=images.device, ranks=ranks
+        )
+        return low + (high - low) * share
+
+    return uniform
