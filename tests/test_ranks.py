@@ -1,13 +1,21 @@
+import json
 import os
+import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.cbd import epoch_batches, gradients, purify, steps_per_epoch
+from unbackdoor.cli import main
 from unbackdoor.data import from_tensor
 from unbackdoor.errors import SettingsError
 from unbackdoor.losses import nt_xent
@@ -221,3 +229,110 @@ def test_only_a_cpu_and_cuda_are_shared_and_one_process_joins_nothing(monkeypatc
         joined(torch.device("mps")),
     ):
         pass
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Arguments for a victim and 20 photos; the network is slow, so that a kill comes in time."""
+    (tmp_path / "net.py").write_text(
+        "import time\n"
+        "from torch import nn\n"
+        "class Slow(nn.Module):\n"
+        "    mean, std, size = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 10\n"
+        "    def __init__(self, classes=2):\n"
+        "        super().__init__()\n"
+        "        self.conv = nn.Conv2d(3, 8, 3)\n"
+        "        self.bn = nn.BatchNorm2d(8)\n"
+        "        self.fc = nn.Linear(8, classes)\n"
+        "    def forward(self, x):\n"
+        "        time.sleep(0.005)\n"
+        "        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))\n"
+    )
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"conv.weight": (8, 3, 3, 3), "conv.bias": (8,), "fc.weight": (2, 8), "fc.bias": (2,)}
+    shapes |= dict.fromkeys(("bn.weight", "bn.bias", "bn.running_mean"), (8,))
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors["bn.running_var"] = torch.ones(8)
+    save_file(tensors, tmp_path / "victim.safetensors")
+    (tmp_path / "photos").mkdir()
+    for i, photo in enumerate(photos()):
+        Image.fromarray(photo.permute(1, 2, 0).numpy()).save(tmp_path / f"photos/{i:02}.png")
+    (tmp_path / "photos/99.png").write_bytes(b"no image")
+    return [
+        *("purify", str(tmp_path / "victim.safetensors"), "--arch", f"{tmp_path}/net.py:Slow"),
+        *("--images", str(tmp_path / "photos"), "--device", "cpu"),
+        *("--epochs", "12", "--search.steps", "1", "--batch-size", "10"),
+    ]
+
+
+def start(arguments, processes=2):
+    """Start the command line under torchrun."""
+    options = ["--standalone", "--nproc-per-node", str(processes), "-m", "unbackdoor"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(arguments, processes=2):
+    process = start(arguments, processes)
+    said = process.communicate()[0]
+    return process.returncode, said
+
+
+@pytest.mark.slow
+def test_torchrun_writes_one_file_like_that_of_one_process(inputs, tmp_path, capfd):
+    code, said = run([*inputs, "--out", str(tmp_path / "two.safetensors")])
+    assert code == 0, said
+    assert said.count("wrote ") == 3
+    assert said.count("epoch 1/12") == 1
+    assert said.count("99.png") == 1
+    assert main([*inputs, "--out", str(tmp_path / "one.safetensors")]) == 0
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    before = load_file(tmp_path / "victim.safetensors")
+    assert (one["conv.weight"] - before["conv.weight"]).abs().max() > 1e-3
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
+    assert [record["processes"] for record in records] == [1, 2]
+    assert records[0]["images"] == records[1]["images"]
+    written = {path.name for path in tmp_path.iterdir() if path.name.startswith("two")}
+    assert written == {"two.safetensors", "two.json", "two.html"}
+
+
+@pytest.mark.slow
+def test_killed_processes_resume_to_the_same_file_but_not_with_another_number(
+    inputs, tmp_path, capsys
+):
+    code, said = run([*inputs, "--out", str(tmp_path / "whole.safetensors")])
+    assert code == 0, said
+    killed = [*inputs, "--out", str(tmp_path / "killed.safetensors")]
+    state = tmp_path / "killed.state.safetensors"
+    process = start(killed)
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()  # torchrun ends its processes likewise, wherever they are
+    process.communicate()
+    assert state.exists()
+    assert not (tmp_path / "killed.safetensors").exists()
+
+    assert main([*killed, "--resume"]) == 2
+    assert "processes was 2, now 1; resume as it was started" in capsys.readouterr().err
+    assert state.exists()
+    code, said = run([*killed, "--resume"])
+    assert code == 0, said
+    assert "resuming after epoch" in said
+    whole, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    assert not state.exists()
+
+
+@pytest.mark.slow
+def test_an_error_is_one_message_a_process_and_ends_all_of_them(inputs, tmp_path):
+    code, said = run([*inputs[:-1], "15", "--out", str(tmp_path / "x.safetensors")])
+    assert code != 0
+    told = r"^rank [01]: error: 2 processes cannot have .* of 15; pass --batch-size 16$"
+    assert 1 <= len(re.findall(told, said, re.MULTILINE)) <= 2  # torchrun ends the slower one
+    assert not list(tmp_path.glob("x.*"))

@@ -1,5 +1,6 @@
 """The command line: reads arguments, calls, prints. No logic, and no torch until a command runs."""
 
+import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -202,11 +203,15 @@ def purify(
         "device": device,
         "precision": precision,
     }
-    if dry_run:
-        jobs.dry_run(source, images, out, settings, **options)
-        return
     try:
-        with display("purify") as shown:
+        with (
+            jobs.all_ranks(device) as ranks,
+            display("purify", quiet=ranks.rank > 0) as shown,
+        ):
+            options |= {"ranks": ranks, "say": shown.say}
+            if dry_run:
+                jobs.dry_run(source, images, out, settings, **options)
+                return
             jobs.purify_file(
                 source,
                 images,
@@ -215,12 +220,11 @@ def purify(
                 **options,
                 overwrite=force,
                 resume=resume,
-                say=shown.say,
                 on_step=shown.on_step,
             )
     except KeyboardInterrupt:
         if jobs.name_outputs(out).state.exists():
-            print("run the same command with --resume to continue", file=sys.stderr)
+            complain("run the same command with --resume to continue")
         raise
 
 
@@ -691,12 +695,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CycloptsError:
         return 2  # cyclopts has printed it
     except UnbackdoorError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     except MemoryError as error:
-        print(f"error: out of memory ({error}); pass a smaller --batch-size", file=sys.stderr)
+        complain(f"error: out of memory ({error}); pass a smaller --batch-size")
         return 2
     return 0
+
+
+def complain(text: str) -> None:
+    """Print to standard error; processes that torchrun started say which of them they are."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    print(text if alone else f"rank {os.environ['RANK']}: {text}", file=sys.stderr)

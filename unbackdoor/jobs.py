@@ -20,6 +20,7 @@ from unbackdoor.devices import peak_memory, pick_device, pick_precision
 from unbackdoor.diagnostics import Evidence, measure
 from unbackdoor.errors import DeviceError, DivergedError, OutputError
 from unbackdoor.matching import describe_match, flat_tree, replace_tensors, state_dicts_apart
+from unbackdoor.ranks import ALONE, Ranks, gather_names, joined
 from unbackdoor.report import Table, bars_picture, curves_picture, render_report
 from unbackdoor.resume import identity, load_state, save_state
 from unbackdoor.settings import PurifySettings, flatten
@@ -87,6 +88,13 @@ def open_source(source: Source) -> Loaded:
     )
 
 
+@contextmanager
+def all_ranks(device: Literal["auto", "cpu", "cuda", "mps"]) -> Iterator[Ranks]:
+    """Join the processes that torchrun started; errors are those of ``joined``."""
+    with joined(pick_device(device)) as ranks:
+        yield ranks
+
+
 def purify_file(
     source: Source,
     images: str,
@@ -97,6 +105,7 @@ def purify_file(
     max_broken: float = 0.01,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    ranks: Ranks = ALONE,
     overwrite: bool = False,
     resume: bool = False,
     say: Say = print,
@@ -112,6 +121,8 @@ def purify_file(
         out: ``.safetensors``: the matched state dict, flat, under its own keys; ``.pt``, ``.pth``
             or ``.bin``: all tensors of the input in its own nesting.
         limit: Take this many of the images, drawn by the seed.
+        ranks: Purify together with other processes, which call this with the same arguments. The
+            first of them writes, and may still be at it when the others return.
         overwrite: Replace existing outputs and the state of an earlier run.
         resume: Continue from the state of an earlier run with the same input and settings.
         say: Receives what happens, line by line.
@@ -122,20 +133,22 @@ def purify_file(
     """
     outputs = plan_outputs(source.checkpoint, out, overwrite=overwrite, resume=resume)
     loaded, photos = open_both(
-        source, images, settings, limit=limit, max_broken=max_broken, say=say
+        source, images, settings, limit=limit, max_broken=max_broken, ranks=ranks, say=say
     )
     where = pick_device(device)
     how = pick_precision(precision, where)
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=photos.fingerprint)
-    of |= describe_network(source, loaded) | {"device": str(where), "precision": how}
+    of |= describe_network(source, loaded)
+    of |= {"device": str(where), "precision": how, "processes": str(ranks.count)}
     state = load_state(outputs.state, of) if resume else None
-    if state is None:
-        outputs.state.unlink(missing_ok=True)  # of another run, which is being overwritten
-    else:
+    if state is not None:
         say(f"resuming after epoch {len(state.history)} of {settings.epochs}")
+    elif ranks.rank == 0:
+        outputs.state.unlink(missing_ok=True)  # of another run, which is being overwritten
 
     def on_epoch(reached: PurifyState) -> None:
-        save_state(outputs.state, reached, of)
+        if ranks.rank == 0:
+            save_state(outputs.state, reached, of)
         say(describe_epoch(reached, settings))
 
     try:
@@ -146,6 +159,7 @@ def purify_file(
                 settings,
                 device=where,
                 precision=how,
+                ranks=ranks,
                 state=state,
                 on_step=on_step,
                 on_epoch=on_epoch,
@@ -154,19 +168,24 @@ def purify_file(
         kept = f"; the last good epoch is kept in {outputs.state}" if outputs.state.exists() else ""
         raise DivergedError(f"{error}{kept}") from error
 
-    say("measuring what changed")
     sample = photos.read(range(min(MEASURED, len(photos))))
+    broken = gather_names(photos.broken, ranks)  # each rank has read images of its own
+    if ranks.rank > 0:
+        return outputs
+    say("measuring what changed")
     original = loaded.backbone.to(where)
     with told_of_memory(where):
         evidence = {
             "before": measure(original, original, sample, settings),
             "after": measure(backbone, original, sample, settings),
         }
-    if photos.broken:
-        named = ", ".join(photos.broken[:MOST_NAMED])
-        say(f"{len(photos.broken)} broken images were replaced by the next good one: {named}")
+    if broken:
+        named = ", ".join(broken[:MOST_NAMED])
+        say(f"{len(broken)} broken images were replaced by the next good one: {named}")
     record = make_record(source, loaded, images, photos, settings, history, evidence)
-    record |= {"device": str(where), "precision": how, "output": outputs.tensors.name}
+    record["images"]["broken"] = broken
+    record |= {"device": str(where), "precision": how, "processes": ranks.count}
+    record |= {"output": outputs.tensors.name}
     write_outputs(
         outputs,
         loaded,
@@ -189,6 +208,7 @@ def dry_run(
     max_broken: float = 0.01,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    ranks: Ranks = ALONE,
     say: Say = print,
 ) -> Estimate:
     """Say what would be matched and written, run two real steps, and write nothing.
@@ -197,7 +217,7 @@ def dry_run(
     """
     outputs = plan_outputs(source.checkpoint, out, overwrite=True, resume=False)
     loaded, photos = open_both(
-        source, images, settings, limit=limit, max_broken=max_broken, say=say
+        source, images, settings, limit=limit, max_broken=max_broken, ranks=ranks, say=say
     )
     where = pick_device(device)
     times: list[float] = []
@@ -215,9 +235,10 @@ def dry_run(
             replace(settings, epochs=1, batch_size=size),
             device=where,
             precision=pick_precision(precision, where),
+            ranks=ranks,
             on_step=on_step,
         )
-    steps = settings.epochs * steps_per_epoch(len(photos), settings)
+    steps = settings.epochs * steps_per_epoch(len(photos), settings, ranks)
     estimate = Estimate(steps, times[-1] - times[-2], peak_memory(where))
     seconds = round(steps * estimate.seconds_per_step)
     say(
@@ -288,6 +309,7 @@ def open_both(
     *,
     limit: int | None,
     max_broken: float,
+    ranks: Ranks,
     say: Say,
 ) -> tuple[Loaded, ImageSource]:
     """Open checkpoint and images, and say what they are."""
@@ -297,7 +319,7 @@ def open_both(
         images, size=loaded.size, limit=limit, seed=settings.seed, max_broken=max_broken
     )
     say(f"{images}: {len(photos)} unlabeled images, brought to {loaded.size} × {loaded.size}")
-    steps_per_epoch(len(photos), settings)
+    steps_per_epoch(len(photos), settings, ranks)
     return loaded, photos
 
 
@@ -395,7 +417,8 @@ def write_outputs(
             say(f"not in {outputs.tensors.name}, which is flat: {apart}")
         tree = {**flat_tree(loaded.match, tree)}
     kept = ("unbackdoor", "input", "arch", "images", "settings", "versions", "device", "precision")
-    provenance = {name: record[name] for name in (*kept, "defense", "labels") if name in record}
+    more = ("processes", "defense", "labels")
+    provenance = {name: record[name] for name in (*kept, *more) if name in record}
     metadata = {"format": "pt", "unbackdoor": json.dumps(provenance)}  # others ask for a format
     write_text(outputs.record, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
     write_text(outputs.report, page, overwrite=overwrite)

@@ -16,12 +16,16 @@ class Display(NamedTuple):
 
 
 @contextmanager
-def display(what: str) -> Iterator[Display]:
-    """Show how far ``what`` has come while inside; the bar appears with the first step."""
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+def display(what: str, *, quiet: bool = False) -> Iterator[Display]:
+    """Show how far ``what`` has come while inside; the bar appears with the first step.
+
+    Args:
+        quiet: Show nothing: another process does.
+    """
+    console = Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
     ) as bar:
         task = bar.add_task(what, total=None, visible=False)
 
