@@ -220,3 +220,12 @@ def test_a_hostile_checkpoint_is_one_message_and_exit_code_2(inputs, tmp_path, c
     assert main([*inputs, *QUICK]) == 2
     assert "not loaded" in capsys.readouterr().err
     assert not (tmp_path / "boom").exists()
+
+
+def test_what_processes_cannot_share_is_refused_under_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["attack", "badnets"]) == 2
+    assert capsys.readouterr().err == (
+        "rank 1: error: only purify can be run by torchrun; start this without it\n"
+    )

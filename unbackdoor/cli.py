@@ -690,8 +690,11 @@ def bench_report(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 for errors that the user can mend."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, exit_on_error=False, result_action="return_value")
+        if shared() and "purify" not in words[:1]:
+            raise SettingsError("only purify can be run by torchrun; start this without it")
+        app(words, exit_on_error=False, result_action="return_value")
     except CycloptsError:
         return 2  # cyclopts has printed it
     except UnbackdoorError as error:
@@ -708,5 +711,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def complain(text: str) -> None:
     """Print to standard error; processes that torchrun started say which of them they are."""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    print(text if alone else f"rank {os.environ['RANK']}: {text}", file=sys.stderr)
+    print(f"rank {os.environ['RANK']}: {text}" if shared() else text, file=sys.stderr)
+
+
+def shared() -> bool:
+    """Return whether torchrun has started this process, and others beside it."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
