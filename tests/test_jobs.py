@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from unbackdoor.backbones import build, network_state
 from unbackdoor.errors import DataError, DeviceError, DivergedError, OutputError
 from unbackdoor.jobs import Source, dry_run, open_source, plan_outputs, purify_file
+from unbackdoor.ranks import Ranks
 from unbackdoor.settings import PurifySettings, SearchSettings
 
 QUICK = PurifySettings(epochs=2, batch_size=8, search=SearchSettings(steps=1))
@@ -120,6 +121,9 @@ def test_a_killed_run_resumes_to_the_same_file(victim, photos, tmp_path):
     assert not (tmp_path / "killed.safetensors").exists()
     with pytest.raises(OutputError, match="can go on from here; pass --resume, or --force"):
         run(victim, photos, tmp_path / "killed.safetensors")
+    options = {"resume": True, "ranks": Ranks(0, 2)}
+    with pytest.raises(OutputError, match="processes was 1, now 2; resume as it was started"):
+        run(victim, photos, tmp_path / "killed.safetensors", **options)
     resumed = run(victim, photos, tmp_path / "killed.safetensors", resume=True).tensors
     torch.testing.assert_close(load_file(whole), load_file(resumed), rtol=0, atol=0)
 
