@@ -297,6 +297,7 @@ def requirements_without_a_pin(pyproject: dict, pins: str) -> list[str]:
     wanted = [
         *pyproject["project"]["dependencies"],
         *pyproject["project"]["optional-dependencies"]["parquet"],
+        *pyproject["project"]["optional-dependencies"]["detection"],
         *(line for group in pyproject["dependency-groups"].values() for line in group),
     ]
     pinned = dict(re.findall(r"^([\w.-]+)==([^ ]+)", pins, re.MULTILINE))
