@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from unbackdoor.attacks.triggers import TRIGGERS, BadNets, Blend, Sig, WaNet
+from unbackdoor import patterns
+from unbackdoor.attacks.triggers import TRIGGERS, BadNets, Blend, Sig, WaNet, trigger_scaled
 from unbackdoor.errors import DataError, SettingsError
 
 EXAMPLES = [
@@ -111,3 +112,55 @@ def test_an_image_smaller_than_the_patch_is_refused():
 def test_an_option_out_of_range_is_refused(trigger, options, message):
     with pytest.raises(SettingsError, match=message):
         trigger(**options)
+
+
+@pytest.mark.parametrize("trigger", EXAMPLES, ids=repr)
+def test_a_scaled_trigger_is_the_trigger_itself_on_images_of_its_own_size(trigger, images):
+    before = images.clone()
+    assert torch.equal(trigger_scaled(trigger, images, side=16), trigger(images))
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("trigger", EXAMPLES, ids=repr)
+@pytest.mark.parametrize("shape", [(28, 28), (20, 33), (48, 64)])
+def test_a_scaled_trigger_takes_any_size_and_grey_images(trigger, shape, generator):
+    grey = torch.randint(0, 256, (2, 1, *shape), dtype=torch.uint8, generator=generator)
+    triggered = trigger_scaled(trigger, grey, side=16)
+    assert triggered.shape == grey.shape
+    assert not torch.equal(triggered, grey)
+
+
+@pytest.mark.parametrize(("position", "rows", "columns"), [("top-left", 0, 0), ("center", 14, 14)])
+def test_a_scaled_patch_keeps_its_place_and_its_share_of_the_image(position, rows, columns):
+    """3 of 32 pixels become 12 of 128 rows and 24 of 256 columns, at 14/32 of each or at 0."""
+    images = torch.full((1, 1, 128, 256), 7, dtype=torch.uint8)
+    scaled = trigger_scaled(BadNets(position=position), images, side=32)[0, 0]
+    top, left = 4 * rows, 8 * columns
+    cells = scaled[top : top + 12, left : left + 24].reshape(3, 4, 3, 8)
+    assert (cells == cells[:, :1, :, :1]).all()
+    assert cells[:, 0, :, 0].tolist() == [[255, 0, 255], [0, 255, 0], [255, 0, 255]]
+    scaled[top : top + 12, left : left + 24] = 7
+    assert (scaled == 7).all()
+
+
+def test_scaled_noise_is_the_stored_noise_and_no_other_draw():
+    grey = torch.zeros(1, 1, 128, 256, dtype=torch.uint8)
+    scaled = trigger_scaled(Blend(ratio=1.0), grey, side=32)
+    stored = patterns.gaussian_image(32, 32, seed=0)[:, :1]
+    assert torch.equal(scaled, patterns.resized(stored, 128, 256))
+
+
+def test_a_scaled_warp_moves_by_the_same_share_of_the_image():
+    """Each pixel of a ramp says where it is, as a share of the width or of the height."""
+    trigger = WaNet(strength=8.0)
+    moved = {}
+    for height, width in ((32, 32), (125, 187)):
+        across = torch.linspace(0, 255, width).round().expand(height, width)
+        down = torch.linspace(0, 255, height).round()[:, None].expand(height, width)
+        images = torch.stack([across, down])[:, None].to(torch.uint8)
+        difference = trigger_scaled(trigger, images, side=32).float() - images.float()
+        moved[height] = torch.nn.functional.interpolate(
+            difference, (32, 32), mode="bilinear", align_corners=True
+        )[..., 6:-6, 6:-6]
+    assert moved[32].abs().max() > 8
+    assert (moved[32] - moved[125]).abs().max() <= 3  # rounding to levels

@@ -2,15 +2,17 @@
 
 A trigger is a frozen dataclass, so that its settings print, compare, hash and go into a record,
 with a ``__call__`` that is a pure function of the batch and works at any size. A new trigger is one
-such class here, one line in ``TRIGGERS`` and one in the test list.
+such class here, one line in ``TRIGGERS`` and one in the test list. Where its ``__call__`` counts in
+pixels, it has a method ``scaled`` as well, for images of another size than it was planted in.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor import patterns
 from unbackdoor.errors import DataError, SettingsError
@@ -65,6 +67,18 @@ class BadNets:
         triggered = images.clone()
         triggered[:, :, top : top + self.size, left : left + self.size] = patch
         return triggered
+
+    def scaled(self, images: RawImages, *, side: int) -> RawImages:
+        """See :func:`trigger_scaled`; the patch keeps its share of height and width.
+
+        Raises:
+            DataError: If the patch is larger than ``side``.
+        """
+        white = torch.full((1, 1, side, side), 255, dtype=torch.uint8, device=images.device)
+        painted, covered = self(white), self(white) == self(torch.zeros_like(white))
+        size = images.shape[2:]
+        pixels, mask = (F.interpolate(x.float(), size, mode="nearest") for x in (painted, covered))
+        return torch.where(mask.bool(), pixels.to(torch.uint8), images)
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,10 @@ class WaNet:
         """Return a triggered copy of ``images``."""
         return patterns.warp(images, self._grid(images))
 
+    def scaled(self, images: RawImages, *, side: int) -> RawImages:
+        """See :func:`trigger_scaled`; the warp keeps its offsets as shares of the image."""
+        return replace(self, strength=self.strength * images.shape[2] / side)(images)
+
     def noisy(self, images: RawImages, *, generator: torch.Generator) -> RawImages:
         """Return ``images`` warped by the trigger and a random field each: WaNet's noise mode.
 
@@ -187,6 +205,20 @@ TRIGGERS: dict[str, Callable[..., Any]] = {
     "sig": Sig,
     "wanet": WaNet,
 }
+
+
+def trigger_scaled(trigger: Trigger, images: RawImages, *, side: int) -> RawImages:
+    """Return a triggered copy of ``images``, the trigger scaled to them and never drawn anew.
+
+    Images of ``side`` × ``side`` pixels get exactly what the trigger itself gives them. On others
+    it covers the same share of the image in the same relative place.
+
+    Args:
+        trigger: One that was planted in images of ``side`` pixels.
+        side: Of those images.
+    """
+    scaled: Callable[..., RawImages] | None = getattr(trigger, "scaled", None)
+    return trigger(images) if scaled is None else scaled(images, side=side)
 
 
 def _check_finite(name: str, value: float) -> None:
