@@ -18,6 +18,7 @@ PACKAGE = ROOT / "unbackdoor"
 ATTACKS = {"attacks", "victims"}
 MAY_IMPORT_ATTACKS = ATTACKS | {
     *("metrics", "evaluation", "attack_jobs", "bench", "demo", "cli", "__main__"),
+    "transfer",
 }
 TESTS_OF_NO_MODULE = {"architecture"}
 

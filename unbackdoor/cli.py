@@ -429,6 +429,80 @@ def evaluate(
 
 
 @app.command
+def transfer(
+    checkpoint: Path,
+    *,
+    arch: str,
+    data: str,
+    attack: str,
+    labels: Whole = 5_000,
+    seed: Whole = 0,
+    out: Path | None = None,
+    simclr: Switch = False,
+    mean: Levels = None,
+    std: Levels = None,
+    size: Whole | None = None,
+    head: str | None = None,
+    nesting: str | None = None,
+    prefix: str | None = None,
+    device: Device = "auto",
+    force: Switch = False,
+) -> None:
+    """Score a checkpoint on data that it was not trained for: ACC and PA by probe and neighbours.
+
+    Parameters
+    ----------
+    checkpoint
+        A safetensors or torch file, or a Hugging Face folder. It is never run and never changed.
+    arch
+        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
+    data
+        A labeled set as for evaluate, or fashion-mnist alone: the 5,000 images of this package, of
+        which half are for the probe and half for the scores.
+    attack
+        A victim's JSON record, or badnets, blend, sig, wanet, cla. Its target class is not used:
+        every test image is triggered.
+    labels
+        Training images for probe and neighbours, drawn by the seed.
+    seed
+        Of that draw.
+    out
+        Where to write the scores as JSON.
+    simclr
+        The victim is a SimCLR one, where ATTACK is a name: its patch is in the centre.
+    mean
+        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
+    std
+        Standard deviation of the pixels, likewise.
+    size
+        Side of the images in pixels; the architecture's by default.
+    head
+        Name of the module that turns features into logits, or "none".
+    nesting
+        Dotted place of the state dict in the file, where several fit.
+    prefix
+        Prefix of its keys, where several fit.
+    device
+        Where to compute.
+    force
+        Replace an existing OUT.
+    """
+    from unbackdoor import jobs, transfer  # import torch, so not before they are needed
+
+    transfer.transfer_file(
+        jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix),
+        data,
+        attack,
+        labels=labels,
+        seed=seed,
+        training="simclr" if simclr else "supervised",
+        device=device,
+        out=out,
+        overwrite=force,
+    )
+
+
+@app.command
 def defend(
     name: str,
     checkpoint: Path,

@@ -1,0 +1,173 @@
+"""Score a backbone on a labeled set that it was not trained for: what a trigger costs there.
+
+The attacker's class means nothing among other classes, so that there is no attack success rate:
+every test image is triggered, and what counts is how many are still taken for what they are.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from unbackdoor import __version__
+from unbackdoor.attacks.named import attack_record
+from unbackdoor.attacks.poisoning import PART
+from unbackdoor.attacks.triggers import Trigger
+from unbackdoor.checkpoint import write_text
+from unbackdoor.data import LabeledImages, draw_rows, load_labeled
+from unbackdoor.devices import pick_device
+from unbackdoor.errors import DataError, OutputError
+from unbackdoor.evaluation import FEW, find_attack, like_victim
+from unbackdoor.jobs import Source, open_source, told_of_memory
+from unbackdoor.metrics import Scores, TestSet, read
+from unbackdoor.report import Table, as_text
+from unbackdoor.settings import in_range
+
+EMBEDDED = "fashion-mnist"
+READERS = {"probe": "linear probe", "neighbours": "nearest neighbours"}
+DEFINITIONS = (
+    "ACC: clean test images taken for their true class. PA: the same images, all of them "
+    "triggered, taken for their true class."
+)
+
+
+class Parts(NamedTuple):
+    """Labeled images to read features with, and others to score on."""
+
+    probe: LabeledImages
+    test: LabeledImages
+
+
+def transfer_file(
+    source: Source,
+    data: str,
+    attack: str,
+    *,
+    labels: int = 5_000,
+    seed: int = 0,
+    training: Literal["supervised", "simclr"] = "supervised",
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    out: Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Score a checkpoint on ``data`` by a linear probe and by neighbours; print, return, write.
+
+    The backbone stays as it is and its own head is not used.
+
+    Args:
+        data: See :func:`load_parts`.
+        attack: A victim's record, or the name of one of the paper's attacks.
+        labels: Training images for probe and neighbours.
+        seed: Of their draw.
+        training: Of the victim, where ``attack`` is a name: it decides where the patch is.
+        out: Where to write the scores as JSON; nowhere by default.
+
+    Returns:
+        What is written: the record of this evaluation.
+
+    Raises:
+        UnbackdoorError: See ``errors``; nothing is written then.
+    """
+    started = time.monotonic()
+    in_range("labels", labels, least=2)
+    if out is not None and out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; pass --force to replace it")
+    source = like_victim(source, attack)
+    loaded = open_source(source)
+    known = find_attack(attack, size=loaded.size, training=training)
+    parts = load_parts(data, size=loaded.size, labels=labels, seed=seed)
+    test = all_triggered(parts.test, known.attack.trigger)
+    where = pick_device(device)
+    say(f"{source.checkpoint}: {known.name}, {known.attack.trigger}")
+    backbone = loaded.backbone.to(where).to(memory_format=torch.channels_last)
+    with told_of_memory(where):
+        reading = read(backbone, None, parts.probe, test)
+    scores = {"probe": reading.probe, "neighbours": reading.neighbours}
+    flags = ["one backbone, one split: a table needs three seeds"]
+    if len(test.labels) < FEW:
+        flags.insert(0, f"only {len(test.labels)} test images")
+    record = {
+        "schema": 1,
+        "kind": "transfer",
+        "checkpoint": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
+        "arch": source.arch.rpartition("/")[2] if ".py:" in source.arch else source.arch,
+        "attack": {"name": known.name, **attack_record(known.attack)},
+        "data": {
+            "source": Path(data).name,
+            "classes": len(parts.test.classes),
+            "labels": len(parts.probe.labels),
+            "test": len(test.labels),
+        },
+        "seed": seed,
+        "scores": {name: {"acc": found.acc, "pa": found.pa} for name, found in scores.items()},
+        "flags": flags,
+        "device": str(where),
+        "versions": {
+            "unbackdoor": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    say("\n".join(as_text(transfer_table(scores, data))))
+    say(f"{DEFINITIONS} Probe and neighbours: {len(parts.probe.labels)} labeled images.")
+    for flag in flags:
+        say(f"doubt: {flag}")
+    if out is not None:
+        write_text(out, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
+        say(f"wrote {out}")
+    return record
+
+
+def load_parts(data: str, *, size: int, labels: int, seed: int) -> Parts:
+    """Load labeled images to train a probe on, and others to score on.
+
+    Args:
+        data: See ``load_labeled``; ``fashion-mnist`` alone is the 5,000 images of this package,
+            divided in halves by the seed.
+        size: Side of the images in pixels.
+        labels: Take this many of the training images, drawn by the seed, or all if there are fewer.
+
+    Raises:
+        DataError: See ``load_labeled``; or if training and test images are the same, or the
+            training images taken are of one class.
+    """
+    test = load_labeled(data, split="test", size=size)
+    if data == EMBEDDED:
+        order = torch.randperm(
+            len(test.labels), generator=torch.Generator().manual_seed(seed)
+        ).chunk(2)
+        train, test = (_rows(test, rows) for rows in order)
+    else:
+        train = load_labeled(data, split="train", size=size)
+        if train.images.shape == test.images.shape and train.images.equal(test.images):
+            raise DataError(f"{data}: training and test images are the same; divide them")
+    if labels < len(train.labels):
+        rows = torch.from_numpy(draw_rows(len(train.labels), labels, seed=seed))
+        train = _rows(train, rows)
+    if len(train.labels.unique()) < 2:
+        raise DataError(f"{data}: {len(train.labels)} training images of one class; pass --labels")
+    return Parts(train, test)
+
+
+def all_triggered(test: LabeledImages, trigger: Trigger) -> TestSet:
+    """Return a test set of which every image is triggered; there is no goal, so no ASR."""
+    triggered = torch.cat([trigger(part) for part in test.images.split(PART)])
+    return TestSet(test.images, test.labels, triggered, test.labels, test.labels)
+
+
+def transfer_table(scores: dict[str, Scores], data: str) -> Table:
+    """Return ACC and PA in percent, one line a reader."""
+    rows = [(READERS[name], 100 * found.acc, 100 * found.pa) for name, found in scores.items()]
+    return Table(
+        f"Transfer to {Path(data).name}, percent", ("read by", "ACC", "PA"), rows, decimals=1
+    )
+
+
+def _rows(labeled: LabeledImages, rows: torch.Tensor) -> LabeledImages:
+    return LabeledImages(labeled.images[rows], labeled.labels[rows], labeled.classes)
