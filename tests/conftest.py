@@ -29,6 +29,41 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+def voc_annotation(objects: list[tuple[str, str]], *, size: str = "64 48", extra: str = "") -> str:
+    """Return an annotation: of each object its class and corners, as ``("red", "9 5 20 16")``."""
+    width, height = size.split()
+    parts = [f"<size><width>{width}</width><height>{height}</height></size>"]
+    for name, corners in objects:
+        names = ("xmin", "ymin", "xmax", "ymax")
+        box = "".join(f"<{k}>{v}</{k}>" for k, v in zip(names, corners.split(), strict=True))
+        parts.append(f"<object><name>{name}</name>{extra}<bndbox>{box}</bndbox></object>")
+    return f"<annotation>{''.join(parts)}</annotation>"
+
+
+def write_voc(root: Path) -> Path:
+    """Write a folder in VOC's layout: a red and a green square on black, 6 + 4 images."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for i in range(10):
+        image = Image.new("RGB", (64, 48))
+        red, green = (12 + i, 14, 27 + i, 29), (36 + i, 20 + i, 50 + i, 34 + i)
+        image.paste((230, 20, 20), (red[0] - 1, red[1] - 1, *red[2:]))
+        image.paste((20, 230, 20), (green[0] - 1, green[1] - 1, *green[2:]))
+        image.save(root / f"JPEGImages/{i:03}.png")
+        corners = [" ".join(map(str, box)) for box in (red, green)]
+        text = voc_annotation([("red", corners[0]), ("green", corners[1])])
+        (root / f"Annotations/{i:03}.xml").write_text(text)
+    names = [f"{i:03}\n" for i in range(10)]
+    (root / "ImageSets/Main/trainval.txt").write_text("".join(names[:6]))
+    (root / "ImageSets/Main/test.txt").write_text("".join(names[6:]))
+    return root
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    return write_voc(tmp_path / "VOC2007")
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> str:
     """Two classes of images, dark and bright, 600 for training and 20 for the test."""

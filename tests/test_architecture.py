@@ -18,7 +18,7 @@ PACKAGE = ROOT / "unbackdoor"
 ATTACKS = {"attacks", "victims"}
 MAY_IMPORT_ATTACKS = ATTACKS | {
     *("metrics", "evaluation", "attack_jobs", "bench", "demo", "cli", "__main__"),
-    "transfer",
+    *("transfer", "detection.scores"),  # what trains a detector may not
 }
 TESTS_OF_NO_MODULE = {"architecture"}
 
@@ -94,7 +94,7 @@ def chain_to_attacks(graph: dict[str, set[str]], module: str) -> list[str] | Non
 
 def defenders_that_know_attacks(package: Path) -> list[str]:
     graph = import_graph(package)
-    defenders = [module for module in graph if top(module) not in MAY_IMPORT_ATTACKS]
+    defenders = [module for module in graph if not {module, top(module)} & MAY_IMPORT_ATTACKS]
     chains = [chain_to_attacks(graph, module) for module in defenders]
     return [" -> ".join(chain) for chain in chains if chain]
 
@@ -130,6 +130,18 @@ def test_an_attack_imported_through_other_modules_is_found(tmp_path):
     assert defenders_that_know_attacks(package) == [
         "defenses.nad -> probe -> metrics -> attacks.triggers",
         "probe -> metrics -> attacks.triggers",
+    ]
+
+
+def test_what_scores_a_detector_may_know_attacks_and_what_trains_it_may_not(tmp_path):
+    package = write_package(
+        tmp_path,
+        attacks__triggers="",
+        detection__scores="from unbackdoor.attacks.triggers import Patch",
+        detection__training="from unbackdoor.detection.scores import average",
+    )
+    assert defenders_that_know_attacks(package) == [
+        "detection.training -> detection.scores -> attacks.triggers"
     ]
 
 

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import reduce
+from operator import getitem
 
 import pytest
 import torch
@@ -127,8 +129,8 @@ def test_a_users_error_is_one_message_and_exit_code_2(words, message, inputs, tm
 
 WHOLE_NUMBERS = [
     (command, argument.name)
-    for command in ("purify", "demo", "attack", "evaluate")
-    for argument in app[command].assemble_argument_collection()
+    for command in ("purify", "demo", "attack", "evaluate", "transfer", "detect train")
+    for argument in reduce(getitem, command.split(), app).assemble_argument_collection()
     if argument.hint in (int, int | None)
 ]
 NEEDED = {
@@ -136,13 +138,15 @@ NEEDED = {
     "demo": [],
     "attack": ["badnets", "--data", "x", "--arch", "x", "--out", "x"],
     "evaluate": ["x.pt", "--arch", "x", "--data", "x", "--attack", "badnets"],
+    "transfer": ["x.pt", "--arch", "x", "--data", "x", "--attack", "badnets"],
+    "detect train": ["--backbone", "x", "--arch", "x", "--data", "x", "--out", "x"],
 }
 
 
 @pytest.mark.parametrize(("command", "flag"), WHOLE_NUMBERS)
 @pytest.mark.parametrize("value", ["2.5", "2.0", "1e2", "two"])
 def test_a_whole_number_is_never_rounded(command, flag, value, capsys):
-    assert main([command, *NEEDED[command], flag, value]) == 2
+    assert main([*command.split(), *NEEDED[command], flag, value]) == 2
     said = unwrapped(capsys)
     assert f"Invalid value for {flag}: '{value}' is not a whole number" in said
     assert "Traceback" not in said

@@ -11,6 +11,7 @@ import torch
 from matplotlib import image as mpl_image
 
 from unbackdoor.report import (
+    BoxedImage,
     Flagged,
     Note,
     Panel,
@@ -18,6 +19,7 @@ from unbackdoor.report import (
     Table,
     amplified_difference,
     bars_picture,
+    boxes_picture,
     curves_picture,
     images_picture,
     render_report,
@@ -74,6 +76,11 @@ def every_part(text: str) -> list[Table | Picture | Note]:
         curves_picture(text, {text: [2.0, 1.0]}, y_label=text, **labels),
         bars_picture(text, {text: {text: 1.0}}, decimals=1, **labels),
         images_picture(text, {text: images.to(torch.uint8)}, caption=text),
+        boxes_picture(
+            text,
+            {text: BoxedImage(images[:1].to(torch.uint8), torch.tensor([[2.0, 3, 9, 20]]), [text])},
+            caption=text,
+        ),
         tsne_picture(text, {text: groups}, strong=[text], seed=0, caption=text),
     ]
 
@@ -101,7 +108,7 @@ def test_page_runs_nothing_and_loads_nothing() -> None:
     sources = [
         a[name] or "" for _, a in elements for name in ("src", "href", "srcset") if name in a
     ]
-    assert len(sources) == 4
+    assert len(sources) == 5
     assert all(source.startswith("data:image/svg+xml,") for source in sources)
     drawings = " ".join(urllib.parse.unquote(source) for source in sources)
     assert not re.findall(r'href="(?!#|data:)|url\((?!#)|@import', drawings)
@@ -233,6 +240,35 @@ def test_images_picture_refuses_rows_of_different_shapes() -> None:
         images_picture("t", rows)
     with pytest.raises(ValueError, match=r"rows of one shape, grey or RGB, got \[\]"):
         images_picture("t", {})
+
+
+def test_boxes_are_drawn_where_they_are() -> None:
+    black = torch.zeros(1, 3, 600, 800).byte()
+    corners = [[100.0, 150.0, 500.0, 450.0], [600.0, 0.0, 800.0, 300.0]]
+    panel = BoxedImage(black, torch.tensor(corners), ["red 0.9", "green 0.8"])
+    drawn = boxes_picture("t", {"found": panel})
+    (pixels,) = pixels_of(drawn)
+    assert pixels.shape[:2] == (200, 266)  # a third
+    assert drawn.panels[0].alt == "found: 2 boxes. green 1, red 1"
+    outlines = re.findall(r'd="M ([\d. ML]+) z[^>]*? style="fill: none', drawn.panels[0].svg)
+    extents = []
+    for outline in outlines:
+        numbers = np.array([float(word) for word in re.findall(r"[\d.]+", outline)]).reshape(-1, 2)
+        extents.append([*numbers.min(0), *numbers.max(0)])
+    first, second = (np.array(extent) for extent in extents)
+    scale = (first[2] - first[0]) / 400
+    assert (first[3] - first[1]) / 300 == pytest.approx(scale, rel=1e-3)
+    assert second - first == pytest.approx(scale * np.array([500, -150, 300, -150]), abs=0.1)
+
+
+def test_boxes_picture_refuses_a_box_without_a_label() -> None:
+    image = torch.zeros(1, 3, 8, 8).byte()
+    for panel in (
+        BoxedImage(image, torch.zeros(1, 4), []),
+        BoxedImage(image.expand(2, 3, 8, 8), torch.zeros(0, 4), []),
+    ):
+        with pytest.raises(ValueError, match="panel 'found' of picture 't' needs one RGB image"):
+            boxes_picture("t", {"found": panel})
 
 
 def test_amplified_difference_is_grey_without_change_and_clipped() -> None:

@@ -3,7 +3,14 @@ import dataclasses
 import pytest
 
 from unbackdoor.errors import SettingsError
-from unbackdoor.settings import PRESETS, PurifySettings, SearchSettings, ViewSettings, flatten
+from unbackdoor.settings import (
+    PRESETS,
+    DetectionSettings,
+    PurifySettings,
+    SearchSettings,
+    ViewSettings,
+    flatten,
+)
 
 
 def build(preset):
@@ -46,6 +53,9 @@ def test_settings_are_frozen():
         (lambda: PurifySettings(pull=-0.2, distill=1), "pull must be at least 0, got -0.2"),
         (lambda: PurifySettings(temperature=0), "temperature must be above 0, got 0"),
         (lambda: PurifySettings(temperature=float("nan")), "temperature must be above 0, got nan"),
+        (lambda: DetectionSettings(batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: DetectionSettings(flip=2), "flip must be at least 0 and at most 1, got 2"),
+        (lambda: DetectionSettings(shorter=8), "shorter must be at least 16 and at most 4096"),
         (lambda: PurifySettings(epochs=0), "epochs must be at least 1, got 0"),
         (lambda: PurifySettings(seed=-1), "seed must be at least 0 and at most"),
         (lambda: PurifySettings(batch_size=1), "batch_size must be at least 2, got 1"),

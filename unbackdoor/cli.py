@@ -17,6 +17,7 @@ from unbackdoor.errors import SettingsError, UnbackdoorError
 from unbackdoor.progress import display
 from unbackdoor.settings import (
     PRESETS,
+    DetectionSettings,
     PurifySettings,
     Ratio,
     VictimSettings,
@@ -42,11 +43,13 @@ NO_SETTINGS = {  # arguments that belong on the command line, and our own comman
     ),
     *("share", "share_of_target", "all_to_all", "noise", "trigger", "surrogate", "durable"),
     *("defend", "labels", "set", "bench"),
+    *("detect", "transfer", "backbone", "classes", "stages", "measure", "report"),
 }
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Switch = Annotated[bool, Parameter(negative="")]
 Levels = Annotated[tuple[float, float, float] | None, Parameter(negative="")]
+Words = Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=True)]
 
 app = App(
     name="unbackdoor",
@@ -74,6 +77,11 @@ def fill_victim(app: App, __: tuple[str, ...], arguments: ArgumentCollection) ->
     name = given.get("--preset", "paper")
     preset = victim_preset(name, training=training, attack=given.get("--name", ""))
     take(app, arguments, preset, source=f"preset {name}")
+
+
+def fill_detector(app: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Take what no flag gives from ``--config``."""
+    take_config(app, arguments, given_flags(arguments), DetectionSettings())
 
 
 def given_flags(arguments: ArgumentCollection) -> dict[str, str]:
@@ -607,6 +615,168 @@ def demo(
 
     with display("demo") as shown:
         run_demo(out, seed=seed, overwrite=force, say=shown.say, on_step=shown.on_step)
+
+
+detect = App(name="detect", help="Train a Faster R-CNN on a backbone, and score it under attack.")
+app.command(detect)
+
+
+@detect.command(name="train", config=fill_detector)
+def detect_train(
+    *,
+    backbone: Path,
+    arch: str,
+    data: str,
+    out: Path,
+    split: Annotated[str, Parameter(name="--set")] = "trainval",
+    classes: Words = (),
+    stages: Words = (),
+    config: Path | None = None,
+    settings: Annotated[DetectionSettings, Parameter(name="*")] = DetectionSettings(),
+    mean: Levels = None,
+    std: Levels = None,
+    size: Whole | None = None,
+    head: str | None = None,
+    nesting: str | None = None,
+    prefix: str | None = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    resume: Switch = False,
+    force: Switch = False,
+) -> None:
+    """Train a Faster R-CNN with a feature pyramid on a backbone; stem and first stage are frozen.
+
+    Writes OUT and beside it a JSON record with settings, losses and origins.
+
+    Parameters
+    ----------
+    backbone
+        A safetensors or torch file, or a Hugging Face folder. It is never run and never changed.
+    arch
+        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
+    data
+        voc:DIR, a folder in the layout of VOC 2007.
+    out
+        A .safetensors file.
+    split
+        The set to train on: a file in ImageSets/Main.
+    classes
+        Names in the order of their numbers; by default all in the set, sorted.
+    stages
+        Modules whose outputs are the maps, fine to coarse; known for ResNets and ConvNeXts.
+    config
+        A TOML file with settings; flags go before it.
+    mean
+        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
+    std
+        Standard deviation of the pixels, likewise.
+    size
+        Side of the images that the backbone was trained on; the architecture's by default.
+    head
+        Name of the module that turns features into logits, or "none".
+    nesting
+        Dotted place of the state dict in the file, where several fit.
+    prefix
+        Prefix of its keys, where several fit.
+    device
+        Where to compute.
+    precision
+        bf16 runs backbone and pyramid in bfloat16; auto does where the device computes it.
+    resume
+        Continue an interrupted run.
+    force
+        Replace existing files.
+    """
+    from unbackdoor import jobs
+    from unbackdoor.detection import jobs as detection_jobs
+
+    try:
+        with display("detect train") as shown:
+            detection_jobs.train_file(
+                jobs.Source(backbone, arch, mean, std, size, head, nesting, prefix),
+                data,
+                out,
+                settings,
+                name=split,
+                classes=classes or None,
+                stages=stages,
+                device=device,
+                precision=precision,
+                overwrite=force,
+                resume=resume,
+                say=shown.say,
+                on_step=shown.on_step,
+            )
+    except KeyboardInterrupt:
+        if detection_jobs.name_files(out).state.exists():
+            print("run the same command with --resume to continue", file=sys.stderr)
+        raise
+
+
+@detect.command(name="evaluate")
+def detect_evaluate(
+    detector: Path,
+    *,
+    data: str,
+    split: Annotated[str, Parameter(name="--set")] = "test",
+    attack: str | None = None,
+    simclr: Switch = False,
+    arch: str | None = None,
+    measure: Literal["voc07", "coco", "both"] = "both",
+    out: Path | None = None,
+    report: Path | None = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    force: Switch = False,
+) -> None:
+    """Score a detector: AP on clean test images, PAP on the same ones triggered.
+
+    Parameters
+    ----------
+    detector
+        The file of detect train, with its record beside it.
+    data
+        voc:DIR, a folder in the layout of VOC 2007.
+    split
+        The set to score on: a file in ImageSets/Main.
+    attack
+        A victim's JSON record, or badnets, blend, sig, wanet, cla; without it there is no PAP.
+    simclr
+        The victim is a SimCLR one, where ATTACK is a name: its patch is in the centre.
+    arch
+        Where the network is your own: path/to/file.py:function. No record can name code to run.
+    measure
+        VOC 2007's average precision over 11 points, COCO's, or both.
+    out
+        Where to write the scores as JSON.
+    report
+        Where to write an HTML page with scores and pictures of detections.
+    device
+        Where to compute.
+    precision
+        bf16 runs backbone and pyramid in bfloat16; auto does where the device computes it.
+    force
+        Replace existing outputs.
+    """
+    from unbackdoor.detection import scores  # imports torch, so not before it is needed
+
+    with display("detect evaluate") as shown:
+        scores.evaluate_detector(
+            detector,
+            data,
+            name=split,
+            attack=attack,
+            training="simclr" if simclr else "supervised",
+            arch=arch,
+            measure=measure,
+            device=device,
+            precision=precision,
+            out=out,
+            report=report,
+            overwrite=force,
+            say=shown.say,
+            on_step=shown.on_step,
+        )
 
 
 bench = App(name="bench", help="Run a grid of attacks and defenses, and make its tables.")

@@ -368,7 +368,7 @@ class FileImages:
             if candidate in self._reasons:
                 continue
             try:
-                return _open_image(self._index.read(candidate))
+                return open_image(self._index.read(candidate))
             except MemoryError:
                 raise
             except UnidentifiedImageError:  # its text is a place in memory
@@ -415,7 +415,7 @@ def _read_ahead(
                 batch.cancel()
 
 
-def _open_image(encoded: bytes) -> Image.Image:
+def open_image(encoded: bytes) -> Image.Image:
     """Decode one image to RGB; any exception means that it is broken."""
     if not encoded:
         raise ValueError("empty, or cannot be read")

@@ -22,6 +22,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE  # type: ignore[import-untyped]  # ships no annotations
 from torch import Tensor
@@ -39,6 +40,7 @@ STRONG_MARKERS, MUTED_MARKERS = "^DX*", "osv<"
 MARKERS = "os^DvXP*<>"
 WIDTH = 5.6  # inches; at a phone's width its 11-point letters are still 10 pixels high
 LARGEST_SIDE = 112  # pixels; larger images are averaged down, to keep the page small
+LARGEST_BOXED = 336  # the same for images with boxes, which are shown one by one
 
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -376,6 +378,61 @@ def images_picture(title: str, rows: Mapping[str, RawImages], *, caption: str = 
         svg = _svg(figure)
     count = max(shapes)[0]
     return Picture(title, (Panel(svg, f"{count} images each: {', '.join(rows)}"),), caption)
+
+
+class BoxedImage(NamedTuple):
+    """One image with labelled boxes in it: left, top, right, bottom in pixels."""
+
+    image: RawImages
+    boxes: Float[Tensor, "k 4"]
+    labels: Sequence[str]
+
+
+def boxes_picture(title: str, panels: Mapping[str, BoxedImage], *, caption: str = "") -> Picture:
+    """Draw boxes in images, a panel for every name; a colour for every first word of a label.
+
+    Args:
+        panels: One image each, RGB; those above 336 pixels are averaged down.
+
+    Raises:
+        ValueError: If a panel holds another number of images than one, or of labels than boxes.
+    """
+    words = sorted({label.split()[0] for panel in panels.values() for label in panel.labels})
+    colors = {word: PALETTE[index % len(PALETTE)] for index, word in enumerate(words)}
+    drawn = []
+    for name, (image, boxes, labels) in panels.items():
+        if image.shape[:2] != (1, 3) or len(boxes) != len(labels):
+            raise ValueError(
+                f"panel {name!r} of picture {title!r} needs one RGB image and a label for each box"
+            )
+        height, width = image.shape[2:]
+        shrink = math.ceil(max(height, width) / LARGEST_BOXED)
+        sides = max(1, height // shrink), max(1, width // shrink)
+        small = F.adaptive_avg_pool2d(image.float(), sides).round().to(torch.uint8)
+        with style.context(STYLE, after_reset=True):
+            figure = Figure((WIDTH, WIDTH * min(height / width, 3) + 0.35))
+            axes = figure.subplots()
+            extent = (0, width, height, 0)
+            axes.imshow(small[0].permute(1, 2, 0).numpy(), interpolation="none", extent=extent)
+            for (left, top, right, bottom), label in zip(boxes.tolist(), labels, strict=True):
+                color = colors[label.split()[0]]
+                across, down = right - left, bottom - top
+                axes.add_patch(Rectangle((left, top), across, down, fill=False, edgecolor=color))
+                axes.text(
+                    left,
+                    top,
+                    _label(label),
+                    color="white",
+                    fontsize=7,
+                    clip_on=True,
+                    bbox={"facecolor": color, "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+                )
+            axes.set(title=_label(name), xlim=(0, width), ylim=(height, 0))
+            axes.set_axis_off()
+            svg = _svg(figure)
+        counted = ", ".join(f"{word} {sum(x.split()[0] == word for x in labels)}" for word in words)
+        drawn.append(Panel(svg, f"{name}: {len(boxes)} boxes. {counted}"))
+    return Picture(title, drawn, caption)
 
 
 def amplified_difference(clean: RawImages, changed: RawImages, *, gain: int) -> RawImages:

@@ -16,7 +16,7 @@ from torch import Tensor
 from unbackdoor.cbd import EpochLosses, PurifyState
 from unbackdoor.checkpoint import Tree, write_tensors
 from unbackdoor.errors import CheckpointError, OutputError
-from unbackdoor.settings import PurifySettings, VictimSettings
+from unbackdoor.settings import DetectionSettings, PurifySettings, VictimSettings
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 
@@ -44,7 +44,9 @@ def identity(settings: PurifySettings, *, checkpoint: str, images: str) -> dict[
     return {"checkpoint": checkpoint, "images": images, **values}
 
 
-def as_texts(settings: PurifySettings | VictimSettings) -> dict[str, str]:
+def as_texts(
+    settings: PurifySettings | VictimSettings | DetectionSettings,
+) -> dict[str, str]:
     """Return settings as the texts that an identity is made of."""
     return {name: json.dumps(value, sort_keys=True) for name, value in asdict(settings).items()}
 

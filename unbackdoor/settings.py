@@ -313,6 +313,60 @@ def victim_preset(name: str, *, training: str, attack: str) -> dict[str, Any]:
     return preset
 
 
+@dataclass(frozen=True)
+class DetectionSettings:
+    """How a Faster R-CNN is trained on a backbone; SGD's momentum is 0.9.
+
+    The backbone's stem and first stage are frozen, and so is all batch norm. The rate rises over
+    ``warmup`` steps and falls to a tenth after 3/4 and again after 11/12 of all steps.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images a step; a last, smaller batch is kept.
+        learning_rate: The highest.
+        warmup: Steps in which the rate rises.
+        weight_decay: L2 penalty.
+        shorter: Shorter side of an image as it is scaled for the network, in pixels.
+        longer: Most pixels of its longer side, for which the shorter one gives way.
+        flip: Probability of a mirror image.
+        pyramid: Channels of the feature pyramid.
+        box_head: Width of the two layers that classify a box.
+        anchor: Side of a level's anchors, in strides of the level.
+        seed: Of new weights, order, mirror images and sampled boxes.
+
+    Source:
+        Ren et al. 2015, https://arxiv.org/abs/1506.01497, and Lin et al. 2017,
+        https://arxiv.org/abs/1612.03144, for the network; the drops of the rate are those of the
+        usual VOC schedule of 24,000 steps. Our paper names no schedule.
+    """
+
+    epochs: Whole = 24
+    batch_size: Whole = 16
+    learning_rate: float = 0.02
+    warmup: Whole = 100
+    weight_decay: float = 1e-4
+    shorter: Whole = 600
+    longer: Whole = 1000
+    flip: float = 0.5
+    pyramid: Whole = 256
+    box_head: Whole = 1024
+    anchor: Whole = 8
+    seed: Whole = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "anchor"):
+            in_range(name, getattr(self, name), least=1)
+        for name in ("warmup", "weight_decay"):
+            in_range(name, getattr(self, name), least=0)
+        in_range("learning_rate", self.learning_rate, above=0)
+        in_range("flip", self.flip, least=0, most=1)
+        for name in ("pyramid", "box_head"):
+            in_range(name, getattr(self, name), least=1, most=4096)
+        for name in ("shorter", "longer"):  # a record from elsewhere shall not ask for all memory
+            in_range(name, getattr(self, name), least=16, most=4096)
+        in_range("seed", self.seed, least=0, most=2**32 - 1)
+
+
 def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Return the leaves of nested tables with dotted names."""
     leaves: list[tuple[str, Any]] = []

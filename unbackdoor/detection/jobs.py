@@ -1,0 +1,366 @@
+"""Train a detector on a backbone's file: everything around it, and open what it wrote."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor import __version__
+from unbackdoor.backbones import Backbone, build
+from unbackdoor.checkpoint import Tree, read_checkpoint, sha256_of, write_tensors, write_text
+from unbackdoor.detection.network import Level, find_levels, make_detector
+from unbackdoor.detection.training import (
+    SECONDS_BETWEEN_STATES,
+    Epoch,
+    TrainingState,
+    train_detector,
+)
+from unbackdoor.detection.voc import VocImages, load_voc
+from unbackdoor.devices import Precision, peak_memory, pick_device, pick_precision
+from unbackdoor.errors import (
+    ArchitectureError,
+    CheckpointError,
+    MismatchError,
+    OutputError,
+    SettingsError,
+)
+from unbackdoor.jobs import Source, open_source, told_of_memory
+from unbackdoor.resume import as_texts, read_state, write_state
+from unbackdoor.settings import DetectionSettings
+
+KIND = "detector"
+GROUPS = ("network", "momentum", "progress")
+
+Say = Callable[[str], None]
+
+
+class DetectorFiles(NamedTuple):
+    """The files of one detector; the state is deleted when the others are there."""
+
+    tensors: Path
+    record: Path
+    state: Path
+
+
+class Opened(NamedTuple):
+    """A detector from a file.
+
+    Attributes:
+        detector: In eval mode, on the CPU.
+        classes: Names, by number.
+        settings: Of its training.
+        size: Side of the images that its backbone was trained on, in pixels.
+        record: All that stands beside the file.
+        sha256: Of the file.
+    """
+
+    detector: nn.Module
+    classes: tuple[str, ...]
+    settings: DetectionSettings
+    size: int
+    record: Mapping[str, Any]
+    sha256: str
+
+
+def train_file(
+    source: Source,
+    data: str,
+    out: Path,
+    settings: DetectionSettings,
+    *,
+    name: str = "trainval",
+    classes: Sequence[str] | None = None,
+    stages: Sequence[str] = (),
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    overwrite: bool = False,
+    resume: bool = False,
+    seconds_between_states: float = SECONDS_BETWEEN_STATES,
+    say: Say = print,
+    on_step: Callable[[int, int], None] | None = None,
+) -> DetectorFiles:
+    """Train a Faster R-CNN on the backbone in ``source``, and write it with its record.
+
+    The state is kept beside ``out`` now and then, so that a killed run can be continued by
+    ``resume``. The backbone's file is never changed.
+
+    Args:
+        data: ``voc:DIR``, see ``load_voc``.
+        out: A ``.safetensors`` file.
+        name: The set to train on.
+        classes: See ``load_voc``.
+        stages: See ``find_levels``.
+        overwrite: Replace existing files and the state of an earlier run.
+        resume: Continue from the state of an earlier run with the same input and settings.
+        seconds_between_states: Least time from one state to the next.
+        say: Receives what happens, line by line.
+        on_step: Called after every step with the number of steps done and of all steps.
+
+    Raises:
+        UnbackdoorError: See ``errors``; nothing is written then but the state.
+    """
+    started = time.monotonic()
+    files = plan_files(source.checkpoint, out, overwrite=overwrite, resume=resume)
+    images = load_voc(data, name, classes=classes)
+    loaded = open_source(source)
+    levels = find_levels(loaded.backbone.body, source.arch, stages)
+    where = pick_device(device)
+    how = pick_precision(precision, where)
+    detector = make_detector(
+        loaded.backbone, levels, settings, classes=len(images.classes), precision=how
+    )
+    say(describe(images, levels, settings))
+    of = {
+        "backbone": loaded.checkpoint.sha256,
+        "arch": source.arch,
+        "stages": json.dumps(levels),
+        "pixels": json.dumps(_pixels(loaded.backbone)),
+        "images": images.fingerprint,
+        "device": str(where),
+        "precision": how,
+        **as_texts(settings),
+    }
+    with told_of_memory(where):
+        history = _train(
+            detector,
+            images,
+            settings,
+            files.state,
+            of,
+            device=where,
+            resume=resume,
+            seconds_between_states=seconds_between_states,
+            say=say,
+            on_step=on_step,
+        )
+    record = {
+        "schema": 1,
+        "kind": KIND,
+        "backbone": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
+        "arch": source.arch.rpartition("/")[2] if ".py:" in source.arch else source.arch,
+        "head": source.head,
+        "pixels": {**_pixels(loaded.backbone), "size": loaded.size},
+        "stages": [level.stage for level in levels],
+        "classes": list(images.classes),
+        "data": {
+            "source": Path(data).name,
+            "set": name,
+            "images": len(images),
+            "objects": sum(len(there.labels) for there in images.objects),
+            "sha256": images.fingerprint,
+        },
+        "settings": asdict(settings),
+        "history": [[round(loss, 4), round(seconds, 1)] for loss, seconds in history],
+        **circumstances(where, how),
+        "seconds": round(time.monotonic() - started, 1),
+        "seconds_of_training": round(sum(epoch.seconds for epoch in history), 1),
+    }
+    tree: Tree = {key: value.cpu().contiguous() for key, value in detector.state_dict().items()}
+    replacing = overwrite or resume
+    write_tensors(files.tensors, tree, metadata={"format": "pt"}, overwrite=replacing)
+    record["sha256"] = sha256_of(files.tensors)
+    write_text(files.record, json.dumps(record, indent=1) + "\n", overwrite=replacing)
+    files.state.unlink(missing_ok=True)
+    say(f"wrote {files.tensors} and {files.record}")
+    return files
+
+
+def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> DetectorFiles:
+    """Return the files to write, after all that could forbid writing them has been checked.
+
+    Raises:
+        OutputError: If ``out`` has another suffix, is the input, lies in no folder, or exists; or
+            if an interrupted run left its state and it is neither resumed nor overwritten.
+        SettingsError: If it shall both start again and go on.
+    """
+    if out.suffix != ".safetensors":
+        raise OutputError(f"{out}: a detector's file ends in .safetensors")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {out.parent}")
+    if overwrite and resume:
+        raise SettingsError("--force starts again and --resume goes on; pass one of them")
+    files = name_files(out)
+    for path in files:
+        if path.resolve() == backbone.resolve():
+            raise OutputError(f"{path}: would change the input, which never happens")
+    if overwrite:
+        return files
+    for path in files[1:2] if resume else files[:2]:  # the record is written last
+        if path.exists():
+            raise OutputError(f"{path}: exists already; pass --force to replace it")
+    if files.state.exists() and not resume:
+        raise OutputError(
+            f"{files.state}: an interrupted run can go on from here; pass --resume, "
+            "or --force to start again"
+        )
+    return files
+
+
+def name_files(out: Path) -> DetectorFiles:
+    """Return the names of all files that go with ``out``."""
+    suffixes = (".safetensors", ".json", ".state.safetensors")
+    return DetectorFiles(*(out.with_suffix(suffix) for suffix in suffixes))
+
+
+def open_detector(path: Path, *, arch: str | None = None, precision: Precision = "fp32") -> Opened:
+    """Open a detector that :func:`train_file` wrote; the record beside it says what it is.
+
+    Args:
+        arch: Where the record alone cannot build the network: ``path/to/file.py:function``.
+        precision: See ``Pyramid``.
+
+    Raises:
+        CheckpointError: If file or record are missing, damaged or of another kind.
+        MismatchError: If the tensors are not those of this detector.
+        ArchitectureError: See ``build`` and ``find_levels``; or if the record names a file of code
+            and ``arch`` does not.
+    """
+    beside = path.with_suffix(".json")
+    try:
+        record = json.loads(beside.read_text(encoding="utf-8"))
+        if record["kind"] != KIND or record["schema"] != 1:
+            raise ValueError(f"its kind is {record['kind']!r}")
+        named, head = str(record["arch"]), record["head"]
+        pixels, stages = record["pixels"], [str(stage) for stage in record["stages"]]
+        classes = tuple(str(word) for word in record["classes"])
+        settings = DetectionSettings(**_numbers(record["settings"]))
+        mean, std, size = pixels["mean"], pixels["std"], int(pixels["size"])
+        mean, std = ([float(value) for value in row] for row in (mean, std))
+        if not classes or not stages or not (head is None or isinstance(head, str)):
+            raise ValueError("it names no class, no stage, or no head")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SettingsError) as error:
+        raise CheckpointError(
+            f"{beside}: is no detector's record ({type(error).__name__}: {error}); it lies beside "
+            "the tensors, as detect train writes it"
+        ) from error
+    if arch is None and ".py" in named:  # a record from elsewhere shall not choose code to run
+        raise ArchitectureError(
+            f"{beside}: its network comes from a file of code ({named}), which is run only if you "
+            "name it yourself: --arch path/to/file.py:function"
+        )
+    checkpoint = read_checkpoint(path)
+    architecture = build(arch or named, head=head)
+    backbone = Backbone(architecture.network, architecture.heads, mean=mean, std=std).eval()
+    levels = find_levels(backbone.body, arch or named, stages)
+    detector = make_detector(backbone, levels, settings, classes=len(classes), precision=precision)
+    _fill(detector, checkpoint.tree, path)
+    return Opened(detector.eval(), classes, settings, size, record, checkpoint.sha256)
+
+
+def describe(images: VocImages, levels: Sequence[Level], settings: DetectionSettings) -> str:
+    """Return one line about what will be trained on what."""
+    objects = sum(len(there.labels) for there in images.objects)
+    stages = ", ".join(f"{level.stage} (stride {level.stride})" for level in levels)
+    return (
+        f"{images.name}: {len(images)} images, {objects} objects of {len(images.classes)} classes "
+        f"({', '.join(images.classes)}), scaled to {settings.shorter} pixels; stages {stages}"
+    )
+
+
+def circumstances(device: torch.device, precision: Precision) -> dict[str, Any]:
+    """Return where and with what a number was made, as JSON can hold it."""
+    return {
+        "device": str(device),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "peak_memory": peak_memory(device),
+        "versions": {
+            "unbackdoor": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _train(
+    detector: nn.Module,
+    images: VocImages,
+    settings: DetectionSettings,
+    path: Path,
+    of: dict[str, str],
+    *,
+    device: torch.device,
+    resume: bool,
+    seconds_between_states: float,
+    say: Say,
+    on_step: Callable[[int, int], None] | None,
+) -> tuple[Epoch, ...]:
+    state = _load(path, of) if resume else None
+    if state is None:
+        path.unlink(missing_ok=True)  # of another run, which is being overwritten
+    else:
+        say(f"resuming after step {state.step}")
+
+    def on_epoch(number: int, epoch: Epoch) -> None:
+        say(f"epoch {number}/{settings.epochs}  loss {epoch.loss:.3f}  {epoch.seconds:.0f} s")
+
+    return train_detector(
+        detector,
+        images,
+        settings,
+        device=device,
+        state=state,
+        seconds_between_states=seconds_between_states,
+        on_step=on_step,
+        on_epoch=on_epoch,
+        on_state=lambda reached: _save(path, reached, of),
+    )
+
+
+def _save(path: Path, state: TrainingState, of: dict[str, str]) -> None:
+    progress = torch.tensor([state.step, *state.unfinished], dtype=torch.float64)
+    groups = {
+        "network": state.network,
+        "momentum": state.momentum,
+        "progress": {"numbers": progress},
+    }
+    write_state(path, state.history, groups, of)
+
+
+def _load(path: Path, of: dict[str, str]) -> TrainingState:
+    history, groups = read_state(path, of, groups=GROUPS)
+    step, loss, seconds = groups["progress"]["numbers"].tolist()
+    return TrainingState(
+        int(step),
+        tuple(Epoch(*epoch) for epoch in history),
+        Epoch(loss, seconds),
+        groups["network"],
+        groups["momentum"],
+    )
+
+
+def _fill(detector: nn.Module, tree: Tree, path: Path) -> None:
+    wanted = detector.state_dict()
+    given = {key: value for key, value in tree.items() if isinstance(value, Tensor)}
+    wrong = sorted(
+        key
+        for key in wanted.keys() | given.keys()
+        if key not in wanted or key not in given or wanted[key].shape != given[key].shape
+    )
+    if wrong:
+        raise MismatchError(
+            f"{path}: holds other tensors than its record describes, {len(wrong)} of them, first "
+            f"{wrong[0]}"
+        )
+    if not all(value.isfinite().all() for value in given.values()):
+        raise CheckpointError(f"{path}: holds NaN or infinite weights")
+    detector.load_state_dict(given)
+
+
+def _numbers(values: Any) -> dict[str, Any]:
+    """Return settings from a file, if each is of its own type."""
+    defaults = asdict(DetectionSettings())
+    for name, value in dict(values).items():
+        if name not in defaults or type(value) is not type(defaults[name]):
+            raise ValueError(f"{name} is {value!r}")
+    return dict(values)
+
+
+def _pixels(backbone: Backbone) -> dict[str, list[float]]:
+    return {"mean": backbone.mean.flatten().tolist(), "std": backbone.std.flatten().tolist()}

@@ -1,0 +1,295 @@
+"""Score a detector's file: AP on test images as they are, PAP on the same ones triggered."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from unbackdoor.attacks.named import attack_record
+from unbackdoor.attacks.triggers import LARGEST, Trigger, trigger_scaled
+from unbackdoor.checkpoint import write_text
+from unbackdoor.detection.jobs import Opened, circumstances, open_detector
+from unbackdoor.detection.network import fit
+from unbackdoor.detection.precision import (
+    Found,
+    Measure,
+    Precision,
+    average_precision,
+    coco_metric,
+)
+from unbackdoor.detection.voc import VocImages, load_voc
+from unbackdoor.devices import pick_device, pick_precision
+from unbackdoor.errors import OutputError
+from unbackdoor.evaluation import find_attack, read_record
+from unbackdoor.jobs import told_of_memory
+from unbackdoor.report import BoxedImage, Picture, Table, as_text, boxes_picture, render_report
+from unbackdoor.settings import DetectionSettings
+from unbackdoor.types import RawImages
+
+SHOWN = 4  # images in the report
+CERTAIN = 0.5  # score of the detections that it shows
+FEW = 500  # test images, fewer of which make AP coarse
+NAMES = {
+    "voc07": "VOC 2007, 11 points, overlap .5",
+    "coco": "COCO, overlaps .5 to .95",
+    "coco50": "COCO, overlap .5",
+    "coco75": "COCO, overlap .75",
+}
+DEFINITIONS = (
+    "AP: average precision on the test images as they are. PAP: the same on the same images "
+    "triggered; the trigger is scaled to each image at its own size, before it is scaled for the "
+    "network."
+)
+
+
+class Condition(NamedTuple):
+    """What was detected under one condition, and how precise it was."""
+
+    precision: Precision
+    found: tuple[Found, ...]
+
+
+def evaluate_detector(
+    path: Path,
+    data: str,
+    *,
+    name: str = "test",
+    attack: str | None = None,
+    training: Literal["supervised", "simclr"] = "supervised",
+    arch: str | None = None,
+    measure: Measure = "both",
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    out: Path | None = None,
+    report: Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score the detector in ``path``; print, return and write.
+
+    Args:
+        data: ``voc:DIR``, see ``load_voc``; its classes are the detector's.
+        name: The set to score on.
+        attack: A victim's record, or the name of one of the paper's attacks; without it, AP alone.
+        training: Of the victim, where ``attack`` is a name: it decides where the patch is.
+        arch: See ``open_detector``.
+        measure: Which AP.
+        out: Where to write the scores as JSON; nowhere by default.
+        report: Where to write an HTML page with scores and pictures; nowhere by default.
+        overwrite: Whether these may be replaced.
+        on_step: Called after every image with the number of images done and of all images.
+
+    Returns:
+        What is written: the record of this evaluation.
+
+    Raises:
+        UnbackdoorError: See ``errors``; nothing is written then.
+    """
+    started = time.monotonic()
+    for place in (out, report):
+        if place is not None and place.exists() and not overwrite:
+            raise OutputError(f"{place}: exists already; pass --force to replace it")
+    if measure != "voc07":
+        coco_metric()  # says what is missing before anything is computed
+    where = pick_device(device)
+    how = pick_precision(precision, where)
+    opened = open_detector(path, arch=arch, precision=how)
+    images = load_voc(data, name, classes=opened.classes)
+    side = trained_side(attack, default=opened.size)
+    known = None
+    if attack is not None:
+        known = find_attack(attack, size=side, training=training)
+    say(f"{path}: {len(images)} images of the set {name}, {len(opened.classes)} classes")
+    triggers: dict[str, Trigger | None] = {"clean": None}
+    if known is not None:
+        triggers["triggered"] = known.attack.trigger
+        say(f"{known.name}: {known.attack.trigger}, planted in images of {side} × {side} pixels")
+    with told_of_memory(where):
+        conditions = score_conditions(
+            opened.detector,
+            images,
+            triggers,
+            opened.settings,
+            side=side,
+            measure=measure,
+            device=where,
+            on_step=on_step,
+        )
+    flags = doubts(images)
+    record: dict[str, Any] = {
+        "schema": 1,
+        "kind": "detector's scores",
+        "detector": {
+            "name": path.name,
+            "sha256": opened.sha256,
+            "backbone": opened.record.get("backbone"),
+            "arch": opened.record["arch"],
+            "settings": opened.record["settings"],
+            "trained_on": opened.record.get("data"),
+        },
+        "data": {
+            "source": Path(data).name,
+            "set": name,
+            "images": len(images),
+            "objects": sum(len(there.labels) for there in images.objects),
+            "difficult": sum(int(there.difficult.sum()) for there in images.objects),
+            "sha256": images.fingerprint,
+        },
+        "classes": list(opened.classes),
+        "attack": None
+        if known is None
+        else {"name": known.name, "side": side, **attack_record(known.attack)},
+        "scores": {key: made.precision._asdict() for key, made in conditions.items()},
+        "flags": flags,
+        **circumstances(where, how),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    tables = scores_tables(conditions, opened.classes)
+    for table in tables:
+        say("\n".join(as_text(table)))
+    say(DEFINITIONS if known is not None else DEFINITIONS.partition(" PAP:")[0])
+    for flag in flags:
+        say(f"doubt: {flag}")
+    if out is not None:
+        write_text(out, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
+        say(f"wrote {out}")
+    if report is not None:
+        pictures = detection_pictures(opened, images, triggers, conditions, side=side)
+        title = f"{path.name} on {Path(data).name}, set {name}"
+        summary = " ".join([DEFINITIONS, *(f"Doubt: {flag}." for flag in flags)])
+        write_text(report, render_report(title, summary, [*tables, *pictures]), overwrite=overwrite)
+        say(f"wrote {report}")
+    return record
+
+
+def trained_side(attack: str | None, *, default: int) -> int:
+    """Return the side in pixels of the images that the attack was planted in: its record's.
+
+    A name, or a record without a size, is taken to be of ``default``.
+    """
+    if attack is None or not Path(attack).is_file():
+        return default
+    size = read_record(attack).get("size")
+    return size if isinstance(size, int) and 0 < size <= LARGEST else default
+
+
+def score_conditions(
+    detector: nn.Module,
+    images: VocImages,
+    triggers: dict[str, Trigger | None],
+    settings: DetectionSettings,
+    *,
+    side: int,
+    measure: Measure,
+    device: torch.device,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, Condition]:
+    """Return detections and their precision under every trigger, by name.
+
+    Args:
+        detector: Maps a list of images in [0, 1], as :func:`fit` makes them, to what torchvision's
+            detectors return; in eval mode.
+        triggers: By the name of the condition; ``None`` leaves the images as they are.
+        side: Of the images that the triggers were planted in.
+    """
+    detector.to(device)
+    found: dict[str, list[Found]] = {key: [] for key in triggers}
+    for row in range(len(images)):
+        image = images.read(row)
+        for key, trigger in triggers.items():
+            seen = image if trigger is None else trigger_scaled(trigger, image, side=side)
+            found[key].append(detect(detector, seen, settings, device=device))
+        if on_step is not None:
+            on_step(row + 1, len(images))
+    return {
+        key: Condition(
+            average_precision(seen, images.objects, classes=len(images.classes), measure=measure),
+            tuple(seen),
+        )
+        for key, seen in found.items()
+    }
+
+
+@torch.no_grad()
+def detect(
+    detector: nn.Module, image: RawImages, settings: DetectionSettings, *, device: torch.device
+) -> Found:
+    """Return what ``detector`` finds in one image, in pixels of the image as it came."""
+    fitted = fit(image, settings)
+    output = detector([fitted[0].to(device).float() / 255])[0]
+    scale = torch.tensor([image.shape[3] / fitted.shape[3], image.shape[2] / fitted.shape[2]])
+    boxes = output["boxes"].cpu() * scale.repeat(2)
+    return Found(boxes, output["labels"].cpu() - 1, output["scores"].cpu())
+
+
+def doubts(images: VocImages) -> list[str]:
+    """Return why these scores should be read with care."""
+    found = []
+    if len(images) < FEW:
+        found.append(f"only {len(images)} test images")
+    for number, name in enumerate(images.classes):
+        objects = sum(int((there.labels == number).sum()) for there in images.objects)
+        if objects < 10:
+            found.append(f"only {objects} objects of the class {name}")
+    found.append("one detector: a table needs three seeds")
+    return found
+
+
+def scores_tables(conditions: dict[str, Condition], classes: Sequence[str]) -> list[Table]:
+    """Return AP and PAP in percent: the means over classes, and VOC's class by class."""
+    words = {"clean": "AP", "triggered": "PAP"}
+    columns = [words[key] for key in conditions]
+    scores = [made.precision for made in conditions.values()]
+
+    def row(name: str, values: Sequence[float | None]) -> tuple[str | float | None, ...]:
+        return name, *(None if value is None else 100 * value for value in values)
+
+    means = [
+        row(words, [getattr(s, what) for s in scores])
+        for what, words in NAMES.items()
+        if getattr(scores[0], what) is not None
+    ]
+    tables = [Table("Average precision, percent", ("measure", *columns), means, decimals=1)]
+    if scores[0].classes:
+        rows = [row(name, [s.classes[i] for s in scores]) for i, name in enumerate(classes)]
+        title = "VOC 2007's average precision by class, percent"
+        tables.append(Table(title, ("class", *columns), rows, decimals=1))
+    return tables
+
+
+def detection_pictures(
+    opened: Opened,
+    images: VocImages,
+    triggers: dict[str, Trigger | None],
+    conditions: dict[str, Condition],
+    *,
+    side: int,
+) -> list[Picture]:
+    """Return the first images of the set: what is there, what was found, clean and triggered."""
+    pictures = []
+    for row in range(min(SHOWN, len(images))):
+        image, truth = images.read(row), images.objects[row]
+        names = [opened.classes[label] for label in truth.labels.tolist()]
+        panels = {"what is there": BoxedImage(image, truth.boxes, names)}
+        for key, trigger in triggers.items():
+            seen = image if trigger is None else trigger_scaled(trigger, image, side=side)
+            boxes, labels, scores = conditions[key].found[row]
+            sure = scores >= CERTAIN
+            texts = [
+                f"{opened.classes[label]} {score:.2f}"
+                for label, score in zip(labels[sure].tolist(), scores[sure].tolist(), strict=True)
+            ]
+            panels[f"found, {key}"] = BoxedImage(seen, boxes[sure], texts)
+        pictures.append(
+            boxes_picture(
+                images.paths[row].name,
+                panels,
+                caption=f"Detections with a score of {CERTAIN} or more.",
+            )
+        )
+    return pictures
