@@ -106,9 +106,11 @@ def names_with_gradient(module):
     return {name for name, weight in module.named_parameters() if weight.requires_grad}
 
 
-def test_stem_first_stage_and_batch_norm_take_no_gradient_and_all_else_does():
+@pytest.mark.parametrize("stages", [(), ("block2", "relu")])
+def test_stem_first_stage_and_batch_norm_take_no_gradient_and_all_else_does(stages):
     backbone = tiny_backbone()
-    detector = make_detector(backbone, find_levels(backbone.body, "wrn"), TINY, classes=2)
+    levels = find_levels(backbone.body, "wrn", stages)
+    detector = make_detector(backbone, levels, TINY, classes=2)
     body = names_with_gradient(detector.backbone.body)
     assert body == {
         f"{block}.layer.{i}.{conv}.weight"

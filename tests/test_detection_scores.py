@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +170,25 @@ def test_the_command_line_trains_and_scores(source, voc, tmp_path, capsys):
     assert "PAP: the same on the same images triggered" in said
     assert main(words.replace(str(voc), "nowhere").split()) == 2
     assert "has no folder Annotations" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_detector_learns_to_find_the_squares(voc, tmp_path):
+    victims = Path(__file__).resolve().parents[1] / "results/victims"
+    source = Source(victims / "clean-supervised-seed0.safetensors", "cifar/wrn16_1")
+    settings = DetectionSettings(
+        shorter=48, longer=64, pyramid=32, box_head=64, batch_size=3, warmup=5, epochs=25
+    )
+    scores = {}
+    for name, epochs in (("learned", 25), ("hardly", 1)):
+        files = train_file(
+            source,
+            f"voc:{voc}",
+            tmp_path / f"{name}.safetensors",
+            replace(settings, epochs=epochs),
+            device="cpu",
+            say=lambda _: None,
+        )
+        scores[name] = evaluate(files, voc, measure="voc07")["scores"]["clean"]["voc07"]
+    assert scores["learned"] > 0.9
+    assert scores["hardly"] < 0.5

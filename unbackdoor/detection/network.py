@@ -95,21 +95,20 @@ def find_levels(body: nn.Module, arch: str, stages: Sequence[str] = ()) -> tuple
     Args:
         body: In eval mode.
         arch: Its name, for messages.
-        stages: Dotted names of modules, fine to coarse; by default those of ``STAGES``.
+        stages: Dotted names of modules, fine to coarse; by default :func:`known_stages`.
 
     Raises:
         ArchitectureError: If they are not known, or do not yield maps of which each is half as
             large as the one before, as a feature pyramid needs.
     """
-    modules = dict(body.named_modules())
-    known = (names for names in STAGES if all(name in modules for name in names))
-    names = tuple(stages) or next(known, ())
+    names = tuple(stages) or known_stages(body)
     if not names:
         raise ArchitectureError(
             f"{arch}: its stages are not known; name the modules whose outputs are maps, fine to "
             "coarse, by --stages, or take a ResNet. A vision transformer has one map only and "
             "carries no feature pyramid"
         )
+    modules = dict(body.named_modules())
     if missing := [name for name in names if name not in modules]:
         raise ArchitectureError(f"{arch}: has no module {missing[0]!r}, which --stages names")
     noise = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -137,6 +136,12 @@ def find_levels(body: nn.Module, arch: str, stages: Sequence[str] = ()) -> tuple
             "each is twice the one before"
         )
     return tuple(levels)
+
+
+def known_stages(body: nn.Module) -> tuple[str, ...]:
+    """Return the stages of a network, fine to coarse; none where they are not known."""
+    modules = dict(body.named_modules())
+    return next((names for names in STAGES if all(name in modules for name in names)), ())
 
 
 def stage_maps(body: nn.Module, stages: Sequence[str], images: Tensor) -> list[Tensor]:
@@ -212,9 +217,14 @@ def make_detector(
 
 
 def freeze(pyramid: Pyramid) -> None:
-    """Let stem, first stage and batch norm of the backbone take no gradient, all else take one."""
+    """Let stem, first stage and batch norm of the backbone take no gradient, all else take one.
+
+    The first stage is the network's own, also where the pyramid leaves it out, or that of the
+    pyramid where the network's are not known.
+    """
     pyramid.requires_grad_(True)
-    for module in run_before(pyramid.body, pyramid.stages[0]):
+    first = (known_stages(pyramid.body) or pyramid.stages)[0]
+    for module in run_before(pyramid.body, first):
         for weight in module.parameters(recurse=False):
             weight.requires_grad_(False)
     for layer in batch_norms(pyramid.body):
