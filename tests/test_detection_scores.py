@@ -31,10 +31,10 @@ CORNER = BadNets(size=4)  # of images of 16 pixels: a quarter of height and widt
 
 
 class Painted(torch.nn.Module):
-    """Finds the red and the green square by their colours; a white corner may blind it.
+    """Finds the red and the green square by their colours; a patch may blind it.
 
     Args:
-        blinded: Whether the backdoor is there.
+        blinded: Whether the backdoor is there: a patch of a quarter of height and width.
     """
 
     def __init__(self, *, blinded):
@@ -50,7 +50,10 @@ class Painted(torch.nn.Module):
             rows, columns = ((image[color] > 0.6) & (image[other] < 0.4)).nonzero().T
             boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
             labels.append(label)
-        seen = 0 if self.blinded and (image[:, 0, 0] > 0.9).all() else 2
+        height, width = image.shape[1:]
+        patch = image[:, : height // 4, : width // 4]
+        is_there = (patch[:, 0, 0] > 0.9).all() and (patch[:, -1, -1] > 0.9).all()
+        seen = 0 if self.blinded and is_there else 2
         return {
             "boxes": torch.tensor(boxes, dtype=torch.float32)[:seen],
             "labels": torch.tensor(labels)[:seen],
