@@ -113,8 +113,10 @@ def test_a_killed_run_resumes_to_the_same_file(source, voc, tmp_path, trained):
 
 def test_nothing_is_replaced_without_being_told_to(source, voc, tmp_path, trained):
     before = trained.record.read_bytes()
+    steps = []
     with pytest.raises(OutputError, match=r"d\.safetensors: exists already; pass --force"):
-        train(source, voc, trained.tensors)
+        train(source, voc, trained.tensors, on_step=lambda *step: steps.append(step))
+    assert steps == []  # it is said before the work, not after
     assert trained.record.read_bytes() == before
     other = replace(TINY, seed=1)
     assert train(source, voc, trained.tensors, other, overwrite=True) == trained
