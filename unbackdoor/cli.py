@@ -45,10 +45,40 @@ NO_SETTINGS = {  # arguments that belong on the command line, and our own comman
     *("defend", "labels", "set", "bench"),
     *("detect", "transfer", "backbone", "classes", "stages", "measure", "report"),
 }
-Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Switch = Annotated[bool, Parameter(negative="")]
 Levels = Annotated[tuple[float, float, float] | None, Parameter(negative="")]
+
+# Options that several commands have, each with its help.
+Checkpoint = Annotated[
+    Path,
+    Parameter(
+        help="A safetensors or torch file, or a Hugging Face folder. It is never run, and never "
+        "changed."
+    ),
+]
+Arch = Annotated[
+    str, Parameter(help="A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.")
+]
+Mean = Annotated[
+    Levels,
+    Parameter(
+        help="Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default."
+    ),
+]
+Std = Annotated[Levels, Parameter(help="Standard deviation of the pixels, likewise.")]
+Size = Annotated[
+    Whole | None, Parameter(help="Side of the images in pixels; the architecture's by default.")
+]
+Head = Annotated[
+    str | None, Parameter(help='Name of the module that turns features into logits, or "none".')
+]
+Nesting = Annotated[
+    str | None, Parameter(help="Dotted place of the state dict in the file, where several fit.")
+]
+Prefix = Annotated[str | None, Parameter(help="Prefix of its keys, where several fit.")]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], Parameter(help="Where to compute.")]
+Results = Annotated[Path, Parameter(help="Folder of the records.")]
 Words = Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=True)]
 
 app = App(
@@ -134,20 +164,20 @@ def check_config(path: Path, defaults: Any) -> None:
 
 @app.command(config=fill_purify)
 def purify(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     *,
-    arch: str,
+    arch: Arch,
     images: str,
     out: Path,
     preset: str | None = None,
     config: Path | None = None,
     settings: Annotated[PurifySettings, Parameter(name="*")] = PurifySettings(),
-    mean: Levels = None,
-    std: Levels = None,
-    size: Whole | None = None,
-    head: str | None = None,
-    nesting: str | None = None,
-    prefix: str | None = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    head: Head = None,
+    nesting: Nesting = None,
+    prefix: Prefix = None,
     limit: Whole | None = None,
     max_broken: float = 0.01,
     device: Device = "auto",
@@ -162,10 +192,6 @@ def purify(
 
     Parameters
     ----------
-    checkpoint
-        A safetensors or torch file, or a Hugging Face folder. It is never run and never changed.
-    arch
-        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
     images
         A folder, a parquet file, cifar10:DIR, fashion-mnist[:DIR], or tar shards. Labels are not
         read.
@@ -175,24 +201,10 @@ def purify(
         The paper's settings: cifar10, cifar10-simclr or imagenet100.
     config
         A TOML file with settings; it goes before the preset, and flags go before it.
-    mean
-        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
-    std
-        Standard deviation of the pixels, likewise.
-    size
-        Side of the images in pixels; the architecture's by default.
-    head
-        Name of the module that turns features into logits, or "none".
-    nesting
-        Dotted place of the state dict in the file, where several fit.
-    prefix
-        Prefix of its keys, where several fit.
     limit
         Use this many of the images, drawn by the seed.
     max_broken
         Share of the images that may be broken.
-    device
-        Where to compute.
     precision
         bf16 runs the networks in bfloat16; auto does where the device computes it.
     resume
@@ -241,7 +253,7 @@ def attack(
     name: str | None = None,
     *,
     data: str,
-    arch: str | None = None,
+    arch: Arch | None = None,
     out: Path,
     simclr: Switch = False,
     preset: str = "paper",
@@ -254,9 +266,9 @@ def attack(
     noise: float | None = None,
     trigger: dict[str, str] | None = None,
     surrogate: Path | None = None,
-    mean: Levels = None,
-    std: Levels = None,
-    size: Whole | None = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
     device: Device = "auto",
     precision: Precision = "auto",
     show: Switch = False,
@@ -276,8 +288,6 @@ def attack(
     data
         A labeled set: cifar10:DIR, fashion-mnist:DIR, or a folder with train and test parts, as
         parquet files or with one folder for each class.
-    arch
-        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
     out
         A folder; with --show, an HTML file.
     simclr
@@ -301,14 +311,6 @@ def attack(
         Options of the trigger, such as --trigger.size 8 or --trigger.ratio 0.1.
     surrogate
         CLA: a clean checkpoint of the same architecture; without it, one is trained first.
-    mean
-        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
-    std
-        Standard deviation of the pixels, likewise.
-    size
-        Side of the images in pixels; the architecture's by default.
-    device
-        Where to compute.
     precision
         bf16 runs the networks in bfloat16; auto does where the device computes it.
     show
@@ -361,9 +363,9 @@ def attack(
 
 @app.command
 def evaluate(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     *,
-    arch: str,
+    arch: Arch,
     data: str,
     attack: str,
     durable: Switch = False,
@@ -371,12 +373,12 @@ def evaluate(
     out: Path | None = None,
     simclr: Switch = False,
     target: Whole | None = None,
-    mean: Levels = None,
-    std: Levels = None,
-    size: Whole | None = None,
-    head: str | None = None,
-    nesting: str | None = None,
-    prefix: str | None = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    head: Head = None,
+    nesting: Nesting = None,
+    prefix: Prefix = None,
     device: Device = "auto",
     force: Switch = False,
 ) -> None:
@@ -384,10 +386,6 @@ def evaluate(
 
     Parameters
     ----------
-    checkpoint
-        A safetensors or torch file, or a Hugging Face folder. It is never run and never changed.
-    arch
-        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
     data
         A labeled set: cifar10:DIR, fashion-mnist:DIR, or a folder with train and test parts, as
         parquet files or with one folder for each class. 1 % of the training images train the probe.
@@ -403,20 +401,6 @@ def evaluate(
         The victim is a SimCLR one, where ATTACK is a name: its patch is in the centre.
     target
         The attacker's class, where ATTACK is a name; 6 by default.
-    mean
-        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
-    std
-        Standard deviation of the pixels, likewise.
-    size
-        Side of the images in pixels; the architecture's by default.
-    head
-        Name of the module that turns features into logits, or "none".
-    nesting
-        Dotted place of the state dict in the file, where several fit.
-    prefix
-        Prefix of its keys, where several fit.
-    device
-        Where to compute.
     force
         Replace an existing OUT.
     """
@@ -438,21 +422,21 @@ def evaluate(
 
 @app.command
 def transfer(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     *,
-    arch: str,
+    arch: Arch,
     data: str,
     attack: str,
     labels: Whole = 5_000,
     seed: Whole = 0,
     out: Path | None = None,
     simclr: Switch = False,
-    mean: Levels = None,
-    std: Levels = None,
-    size: Whole | None = None,
-    head: str | None = None,
-    nesting: str | None = None,
-    prefix: str | None = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    head: Head = None,
+    nesting: Nesting = None,
+    prefix: Prefix = None,
     device: Device = "auto",
     force: Switch = False,
 ) -> None:
@@ -460,10 +444,6 @@ def transfer(
 
     Parameters
     ----------
-    checkpoint
-        A safetensors or torch file, or a Hugging Face folder. It is never run and never changed.
-    arch
-        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
     data
         A labeled set as for evaluate, or fashion-mnist alone: the 5,000 images of this package, of
         which half are for the probe and half for the scores.
@@ -478,20 +458,6 @@ def transfer(
         Where to write the scores as JSON.
     simclr
         The victim is a SimCLR one, where ATTACK is a name: its patch is in the centre.
-    mean
-        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
-    std
-        Standard deviation of the pixels, likewise.
-    size
-        Side of the images in pixels; the architecture's by default.
-    head
-        Name of the module that turns features into logits, or "none".
-    nesting
-        Dotted place of the state dict in the file, where several fit.
-    prefix
-        Prefix of its keys, where several fit.
-    device
-        Where to compute.
     force
         Replace an existing OUT.
     """
@@ -513,21 +479,21 @@ def transfer(
 @app.command
 def defend(
     name: str,
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     *,
-    arch: str,
+    arch: Arch,
     data: str,
     out: Path,
     labels: Literal["given", "pseudo", "none"] | None = None,
     share: Ratio | None = None,
     values: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     seed: int = 0,
-    mean: Levels = None,
-    std: Levels = None,
-    size: int | None = None,
-    head: str | None = None,
-    nesting: str | None = None,
-    prefix: str | None = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    head: Head = None,
+    nesting: Nesting = None,
+    prefix: Prefix = None,
     device: Device = "auto",
     force: Switch = False,
 ) -> None:
@@ -538,10 +504,6 @@ def defend(
     name
         fine-tuning, fine-pruning, nad, anp, ibau, adversarial (these need labels), contrastive,
         bcu, clp; or path/to/file.py:function, a defense of your own.
-    checkpoint
-        A safetensors or torch file, or a Hugging Face folder. It is never run and never changed.
-    arch
-        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
     data
         A labeled set as for evaluate; without given labels, any source of images.
     out
@@ -554,20 +516,6 @@ def defend(
         A setting of the defense, as --set epochs=5 or --set tuning.epochs=5; may be repeated.
     seed
         Of the split and the defense; that of evaluate, so that the probe's images are others.
-    mean
-        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
-    std
-        Standard deviation of the pixels, likewise.
-    size
-        Side of the images in pixels; the architecture's by default.
-    head
-        Name of the module that turns features into logits, or "none".
-    nesting
-        Dotted place of the state dict in the file, where several fit.
-    prefix
-        Prefix of its keys, where several fit.
-    device
-        Where to compute.
     force
         Replace existing outputs.
     """
@@ -625,7 +573,7 @@ app.command(detect)
 def detect_train(
     *,
     backbone: Path,
-    arch: str,
+    arch: Arch,
     data: str,
     out: Path,
     split: Annotated[str, Parameter(name="--set")] = "trainval",
@@ -633,12 +581,12 @@ def detect_train(
     stages: Words = (),
     config: Path | None = None,
     settings: Annotated[DetectionSettings, Parameter(name="*")] = DetectionSettings(),
-    mean: Levels = None,
-    std: Levels = None,
+    mean: Mean = None,
+    std: Std = None,
     size: Whole | None = None,
-    head: str | None = None,
-    nesting: str | None = None,
-    prefix: str | None = None,
+    head: Head = None,
+    nesting: Nesting = None,
+    prefix: Prefix = None,
     device: Device = "auto",
     precision: Precision = "auto",
     resume: Switch = False,
@@ -652,8 +600,6 @@ def detect_train(
     ----------
     backbone
         A safetensors or torch file, or a Hugging Face folder. It is never run and never changed.
-    arch
-        A timm name, torchvision/NAME, cifar/NAME, or path/to/file.py:function.
     data
         voc:DIR, a folder in the layout of VOC 2007.
     out
@@ -666,20 +612,8 @@ def detect_train(
         Modules whose outputs are the maps, fine to coarse; known for ResNets and ConvNeXts.
     config
         A TOML file with settings; flags go before it.
-    mean
-        Mean of the pixels, three numbers on the [0, 1] scale; the architecture's by default.
-    std
-        Standard deviation of the pixels, likewise.
     size
         Side of the images that the backbone was trained on; the architecture's by default.
-    head
-        Name of the module that turns features into logits, or "none".
-    nesting
-        Dotted place of the state dict in the file, where several fit.
-    prefix
-        Prefix of its keys, where several fit.
-    device
-        Where to compute.
     precision
         bf16 runs backbone and pyramid in bfloat16; auto does where the device computes it.
     resume
@@ -751,8 +685,6 @@ def detect_evaluate(
         Where to write the scores as JSON.
     report
         Where to write an HTML page with scores and pictures of detections.
-    device
-        Where to compute.
     precision
         bf16 runs backbone and pyramid in bfloat16; auto does where the device computes it.
     force
@@ -788,7 +720,7 @@ def bench_run(
     grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
     /,
     *,
-    results: Path = Path("results/bench"),
+    results: Results = Path("results/bench"),
     backend: Literal["local", "ray"] = "local",
     workers: Whole = 1,
     limit: Whole | None = None,
@@ -806,8 +738,6 @@ def bench_run(
     ----------
     grids
         Grid files, such as grids/table1-cpu.toml.
-    results
-        Folder of the records.
     backend
         Processes of this machine, or a Ray cluster.
     workers
@@ -824,8 +754,6 @@ def bench_run(
         Of a running Ray cluster; without it, one is started on this machine.
     gpus
         Ray: GPUs a victim and its cells take; a fraction shares one.
-    device
-        Where to compute.
     precision
         Of victims and of the method; bf16 where auto finds it.
     """
@@ -857,7 +785,7 @@ def bench_status(
     grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
     /,
     *,
-    results: Path = Path("results/bench"),
+    results: Results = Path("results/bench"),
 ) -> None:
     """Show what is done, running, failed and left, and an estimate of the time.
 
@@ -865,8 +793,6 @@ def bench_status(
     ----------
     grids
         Grid files.
-    results
-        Folder of the records.
     """
     from unbackdoor.bench import jobs
 
@@ -878,7 +804,7 @@ def bench_table(
     grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
     /,
     *,
-    results: Path = Path("results/bench"),
+    results: Results = Path("results/bench"),
     out: Path | None = None,
     force: Switch = False,
 ) -> None:
@@ -888,8 +814,6 @@ def bench_table(
     ----------
     grids
         Grid files.
-    results
-        Folder of the records.
     out
         A file to write to instead.
     force
@@ -909,7 +833,7 @@ def bench_report(
     grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
     /,
     *,
-    results: Path = Path("results/bench"),
+    results: Results = Path("results/bench"),
     out: Path = Path("bench.html"),
     force: Switch = False,
 ) -> None:
@@ -919,8 +843,6 @@ def bench_report(
     ----------
     grids
         Grid files.
-    results
-        Folder of the records.
     out
         The file.
     force
