@@ -26,15 +26,7 @@ def test_no_image_has_two_roles_and_the_unlabeled_ones_are_what_purify_draws():
     assert not torch.equal(splits.unlabeled, split_images(4).unlabeled)
 
 
-@pytest.fixture
-def two_threads():
-    torch.set_num_threads(2)  # as a user runs it
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("two_threads")
 def test_the_demo_removes_the_backdoor_durably(tmp_path):
     result = run_demo(tmp_path, say=lambda _: None)
     assert result.victim.head.asr >= 0.95
@@ -45,7 +37,6 @@ def test_the_demo_removes_the_backdoor_durably(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("two_threads")
 def test_the_same_run_without_the_pull_term_keeps_the_backdoor(tmp_path):
     control = replace(SETTINGS, pull=0.0, distill=SETTINGS.pull + SETTINGS.distill)
     result = run_demo(tmp_path, settings=control, say=lambda _: None)
@@ -71,7 +62,6 @@ def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
     assert (given["images"], given["limit"], given["device"]) == ("fashion-mnist", 2500, "cpu")
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.timeout(300)  # a minute on an idle machine
 def test_the_demo_prints_scores_and_writes_one_self_contained_page(tmp_path):
     lines = []
