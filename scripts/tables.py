@@ -4,7 +4,8 @@
 
 Each record in `results/demo/` is the `scores.json` of one `unbackdoor demo --seed SEED`; the table
 has medians; those in `results/victims/` were written by `unbackdoor attack`; those in
-`results/bench/` by `unbackdoor bench run`.
+`results/bench/` by `unbackdoor bench run`; `results/searches.json` by
+`scripts/compare_searches.py`.
 """
 
 import argparse
@@ -105,6 +106,22 @@ def defense_records() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+def searches_table() -> str:
+    """Return how often each search finds the attacker's class, and how concentrated it is."""
+    path = ROOT / "results/searches.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    names = [name.partition("-")[0] for name in found]
+    lines = [f"| search | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
+    for search in next(iter(found.values()), {}):
+        cells = []
+        for rows in found.values():
+            mean, strongest = rows[search]["mean"], rows[search]["strongest"]
+            numbers = (mean["target"], strongest["target"], mean["cosine"], mean["concentration"])
+            cells.append(" / ".join(f"{number:.2f}" for number in numbers))
+        lines.append(f"| {search} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def read_folder(folder: str) -> list[dict[str, Any]]:
     """Return the records in a folder, in the order of their names."""
     return [json.loads(path.read_text()) for path in sorted((ROOT / folder).glob("*.json"))]
@@ -113,8 +130,9 @@ def read_folder(folder: str) -> list[dict[str, Any]]:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # file -> its mark, and what makes the table
     "README.md": ("results/demo", lambda: demo_table(read_folder("results/demo"))),
     "docs/victims.md": ("results/victims", lambda: victims_table(read_folder("results/victims"))),
+    "docs/experiments/searches.md": ("results/searches.json", searches_table),
     **{
-        f"docs/defenses/{name}.md": ("results/bench", lambda name=name: defense_table(name))  # type: ignore[misc]
+        f"docs/defenses/{name}.md": ("results/bench", lambda name=name: defense_table(name))
         for name in DEFENSES
     },
 }

@@ -3,14 +3,21 @@ import dataclasses
 import importlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from unbackdoor.backbones import Backbone, build, network_state
+from unbackdoor.bench.grid import entries, read_grid, settings_of
+from unbackdoor.bench.run import defender_images
+from unbackdoor.data import load_labeled
 from unbackdoor.defenses import DEFENSES, settings
 from unbackdoor.defenses.common import DefenseData, predict
 from unbackdoor.errors import ArchitectureError, DataError
+from unbackdoor.evaluation import divide, find_attack
+from unbackdoor.jobs import Source, open_source
+from unbackdoor.metrics import make_test_set, read
 
 ARCHITECTURES = {
     "timm/test_resnet": 64,
@@ -139,3 +146,40 @@ def test_pseudo_labels_are_what_the_victim_itself_predicts():
     with torch.no_grad():
         wanted = backbone.logits(data.images.float() / 255).argmax(1)
     assert predict(backbone, data.images).equal(wanted)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORED = 2_000  # test images
+EFFECTS = {  # row of grids/defenses-cpu.toml -> the same without its key term
+    "I-BAU": {"perturbed": 0.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", EFFECTS)
+def test_a_defense_removes_a_backdoor_durably_and_its_control_does_not(row, shared_data):
+    victim = ROOT / "results/victims/badnets-supervised-seed0"
+    record, file = victim.with_suffix(".json"), victim.with_suffix(".safetensors")
+    made = json.loads(record.read_text())
+    source = Source(file, made["arch"], tuple(made["mean"]), tuple(made["std"]), made["size"])
+    backbone = open_source(source).backbone
+    place = f"cifar10:{shared_data / 'cifar10'}"
+    train, tests = (load_labeled(place, split=part, size=32) for part in ("train", "test"))
+    split = divide(train, tests, seed=0)
+    attack = find_attack(str(record), size=32).attack
+    test = make_test_set(tests.images[:SCORED], tests.labels[:SCORED], attack, classes=10)
+    grid = read_grid(ROOT / "grids/defenses-cpu.toml")
+    cell = next(entry.cell for entry in entries(grid) if entry.row == row)
+    pool = defender_images(train, cell)
+    published = settings_of(cell)
+
+    def worst(options):
+        data = DefenseData(pool.images, pool.labels)
+        repaired = defend(cell.defense, backbone, data, options).backbone
+        reading = read(repaired, repaired.heads[0], split.probe, test, plain=split.unlabeled)
+        return max(reading.worst.asr, reading.head.asr)
+
+    before = read(backbone, backbone.heads[0], split.probe, test)
+    assert before.head.asr > 0.99
+    assert worst(published) < 0.1
+    assert worst(replace(published, **EFFECTS[row])) > 0.5

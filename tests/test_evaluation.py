@@ -153,7 +153,8 @@ def test_a_head_of_other_classes_is_not_scored(source):
     assert own_head(backbone, classes=3) is None
 
 
-SHIPPED = sorted((Path(__file__).resolve().parents[1] / "results/victims").glob("*.json"))
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+SHIPPED = [*sorted(RESULTS.glob("victims/*.json")), *sorted(RESULTS.glob("development/*.json"))]
 
 
 @pytest.fixture(scope="module")
