@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unbackdoor import __version__
 from unbackdoor.attacks.named import ATTACKS, SMALL, Training, attack_record, named_attack
 from unbackdoor.attacks.poisoning import (
     Attack,
@@ -29,6 +27,7 @@ from unbackdoor.backbones import (
     Pixels,
     build,
     network_state,
+    public_name,
     settle_pixels,
 )
 from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
@@ -52,7 +51,7 @@ from unbackdoor.evaluation import (
     reading_record,
     scores_table,
 )
-from unbackdoor.jobs import Source, open_source, told_of_memory
+from unbackdoor.jobs import Source, open_source, refuse_existing, told_of_memory, versions
 from unbackdoor.metrics import Reading, make_test_set, read
 from unbackdoor.report import (
     Picture,
@@ -233,11 +232,7 @@ def make_victim(
         "peak_memory": peak_memory(where),
         "speed": speed._asdict(),
         "seconds": round(time.monotonic() - started, 1),
-        "versions": {
-            "unbackdoor": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
     }
     tree: Tree = {key: value.cpu().contiguous() for key, value in network_state(backbone).items()}
     replacing = overwrite or resume
@@ -298,16 +293,8 @@ def plan_files(
         raise OutputError(f"{out}: is a file; --out takes a folder")
     if overwrite and resume:
         raise SettingsError("--force starts again and --resume goes on; pass one of them")
-    if overwrite:
-        return files
-    for path in files[1:2] if resume else files[:2]:  # the record is written last
-        if path.exists():
-            raise OutputError(f"{path}: exists already; pass --force to replace it")
-    if files.state.exists() and not resume:
-        raise OutputError(
-            f"{files.state}: an interrupted run can go on from here; pass --resume, "
-            "or --force to start again"
-        )
+    last = files[1:2] if resume else files[:2]  # the record is written last
+    refuse_existing(last, files.state, overwrite=overwrite, resume=resume)
     return files
 
 
@@ -618,7 +605,7 @@ def count_shares(plan: Plan, poisoned: PoisonedSet) -> dict[str, Any]:
 def describe_training(plan: Plan, settings: VictimSettings) -> dict[str, Any]:
     """Return which network was trained how, as JSON can hold it."""
     return {
-        "arch": plan.arch.rpartition("/")[2] if ".py:" in plan.arch else plan.arch,
+        "arch": public_name(plan.arch),
         **plan.pixels._asdict(),
         "training": {"kind": plan.training, **asdict(settings)},
     }

@@ -304,6 +304,11 @@ def network_state(backbone: Backbone) -> dict[str, Tensor]:
     return state
 
 
+def public_name(arch: str) -> str:
+    """Return an architecture's name as a record may hold it: no folder of a user's own file."""
+    return arch.rpartition("/")[2] if ".py:" in arch else arch
+
+
 def build(arch: str, *, classes: int | None = None, head: str | None = None) -> Architecture:
     """Return the untrained network that ``arch`` names.
 

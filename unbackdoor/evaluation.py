@@ -1,7 +1,6 @@
 """Score a checkpoint under attack: which rows, which readings, and what to doubt about them."""
 
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -11,16 +10,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unbackdoor import __version__
 from unbackdoor.attacks.named import ATTACKS, attack_from_record, attack_record, named_attack
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.attacks.triggers import LARGEST
-from unbackdoor.backbones import Backbone
+from unbackdoor.backbones import Backbone, public_name
 from unbackdoor.checkpoint import write_text
 from unbackdoor.data import LabeledImages, load_labeled, split_rows
 from unbackdoor.devices import pick_device
 from unbackdoor.errors import CheckpointError, DataError, OutputError
-from unbackdoor.jobs import Source, open_source, told_of_memory
+from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Reading, Scores, make_test_set, read
 from unbackdoor.report import Table, as_text
 from unbackdoor.types import RawImages
@@ -109,18 +107,14 @@ def evaluate_file(
     record = {
         "schema": 1,
         "checkpoint": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
-        "arch": source.arch.rpartition("/")[2] if ".py:" in source.arch else source.arch,
+        "arch": public_name(source.arch),
         "attack": {"name": known.name, **attack_record(known.attack)},
         "data": {"source": Path(data).name, **counts(split)},
         "seed": seed,
         "scores": reading_record(reading),
         "flags": flags,
         "device": str(where),
-        "versions": {
-            "unbackdoor": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
     }
     say("\n".join(as_text(scores_table(reading))))

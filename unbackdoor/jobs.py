@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 
 from unbackdoor import __version__
-from unbackdoor.backbones import Backbone, Loaded, network_state, open_backbone
+from unbackdoor.backbones import Backbone, Loaded, network_state, open_backbone, public_name
 from unbackdoor.cbd import EpochLosses, PurifyState, purify, steps_per_epoch
 from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import ImageSource, load_images
@@ -283,17 +283,37 @@ def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) 
             )
         if path.is_dir():
             raise OutputError(f"{path}: is a folder; pass another --out")
-    if resume or overwrite:
-        return outputs
-    for path in outputs[:3]:
+    written = () if resume else outputs[:3]
+    refuse_existing(written, outputs.state, overwrite=overwrite, resume=resume)
+    return outputs
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes, as a record holds them."""
+    return {
+        "unbackdoor": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def refuse_existing(written: Iterable[Path], state: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse to replace what a run would write, and to forget what an interrupted one has kept.
+
+    Raises:
+        OutputError: If one of ``written`` exists and must not be replaced, or if ``state`` does and
+            is neither resumed nor overwritten.
+    """
+    if overwrite:
+        return
+    for path in written:
         if path.exists():
             raise OutputError(f"{path}: exists already; pass --force to replace it")
-    if outputs.state.exists():
+    if state.exists() and not resume:
         raise OutputError(
-            f"{outputs.state}: an interrupted run can go on from here; pass --resume, "
-            "or --force to start again"
+            f"{state}: an interrupted run can go on from here; pass --resume, or --force to start "
+            "again"
         )
-    return outputs
 
 
 def name_outputs(out: Path) -> Outputs:
@@ -376,7 +396,7 @@ def make_record(
             "kind": checkpoint.kind,
             "sha256": checkpoint.sha256,
         },
-        "arch": source.arch.rpartition("/")[2] if ".py:" in source.arch else source.arch,
+        "arch": public_name(source.arch),
         "matched": {
             "nesting": list(match.nesting),
             "prefix": match.prefix,

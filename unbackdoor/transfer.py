@@ -5,7 +5,6 @@ every test image is triggered, and what counts is how many are still taken for w
 """
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from unbackdoor import __version__
 from unbackdoor.attacks.named import attack_record
 from unbackdoor.attacks.poisoning import PART
 from unbackdoor.attacks.triggers import Trigger
+from unbackdoor.backbones import public_name
 from unbackdoor.checkpoint import write_text
 from unbackdoor.data import LabeledImages, draw_rows, load_labeled
 from unbackdoor.devices import pick_device
 from unbackdoor.errors import DataError, OutputError
 from unbackdoor.evaluation import FEW, find_attack, like_victim
-from unbackdoor.jobs import Source, open_source, told_of_memory
+from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Scores, TestSet, read
 from unbackdoor.report import Table, as_text
 from unbackdoor.settings import in_range
@@ -95,7 +94,7 @@ def transfer_file(
         "schema": 1,
         "kind": "transfer",
         "checkpoint": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
-        "arch": source.arch.rpartition("/")[2] if ".py:" in source.arch else source.arch,
+        "arch": public_name(source.arch),
         "attack": {"name": known.name, **attack_record(known.attack)},
         "data": {
             "source": Path(data).name,
@@ -107,11 +106,7 @@ def transfer_file(
         "scores": {name: {"acc": found.acc, "pa": found.pa} for name, found in scores.items()},
         "flags": flags,
         "device": str(where),
-        "versions": {
-            "unbackdoor": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
     }
     say("\n".join(as_text(transfer_table(scores, data))))

@@ -1,7 +1,6 @@
 """Run cells: find or train the victim, defend it, score it before and after, write the record."""
 
 import json
-import platform
 import shutil
 import subprocess
 import time
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from unbackdoor import __version__
 from unbackdoor.attack_jobs import describe_device
 from unbackdoor.attacks.named import named_attack
 from unbackdoor.attacks.poisoning import Attack
@@ -61,6 +59,7 @@ from unbackdoor.evaluation import (
     own_head,
     reading_record,
 )
+from unbackdoor.jobs import versions
 from unbackdoor.metrics import Reading, make_test_set, read
 from unbackdoor.resume import identity, load_state, save_state
 
@@ -246,11 +245,7 @@ def run_cell(
         "device": describe_device(device),
         "precision": _precision(cell, place, device),
         "revision": revision(),
-        "versions": {
-            "unbackdoor": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
     }
 
 

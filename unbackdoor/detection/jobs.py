@@ -1,7 +1,6 @@
 """Train a detector on a backbone's file: everything around it, and open what it wrote."""
 
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,8 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unbackdoor import __version__
-from unbackdoor.backbones import Backbone, build
+from unbackdoor.backbones import Backbone, build, public_name
 from unbackdoor.checkpoint import Tree, read_checkpoint, sha256_of, write_tensors, write_text
 from unbackdoor.detection.network import Level, find_levels, make_detector
 from unbackdoor.detection.training import (
@@ -30,7 +28,7 @@ from unbackdoor.errors import (
     OutputError,
     SettingsError,
 )
-from unbackdoor.jobs import Source, open_source, told_of_memory
+from unbackdoor.jobs import Source, open_source, refuse_existing, told_of_memory, versions
 from unbackdoor.resume import as_texts, read_state, write_state
 from unbackdoor.settings import DetectionSettings
 
@@ -143,7 +141,7 @@ def train_file(
         "schema": 1,
         "kind": KIND,
         "backbone": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
-        "arch": source.arch.rpartition("/")[2] if ".py:" in source.arch else source.arch,
+        "arch": public_name(source.arch),
         "head": source.head,
         "pixels": {**_pixels(loaded.backbone), "size": loaded.size},
         "stages": [level.stage for level in levels],
@@ -189,16 +187,8 @@ def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> D
     for path in files:
         if path.resolve() == backbone.resolve():
             raise OutputError(f"{path}: would change the input, which never happens")
-    if overwrite:
-        return files
-    for path in files[1:2] if resume else files[:2]:  # the record is written last
-        if path.exists():
-            raise OutputError(f"{path}: exists already; pass --force to replace it")
-    if files.state.exists() and not resume:
-        raise OutputError(
-            f"{files.state}: an interrupted run can go on from here; pass --resume, "
-            "or --force to start again"
-        )
+    last = files[1:2] if resume else files[:2]  # the record is written last
+    refuse_existing(last, files.state, overwrite=overwrite, resume=resume)
     return files
 
 
@@ -270,11 +260,7 @@ def circumstances(device: torch.device, precision: Precision) -> dict[str, Any]:
         "precision": precision,
         "threads": torch.get_num_threads(),
         "peak_memory": peak_memory(device),
-        "versions": {
-            "unbackdoor": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
     }
 
 
