@@ -174,6 +174,11 @@ def test_bfloat16_stays_close_to_float32_and_resumes_bit_for_bit(network, images
     assert other.norm().item() == pytest.approx(moved.norm().item(), rel=0.2)
 
 
+def test_the_result_is_laid_out_as_the_victim_was(network, images):
+    result = purify(network, images, replace(QUICK, epochs=1)).backbone
+    assert all(value.is_contiguous() for value in result.state_dict().values())
+
+
 def test_another_seed_gives_another_result(network, images):
     first, second = (purify(network, images, replace(QUICK, seed=seed)) for seed in (0, 1))
     assert not torch.equal(first.backbone[0].weight, second.backbone[0].weight)
