@@ -45,7 +45,7 @@ from unbackdoor.devices import (
     pick_device,
 )
 from unbackdoor.pgd import linf_pgd
-from unbackdoor.settings import PurifySettings, SearchSettings
+from unbackdoor.settings import PurifySettings, SearchSettings, purify_preset
 from unbackdoor.views import random_views
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +58,7 @@ RIVALS = {  # without their dependencies: those, PyTorch above all, are shared w
         *("chardet==4.0.0", "idna==2.10"),
     ],
 }
-PAPER = PurifySettings()  # 15 epochs, batches of 128, 20 steps
+PAPER = replace(purify_preset("cifar10"), batch_norm="tracked")  # 15 epochs, batches of 128
 PAPERS_IMAGES = 2_500
 
 Measure = Callable[[], float]  # runs once and returns the seconds
@@ -536,7 +536,7 @@ def main() -> None:
     settings = replace(
         PAPER,
         batch_size=given.batch_size or size,
-        search=SearchSettings(steps=given.steps or steps),
+        search=SearchSettings(kind="image", steps=given.steps or steps),
     )
     batches = 1 if given.quick else 19 if cuda else 2
     networks = ["cifar/wrn16_1"] if given.quick else ["cifar/wrn16_1", "cifar/resnet18"]

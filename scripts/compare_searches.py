@@ -21,6 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,17 +36,18 @@ from unbackdoor.cbd import search
 from unbackdoor.data import LabeledImages, load_labeled
 from unbackdoor.evaluation import divide, find_attack, own_head
 from unbackdoor.jobs import Source, open_source
-from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings
+from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings, purify_preset
 from unbackdoor.views import random_views
 
 IMAGES, BATCH, STEPS, STARTS, NEIGHBOURS = 256, 64, 40, 3, 10
 MILD = ViewSettings(min_area=0.9, jitter=0.0, grey=0.0)
 LOSS_SEARCHES = {  # of the package; they raise the contrastive loss, batch by batch
-    "each image alone, Linf 8/255, 20 steps (the paper's)": PurifySettings(views=MILD),
+    "each image alone, Linf 8/255, 20 steps (the paper's)": replace(
+        purify_preset("cifar10"), views=MILD
+    ),
     "shared, L2 1024/255, 8 steps, temperature .1 (the demo's)": PurifySettings(
         temperature=0.1,
-        views=MILD,
-        search=SearchSettings(norm="l2", epsilon=1024 / 255, steps=8, step_size=0.25, shared=True),
+        search=SearchSettings("batch", "l2", epsilon=1024 / 255, steps=8, step_size=0.25),
     ),
 }
 Change = Callable[[Tensor], Tensor]

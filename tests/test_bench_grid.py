@@ -16,7 +16,7 @@ from unbackdoor.bench.grid import (
     unique_cells,
 )
 from unbackdoor.errors import SettingsError
-from unbackdoor.settings import PurifySettings
+from unbackdoor.settings import PurifySettings, SearchSettings, purify_preset
 
 GRIDS = Path(__file__).resolve().parents[1] / "grids"
 TEXT = """
@@ -85,12 +85,21 @@ def test_cells_hold_the_preset_then_the_grid_then_the_row(write):
     cells = {entry.row: entry.cell for entry in entries(read_grid(write())) if entry.cell.seed == 1}
     settings = settings_of(cells["eps=2"])
     assert settings == replace(
-        PurifySettings(batch_norm="batch", epochs=4, seed=1),
-        search=replace(PurifySettings().search, steps=8, epsilon=2 / 255),
+        purify_preset("cifar10"),
+        epochs=4,
+        seed=1,
+        search=SearchSettings(kind="image", steps=8, epsilon=2 / 255),
     )
     assert settings_of(cells["CBD"]).search.epsilon == 8 / 255
     anp = settings_of(cells["ANP"])
     assert (anp.iterations, anp.epsilon, anp.alpha, anp.seed) == (50, 0.25, 0.2, 1)
+
+
+def test_a_row_with_a_preset_has_nothing_of_the_grids(write):
+    path = write('search = { epsilon = "2/255" }', 'preset = "default", learning_rate = 0.5')
+    cells = {entry.row: entry.cell for entry in entries(read_grid(path)) if entry.cell.seed == 1}
+    assert settings_of(cells["eps=2"]) == PurifySettings(learning_rate=0.5, seed=1)
+    assert settings_of(cells["CBD"]).epochs == 4
 
 
 def test_labels_and_their_share_are_the_papers_unless_a_row_says_otherwise(write):

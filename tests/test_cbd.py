@@ -7,6 +7,8 @@ from torch import nn
 
 from unbackdoor.cbd import (
     EpochLosses,
+    Views,
+    comparison,
     learning_rate,
     loss_terms,
     purify,
@@ -17,13 +19,27 @@ from unbackdoor.cbd import (
 from unbackdoor.errors import DataError, DivergedError, SettingsError
 from unbackdoor.losses import nt_xent
 from unbackdoor.settings import (
+    ChangeSettings,
     ProjectionSettings,
     PurifySettings,
     SearchSettings,
     ViewSettings,
 )
 
-QUICK = PurifySettings(epochs=2, batch_size=16, search=SearchSettings(steps=2))
+OURS = PurifySettings(epochs=2, batch_size=16, changes=ChangeSettings(steps=2))
+QUICK = PurifySettings(  # the paper's, but for batch norm
+    pull=0.3,
+    distill=0.5,
+    align=0.2,
+    loss="contrastive",
+    anchor="view",
+    epochs=2,
+    batch_size=16,
+    clip=0.0,
+    schedule="constant",
+    search=SearchSettings(kind="image", steps=2),
+    views=ViewSettings(),
+)
 
 
 @pytest.fixture
@@ -58,7 +74,8 @@ def test_the_terms_are_the_papers_equations_in_their_own_words(network, images):
     original = copy.deepcopy(network)
     network[0].weight.data.mul_(1.1)
     i, j, k = as_unit(images[:36]).split(12)
-    terms = loss_terms(network, original, (i, j, k), settings)
+    compare = comparison(settings, original, images)
+    terms = loss_terms(network, original, Views(i, j, i, k), settings, compare)
     tau = settings.temperature
     assert terms.pull.item() == pytest.approx(
         nt_xent(network(i), network(k), temperature=tau).item()
@@ -71,9 +88,30 @@ def test_the_terms_are_the_papers_equations_in_their_own_words(network, images):
     )
 
 
+def test_by_default_found_images_come_back_to_the_originals_features_of_their_own_view(
+    network, images
+):
+    settings = replace(OURS, pull=0.5, distill=0.3, align=0.2, batch_norm="frozen")
+    original = copy.deepcopy(network)
+    network[0].weight.data.mul_(1.1)
+    i, j, k, moved = as_unit(images).split(10)
+    compare = comparison(settings, original, images)
+    terms = loss_terms(network, original, Views(i, j, k, moved), settings, compare)
+    variance = original(as_unit(images)).var(0).mean()
+
+    def distance(a, b):
+        return ((a - b).square().mean() / variance).item()
+
+    assert terms.pull.item() == pytest.approx(distance(network(moved), original(k)), rel=1e-5)
+    assert terms.distill.item() == pytest.approx(distance(network(i), original(i)), rel=1e-5)
+    assert terms.align.item() == pytest.approx(distance(network(i), network(j)), rel=1e-5)
+
+
 def test_pull_moves_no_gradient_into_the_anchor(network, images):
     i, j, k = (view.requires_grad_(True) for view in as_unit(images[:36]).split(12))
-    terms = loss_terms(network, network, (i, j, k), replace(QUICK, batch_norm="frozen"))
+    settings = replace(QUICK, batch_norm="frozen")
+    compare = comparison(settings, network, images)
+    terms = loss_terms(network, network, Views(i, j, j, k), settings, compare)
     of_anchor, of_found = torch.autograd.grad(terms.pull, [i, k], allow_unused=True)
     assert of_anchor is None or of_anchor.abs().max() == 0
     assert of_found.abs().max() > 0
@@ -83,7 +121,8 @@ def test_pull_moves_no_gradient_into_the_anchor(network, images):
 def test_batch_norm_modes_differ_in_whose_statistics_they_use(batch_norm, network, images):
     i, j, k = as_unit(images[:36]).split(12)
     settings = replace(QUICK, batch_norm=batch_norm)
-    terms = loss_terms(copy.deepcopy(network), network, (i, j, k), settings)
+    compare = comparison(settings, network, images)
+    terms = loss_terms(copy.deepcopy(network), network, Views(i, j, j, k), settings, compare)
     student = copy.deepcopy(network).train()
     if batch_norm == "batch":
         anchor, _, found = student(i), student(j), student(k)
@@ -94,7 +133,7 @@ def test_batch_norm_modes_differ_in_whose_statistics_they_use(batch_norm, networ
 
 def test_the_search_raises_the_loss_more_than_noise_and_stays_in_the_ball(network, images):
     a, b = as_unit(images[:16]), as_unit(images[16:32])
-    settings = replace(QUICK, search=SearchSettings(epsilon=0.1, steps=10))
+    settings = replace(QUICK, search=SearchSettings(kind="image", epsilon=0.1, steps=10))
     found = search(network, a, b, settings, generator=torch.Generator().manual_seed(0))
     start = replace(settings, search=replace(settings.search, steps=0))
     noise = search(network, a, b, start, generator=torch.Generator().manual_seed(0))
@@ -108,15 +147,25 @@ def test_the_search_raises_the_loss_more_than_noise_and_stays_in_the_ball(networ
 
 def test_a_shared_search_adds_one_perturbation_to_all_images(network, images):
     a, b = as_unit(images[:16]), 0.25 + 0.5 * as_unit(images[16:32])
-    settings = replace(QUICK, search=SearchSettings(shared=True, epsilon=0.1, steps=3))
+    settings = replace(QUICK, search=SearchSettings(kind="batch", epsilon=0.1, steps=3))
     shift = search(network, a, b, settings, generator=torch.Generator().manual_seed(0)) - b
     torch.testing.assert_close(shift, shift[:1].expand_as(shift), atol=1e-6, rtol=0)
+
+
+def test_a_search_for_changes_changes_all_images_alike(network, images):
+    a, b = as_unit(images[:16]), as_unit(images[16:32])
+    settings = replace(OURS, changes=ChangeSettings(patches=1, additions=0, warps=0, steps=3))
+    moved = (search(network, a, b, settings, generator=torch.Generator().manual_seed(0)) - b) != 0
+    assert 0 < moved[0].any(0).sum() <= 4
+    assert (moved.any(1) == moved.any(1)[:1]).float().mean() > 0.9
 
 
 def test_the_search_moves_neither_weights_nor_statistics(network, images):
     before = copy.deepcopy(network)
     for batch_norm in ("running", "batch"):
-        settings = replace(QUICK, search=SearchSettings(steps=2, batch_norm=batch_norm))
+        settings = replace(
+            QUICK, search=SearchSettings(kind="image", steps=2, batch_norm=batch_norm)
+        )
         a, b = as_unit(images[:32]).split(16)
         search(network, a, b, settings, generator=torch.Generator().manual_seed(0))
     for name, tensor in before.named_buffers():
@@ -136,16 +185,29 @@ def test_a_step_has_its_length_in_each_unit(unit, length):
 @pytest.mark.parametrize(
     "settings",
     [
+        OURS,
         QUICK,
+        replace(OURS, batch_norm="batch", loss="contrastive"),
         replace(QUICK, batch_norm="batch"),
         replace(QUICK, batch_norm="joint", schedule="cosine"),
         replace(QUICK, batch_norm="frozen", last_batch="keep"),
-        replace(QUICK, search=SearchSettings(norm="l2", epsilon=1, steps=2, start="zero")),
-        replace(QUICK, search=SearchSettings(shared=True, steps=2)),
+        replace(QUICK, search=SearchSettings("image", "l2", epsilon=1, steps=2, start="zero")),
+        replace(QUICK, search=SearchSettings(kind="batch", steps=2)),
         replace(QUICK, projection=ProjectionSettings(width=4, epochs=1)),
         replace(QUICK, pull=0, distill=1, align=0),
     ],
-    ids=["default", "batch", "joint", "frozen", "l2", "shared", "projection", "distill-only"],
+    ids=[
+        "default",
+        "paper-but-tracked",
+        "contrastive",
+        "paper",
+        "joint",
+        "frozen",
+        "l2",
+        "batch-search",
+        "projection",
+        "distill-only",
+    ],
 )
 def test_purify_is_deterministic_changes_weights_and_leaves_the_victim_alone(
     settings, network, images
@@ -189,7 +251,7 @@ def test_another_seed_gives_another_result(network, images):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     stop_after, schedule, network, images
 ):
-    settings = replace(QUICK, epochs=3, schedule=schedule)
+    settings = replace(OURS, epochs=3, schedule=schedule)
     states = []
 
     whole = purify(network, images, settings, on_epoch=states.append)

@@ -4,7 +4,7 @@ from test_defenses import QUICK, make_backbone, make_data
 from unbackdoor.backbones import network_state
 from unbackdoor.cbd import purify
 from unbackdoor.defenses.contrastive import fine_tune_contrastively
-from unbackdoor.settings import PurifySettings
+from unbackdoor.settings import PurifySettings, ViewSettings
 
 
 def test_it_is_purify_with_its_third_term_alone():
@@ -15,6 +15,10 @@ def test_it_is_purify_with_its_third_term_alone():
         pull=0.0,
         distill=0.0,
         align=1.0,
+        loss="contrastive",
+        clip=0.0,
+        schedule="constant",
+        views=ViewSettings(),
         epochs=1,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,

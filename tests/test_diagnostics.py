@@ -4,10 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from unbackdoor.diagnostics import concentration, measure, neighbour_overlap, random_noise
-from unbackdoor.settings import PurifySettings, SearchSettings
+from unbackdoor.diagnostics import (
+    concentration,
+    highest_concentration,
+    measure,
+    neighbour_overlap,
+    random_noise,
+)
+from unbackdoor.settings import ChangeSettings, PurifySettings, SearchSettings
 
-SETTINGS = PurifySettings(batch_size=16, search=SearchSettings(epsilon=0.1, steps=5))
+AROUND = PurifySettings(batch_size=16, search=SearchSettings(kind="image", epsilon=0.1, steps=5))
+CHANGES = PurifySettings(
+    batch_size=16, changes=ChangeSettings(patches=1, additions=1, warps=1, steps=10)
+)
 
 
 @pytest.fixture
@@ -26,21 +35,32 @@ def images(generator):
 
 
 def test_a_backbone_against_itself_is_unchanged(networks, images):
-    evidence = measure(networks[0], networks[0], images, SETTINGS)
+    evidence = measure(networks[0], networks[0], images, CHANGES)
     assert evidence.cosine == pytest.approx(1)
     assert evidence.neighbours == pytest.approx(1)
     assert evidence.images == 33
 
 
-def test_another_backbone_is_seen_to_differ_and_the_search_beats_its_control(networks, images):
-    evidence = measure(*networks, images, SETTINGS)
+@pytest.mark.parametrize("settings", [AROUND, CHANGES], ids=["image", "changes"])
+def test_another_backbone_is_seen_to_differ_and_the_search_beats_its_control(
+    settings, networks, images
+):
+    evidence = measure(*networks, images, settings)
     assert evidence.cosine < 0.99
     assert evidence.neighbours < 0.9
     assert evidence.adversarial > 1.5 * evidence.noise
 
 
 def test_the_measures_are_deterministic(networks, images):
-    assert measure(*networks, images, SETTINGS) == measure(*networks, images, SETTINGS)
+    assert measure(*networks, images, CHANGES) == measure(*networks, images, CHANGES)
+
+
+def test_the_concentration_of_several_changes_is_that_of_the_highest(generator):
+    clean, which = torch.randn(400, 20, generator=generator), torch.arange(400) % 2
+    moved = clean + torch.randn(400, 20, generator=generator)
+    moved[which == 1] = clean[which == 1] + 3
+    assert highest_concentration(clean, moved, which) == pytest.approx(1, abs=1e-4)
+    assert concentration(clean, moved) < 0.9
 
 
 def test_neighbour_overlap_is_counted_by_hand():
@@ -59,7 +79,7 @@ def test_concentration_is_one_for_a_common_shift_and_small_for_scattered_ones(ge
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_noise_has_the_radius_of_the_search(norm, generator):
     grey = torch.full((4, 3, 8, 8), 0.5)
-    settings = replace(SETTINGS, search=SearchSettings(norm=norm, epsilon=0.25))
+    settings = replace(AROUND, search=SearchSettings(norm=norm, epsilon=0.25))
     shift = (random_noise(grey, settings, generator=generator) - grey).flatten(1)
     reach = shift.abs() if norm == "linf" else shift.norm(dim=1)
     torch.testing.assert_close(reach, torch.full_like(reach, 0.25))

@@ -21,27 +21,50 @@ from unbackdoor.errors import SettingsError
 from unbackdoor.losses import nt_xent
 from unbackdoor.pgd import l2_pgd, linf_pgd
 from unbackdoor.ranks import ALONE, Ranks, add_up, draw, gather, gather_names, joined
-from unbackdoor.settings import ProjectionSettings, PurifySettings, SearchSettings, ViewSettings
+from unbackdoor.settings import (
+    ChangeSettings,
+    ProjectionSettings,
+    PurifySettings,
+    SearchSettings,
+    ViewSettings,
+)
 from unbackdoor.views import random_views
 
 TWO = (Ranks(0, 2), Ranks(1, 2))
-QUICK = PurifySettings(epochs=2, batch_size=8, search=SearchSettings(steps=2))
+OURS = PurifySettings(epochs=2, batch_size=8, changes=ChangeSettings(steps=2))
+QUICK = PurifySettings(  # the paper's, but for batch norm
+    pull=0.3,
+    distill=0.5,
+    align=0.2,
+    loss="contrastive",
+    anchor="view",
+    epochs=2,
+    batch_size=8,
+    clip=0.0,
+    schedule="constant",
+    search=SearchSettings(kind="image", steps=2),
+    views=ViewSettings(),
+)
 CASES = {  # name -> with batch norm, settings
+    "default, no batch norm": (False, OURS),
+    "default": (True, OURS),
     "no batch norm": (False, QUICK),
-    "l2": (False, replace(QUICK, search=SearchSettings(norm="l2", epsilon=1, steps=2))),
-    "shared": (False, replace(QUICK, search=SearchSettings(shared=True, steps=2))),
+    "l2": (False, replace(QUICK, search=SearchSettings("image", "l2", epsilon=1, steps=2))),
+    "shared": (False, replace(QUICK, search=SearchSettings(kind="batch", steps=2))),
     "shared l2": (
         False,
-        replace(QUICK, search=SearchSettings(shared=True, norm="l2", epsilon=1, steps=2)),
+        replace(QUICK, search=SearchSettings(kind="batch", norm="l2", epsilon=1, steps=2)),
     ),
     "last batch": (False, replace(QUICK, last_batch="keep", views=ViewSettings(blur=0.5))),
     "projection": (False, replace(QUICK, projection=ProjectionSettings(width=4, epochs=1))),
     "frozen": (True, replace(QUICK, batch_norm="frozen")),
     "tracked": (True, replace(QUICK, batch_norm="tracked")),
-    "batch": (True, replace(QUICK, batch_norm="batch", search=SearchSettings(steps=1))),
+    "batch": (True, replace(QUICK, batch_norm="batch", search=SearchSettings("image", steps=1))),
     "joint": (
         True,
-        replace(QUICK, batch_norm="joint", search=SearchSettings(steps=1, batch_norm="batch")),
+        replace(
+            QUICK, batch_norm="joint", search=SearchSettings("image", steps=1, batch_norm="batch")
+        ),
     ),
 }
 

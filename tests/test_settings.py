@@ -1,34 +1,30 @@
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
 from unbackdoor.errors import SettingsError
 from unbackdoor.settings import (
-    PRESETS,
     DetectionSettings,
     PurifySettings,
     SearchSettings,
     ViewSettings,
     flatten,
+    purify_preset,
 )
 
 
-def build(preset):
-    values = dict(PRESETS[preset])
-    nested = {"search": SearchSettings, "views": ViewSettings}
-    for name, kind in nested.items():
-        if name in values:
-            values[name] = kind(**values[name])
-    return PurifySettings(**values)
-
-
 def test_the_presets_are_the_papers_appendix_a2():
-    cifar10, simclr, imagenet = map(build, ("cifar10", "cifar10-simclr", "imagenet100"))
+    cifar10, simclr, imagenet = map(purify_preset, ("cifar10", "cifar10-simclr", "imagenet100"))
     assert (cifar10.pull, cifar10.distill, cifar10.align) == (0.3, 0.5, 0.2)
     assert (cifar10.learning_rate, cifar10.momentum, cifar10.weight_decay) == (0.02, 0.9, 5e-4)
     assert (cifar10.epochs, cifar10.batch_size, cifar10.temperature) == (15, 128, 0.5)
     assert (cifar10.search.epsilon, cifar10.search.steps) == (8 / 255, 20)
     assert cifar10.search.step_size == 0.1
+    for preset in (cifar10, simclr, imagenet):
+        assert (preset.loss, preset.anchor, preset.search.kind) == ("contrastive", "view", "image")
+        assert (preset.schedule, preset.batch_norm, preset.clip) == ("constant", "batch", 0)
+        assert replace(preset.views, blur=0) == ViewSettings()
     assert simclr.search.steps == 100
     assert (imagenet.pull, imagenet.distill, imagenet.align) == (0.3, 0.7, 0)
     assert (imagenet.search.epsilon, imagenet.search.steps) == (16 / 255, 20)
@@ -49,7 +45,7 @@ def test_settings_are_frozen():
             "search.epsilon must be at least 0, got -1",
         ),
         (lambda: SearchSettings(steps=-1), "search.steps must be at least 0, got -1"),
-        (lambda: PurifySettings(pull=0.9), r"pull \+ distill \+ align must be 1, got .* = 1.6"),
+        (lambda: PurifySettings(pull=0.9), r"pull \+ distill \+ align must be 1, got .* = 1.4"),
         (lambda: PurifySettings(pull=-0.2, distill=1), "pull must be at least 0, got -0.2"),
         (lambda: PurifySettings(temperature=0), "temperature must be above 0, got 0"),
         (lambda: PurifySettings(temperature=float("nan")), "temperature must be above 0, got nan"),

@@ -1,7 +1,7 @@
 """Contrastive backdoor defense: purify a backbone with unlabeled images.
 
-One step draws three views of a batch, searches the ball around the third for images that the
-contrastive loss likes least, and tunes the backbone on a weighted sum of three terms.
+One step draws three views of a batch, searches near the third for images whose features are not
+where they should be, and tunes the backbone on a weighted sum of three terms.
 """
 
 import copy
@@ -21,6 +21,7 @@ from unbackdoor.batchnorm import (
     track,
     without_running_statistics,
 )
+from unbackdoor.changes import Pool, learn_changes
 from unbackdoor.data import ImageSource, from_tensor
 from unbackdoor.devices import Precision, deterministic, in_precision
 from unbackdoor.errors import DataError, DivergedError, SettingsError
@@ -34,14 +35,26 @@ from unbackdoor.views import random_views
 
 COLLAPSED = 0.01  # share of the original's feature spread below which a student is given up
 WATCHED = 512  # plain images on which that spread is read after every epoch
+LEARNED_ON = 512  # plain images on which an epoch's changes are learned
 CHECK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
 REESTIMATED = 10_000  # plain images from which the delivered statistics are taken
+
+Comparison = Callable[[Features, Features], Scalar]
+
+
+class Views(NamedTuple):
+    """What one step makes of a batch."""
+
+    anchor: Images
+    positive: Images  # another view, for the align term
+    clean: Images  # a third
+    found: Images  # what the search made of the third
 
 
 class LossTerms(NamedTuple):
     """The three terms of one step before weighting; a term of weight 0 is 0."""
 
-    pull: Scalar  # found images -> clean anchor, no gradient into the anchor
+    pull: Scalar  # found images -> where they belong, no gradient into that
     distill: Scalar  # anchor -> the same view under the frozen original
     align: Scalar  # two clean views of an image
 
@@ -106,8 +119,10 @@ def purify(
         "Do We Really Need Labels for Backdoor Defense?", section 3.3,
         https://openreview.net/forum?id=0Hfv9xPBSPQ.
 
-    Differs from the paper: by default, batch norm uses running statistics that follow the tuned
-    weights on plain images (docs/method.md has the reason); nothing else ever leaves eval mode.
+    Differs from the paper: by default, the search is for changes of all images at once, what
+    it finds is brought back to the original's features by squared distance, and batch norm uses
+    running statistics that follow the tuned weights on plain images. docs/method.md has the
+    reasons; the presets are the paper's. Nothing but batch norm ever leaves eval mode.
     """
     device = torch.device(device)
     source = from_tensor(images) if isinstance(images, Tensor) else images
@@ -144,25 +159,36 @@ def purify(
         watched = source.read(range(ranks.rank, count - count % ranks.count, ranks.count))
         spread_of = partial(feature_spread, images=watched, batch_size=settings.batch_size)
         spread = spread_of(network_before, ranks=ranks)
+        compare = comparison(settings, embed_original, watched, ranks=ranks)
         step = len(history) * (steps // settings.epochs)
         for epoch in range(len(history), settings.epochs):
             started, losses = time.monotonic(), []
             generator = epoch_generator(settings.seed, epoch, device)
+            pool = None
+            if settings.search.kind == "changes" and settings.pull > 0:
+                pool = _learn(embed, source, settings, generator=generator, ranks=ranks)
             for raw in epoch_batches(source, settings, epoch, ranks):
                 plain = _to_unit(raw, device)
-                first, second, third = (
+                anchor, positive, clean = (
                     random_views(plain, settings.views, generator=generator, ranks=ranks)
                     for _ in range(3)
                 )
-                if settings.pull > 0:
-                    third = search(embed, first, third, settings, generator=generator, ranks=ranks)
-                views = first, second, third
-                terms = loss_terms(embed, embed_original, views, settings, ranks=ranks)
+                found = clean
+                if pool is not None:
+                    pool.advance(embed, clean, ranks=ranks)
+                    with torch.no_grad():
+                        found = pool.apply(clean, ranks=ranks)
+                elif settings.pull > 0:
+                    found = search(embed, anchor, clean, settings, generator=generator, ranks=ranks)
+                views = Views(anchor, positive, clean, found)
+                terms = loss_terms(embed, embed_original, views, settings, compare, ranks=ranks)
                 loss = weighted_sum(terms, settings)
                 optimizer.param_groups[0]["lr"] = learning_rate(settings, step / steps)
                 optimizer.zero_grad()
                 loss.backward()
                 add_up(gradients(student), ranks)
+                if settings.clip > 0:
+                    nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
                 optimizer.step()
                 if settings.batch_norm == "tracked":
                     track(network, plain, ranks=ranks)
@@ -197,18 +223,30 @@ def search(
     generator: torch.Generator,
     ranks: Ranks = ALONE,
 ) -> Images:
-    """Return ``images``, perturbed so that their features leave those of ``anchor``.
+    """Return ``images``, changed so that their features leave where they were.
 
     Args:
-        embed: Maps images to the features that the contrastive loss compares.
+        embed: Maps images to the features that the losses compare.
         anchor: Another view of the same images.
         generator: Draws the starts; on the device of ``images``.
         ranks: Each has an equal part of a batch; negatives come from all of them.
 
     Source:
-        The paper's equation 3: PGD on the contrastive loss, every image on its own. With
-        ``search.shared``, one perturbation for the batch, which the paper does not have.
+        ``image``: the paper's equation 3, PGD on the contrastive loss. ``batch`` and ``changes``
+        are not in the paper; :func:`purify` learns changes over an epoch, and here they are new.
     """
+    if settings.search.kind == "changes":
+        raw = gather((images * 255).round().to(torch.uint8), ranks)
+        pool = learn_changes(
+            embed,
+            raw,
+            settings.changes,
+            batch_size=settings.batch_size,
+            generator=generator,
+            ranks=ranks,
+        )
+        with torch.no_grad():
+            return pool.apply(images, ranks=ranks)
     options = settings.search
 
     def loss_fn(candidates: Images) -> Scalar:
@@ -219,7 +257,7 @@ def search(
         with torch.no_grad():
             target = embed(anchor)
         ascend = linf_pgd if options.norm == "linf" else l2_pgd
-        if options.shared:
+        if options.kind == "batch":
             ascend = partial(shared_pgd, norm=options.norm)
         return ascend(
             loss_fn,
@@ -238,11 +276,29 @@ def step_length(options: SearchSettings) -> float:
     return options.step_size * unit
 
 
+def comparison(
+    settings: PurifySettings, embed_original: nn.Module, images: RawImages, *, ranks: Ranks = ALONE
+) -> Comparison:
+    """Return how features are compared: two sets of them to a loss, or a rank's share of it.
+
+    Args:
+        embed_original: The frozen original, up to the features that the losses compare.
+        images: Plain ones; ``squared`` is in units of the variance of their features.
+    """
+    if settings.loss == "contrastive":
+        return partial(nt_xent, temperature=settings.temperature, ranks=ranks)
+    features = extract(embed_original, images, batch_size=settings.batch_size)
+    features = gather(features.to(next(embed_original.parameters()).device), ranks)
+    variance = features.var(0).mean().clamp(min=1e-12)
+    return lambda a, b: (a - b).square().mean() / variance / ranks.count
+
+
 def loss_terms(
     embed: nn.Module,
     embed_original: nn.Module,
-    views: tuple[Images, Images, Images],
+    views: Views,
     settings: PurifySettings,
+    compare: Comparison,
     *,
     ranks: Ranks = ALONE,
 ) -> LossTerms:
@@ -251,19 +307,23 @@ def loss_terms(
     Args:
         embed: The network under repair, up to the features that the losses compare.
         embed_original: The frozen original, likewise.
-        views: Anchor, positive and found images.
+        compare: See :func:`comparison`.
         ranks: Each has an equal part of the batch; the sum over all of them is the batch's.
     """
     anchor, positive, found = _embed_views(embed, views, settings, ranks)
-    zero = torch.zeros((), device=anchor.device)
-    contrast = _contrast(settings.temperature, ranks)
-    pull = contrast(anchor.detach(), found) if settings.pull > 0 else zero
-    align = contrast(anchor, positive) if settings.align > 0 else zero
-    distill = zero
+    pull = distill = align = torch.zeros((), device=anchor.device)
+    if settings.pull > 0:
+        home = anchor.detach()
+        if settings.anchor == "original":
+            with torch.no_grad():
+                home = embed_original(views.clean)
+        pull = compare(home, found)
     if settings.distill > 0:
         with torch.no_grad():
-            target = embed_original(views[0])
-        distill = contrast(anchor, target)
+            before = embed_original(views.anchor)
+        distill = compare(anchor, before)
+    if settings.align > 0:
+        align = compare(anchor, positive)
     return LossTerms(pull, distill, align)
 
 
@@ -275,21 +335,42 @@ def weighted_sum(terms: LossTerms, settings: PurifySettings) -> Scalar:
 
 
 def _embed_views(
-    embed: nn.Module, views: tuple[Images, Images, Images], settings: PurifySettings, ranks: Ranks
+    embed: nn.Module, views: Views, settings: PurifySettings, ranks: Ranks
 ) -> tuple[Features, Features, Features]:
-    """Return the features of the three views; one whose weight is 0 is the anchor's instead."""
+    """Return the features of anchor, positive and found; what has no weight is the anchor's."""
     used = [True, settings.align > 0, settings.pull > 0]
-    wanted = [view for view, use in zip(views, used, strict=True) if use]
+    three = views.anchor, views.positive, views.found
+    wanted = [view for view, use in zip(three, used, strict=True) if use]
     if settings.batch_norm == "batch":
         with batch_statistics(embed, batch=True, ranks=ranks):
             features = [embed(view) for view in wanted]
     else:
         with batch_statistics(embed, batch=settings.batch_norm == "joint", ranks=ranks):
-            features = list(embed(torch.cat(wanted)).split(len(views[0])))
+            features = list(embed(torch.cat(wanted)).split(len(views.anchor)))
     anchor = features[0]
     rest = iter(features[1:])
     positive, found = (next(rest) if use else anchor for use in used[1:])
     return anchor, positive, found
+
+
+def _learn(
+    embed: nn.Module,
+    source: ImageSource,
+    settings: PurifySettings,
+    *,
+    generator: torch.Generator,
+    ranks: Ranks,
+) -> Pool:
+    """Return the changes that an epoch begins with, learned on some of its images."""
+    rows = torch.randperm(len(source), generator=generator, device=generator.device)[:LEARNED_ON]
+    return learn_changes(
+        embed,
+        source.read(rows.tolist()),
+        settings.changes,
+        batch_size=settings.batch_size,
+        generator=generator,
+        ranks=ranks,
+    )
 
 
 def train_projection(
@@ -321,7 +402,6 @@ def train_projection(
     optimizer = torch.optim.SGD(
         head.parameters(), lr=options.learning_rate, momentum=0.9, weight_decay=1e-4
     )
-    contrast = _contrast(settings.temperature, ranks)
     for epoch in range(options.epochs):
         draws = epoch_generator(settings.seed, -1 - epoch, device)
         for raw in epoch_batches(source, settings, -1 - epoch, ranks):
@@ -331,7 +411,7 @@ def train_projection(
                     backbone(random_views(plain, settings.views, generator=draws, ranks=ranks))
                     for _ in range(2)
                 )
-            loss = contrast(head(a), head(b))
+            loss = nt_xent(head(a), head(b), temperature=settings.temperature, ranks=ranks)
             optimizer.zero_grad()
             loss.backward()
             add_up(gradients(head), ranks)
@@ -404,10 +484,6 @@ def feature_spread(
     if ranks.count > 1:
         mean = gather(mean[None].to(next(backbone.parameters()).device), ranks).mean(0)
     return 1 - mean.pow(2).sum().item()
-
-
-def _contrast(temperature: float, ranks: Ranks) -> Callable[[Features, Features], Scalar]:
-    return lambda a, b: nt_xent(a, b, temperature=temperature, ranks=ranks)
 
 
 def _to_unit(raw: RawImages, device: torch.device) -> Images:

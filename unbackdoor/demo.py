@@ -55,7 +55,7 @@ SETTINGS = PurifySettings(
     align=0.0,
     temperature=0.1,
     epochs=3,
-    search=SearchSettings(norm="l2", epsilon=1024 / 255, steps=8, step_size=0.25, shared=True),
+    search=SearchSettings(norm="l2", epsilon=1024 / 255, steps=8, step_size=0.25, kind="batch"),
     views=ViewSettings(min_area=0.9, jitter=0.0, grey=0.0),
 )
 

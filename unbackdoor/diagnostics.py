@@ -3,13 +3,15 @@
 Every number stands beside a control; none of them says "infected" or "safe".
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.cbd import search
+from unbackdoor.changes import learn_changes
 from unbackdoor.probe import extract
 from unbackdoor.settings import PurifySettings
 from unbackdoor.types import Features, Images, RawImages
@@ -29,9 +31,11 @@ class Evidence:
         alignment: Mean squared distance of the unit features of two views; low is invariant.
         uniformity: Log of the mean pairwise Gaussian potential; low is spread out.
         adversarial: Mean cosine distance that the search's images move from their clean ones.
-        noise: The same for random noise of the same radius, the control.
+        noise: The same for the control: random noise of the same radius, or the same changes of all
+            images before they were learned.
         concentration: How much the search moves all images in one direction, 0 to 1: squared
-            length of the mean unit shift of features.
+            length of the mean unit shift of features; the highest of all changes where there are
+            several.
         noise_concentration: The same for the control.
     """
 
@@ -68,14 +72,14 @@ def measure(
     size = settings.batch_size
     clean = extract(backbone, images, batch_size=size)
     before = clean if backbone is original else extract(original, images, batch_size=size)
+    find = searcher(backbone, images, settings, generator=generator)
     views, searched, noisy = [], [], []
     for batch in images.split(size):
         if len(batch) < 2:
             continue  # one image has no negatives
         plain = batch.to(device).float() / 255
         a, b = (random_views(plain, settings.views, generator=generator) for _ in range(2))
-        found = search(backbone, a, plain, settings, generator=generator)
-        noise = random_noise(plain, settings, generator=generator)
+        found, noise = find(a, plain)
         with torch.no_grad():
             views.append(torch.stack([backbone(a).cpu(), backbone(b).cpu()]))
             searched.append(backbone(found).cpu())
@@ -83,6 +87,8 @@ def measure(
     first, second = F.normalize(torch.cat(views, dim=1), dim=2)
     found_features, noise_features = torch.cat(searched), torch.cat(noisy)
     used = clean[: len(found_features)]
+    which = torch.cat([torch.arange(len(part)) for part in searched])
+    which = which % (settings.changes.count if settings.search.kind == "changes" else 1)
     return Evidence(
         images=len(images),
         cosine=F.cosine_similarity(clean, before).mean().item(),
@@ -91,9 +97,44 @@ def measure(
         uniformity=(-2 * torch.pdist(first).pow(2)).exp().mean().log().item(),
         adversarial=(1 - F.cosine_similarity(used, found_features)).mean().item(),
         noise=(1 - F.cosine_similarity(used, noise_features)).mean().item(),
-        concentration=concentration(used, found_features),
-        noise_concentration=concentration(used, noise_features),
+        concentration=highest_concentration(used, found_features, which),
+        noise_concentration=highest_concentration(used, noise_features, which),
     )
+
+
+def searcher(
+    backbone: nn.Module, images: RawImages, settings: PurifySettings, *, generator: torch.Generator
+) -> Callable[[Images, Images], tuple[Images, Images]]:
+    """Return what makes of another view of images, and them, the searched ones and the control.
+
+    Args:
+        images: Where changes of all images are learned, if the search is for such.
+    """
+    if settings.search.kind != "changes":
+
+        def around(view: Images, plain: Images) -> tuple[Images, Images]:
+            found = search(backbone, view, plain, settings, generator=generator)
+            return found, random_noise(plain, settings, generator=generator)
+
+        return around
+
+    raw = torch.Generator(generator.device).manual_seed(settings.seed)
+    learned, drawn = (
+        learn_changes(
+            backbone,
+            images,
+            replace(settings.changes, steps=steps),
+            batch_size=settings.batch_size,
+            generator=raw.manual_seed(settings.seed),  # so that both start at the same changes
+        )
+        for steps in (settings.changes.steps, 0)
+    )
+
+    @torch.no_grad()
+    def changed(_: Images, plain: Images) -> tuple[Images, Images]:
+        return learned.apply(plain), drawn.apply(plain)
+
+    return changed
 
 
 def random_noise(images: Images, settings: PurifySettings, *, generator: torch.Generator) -> Images:
@@ -120,6 +161,16 @@ def neighbour_overlap(a: Features, b: Features, *, neighbours: int = NEIGHBOURS)
         return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, chosen, value=True)
 
     return (nearest(a) & nearest(b)).sum(1).float().mean().item() / count
+
+
+def highest_concentration(clean: Features, moved: Features, which: Tensor) -> float:
+    """Return the concentration of the rows that share a number, for the number where it is highest.
+
+    Args:
+        which: The number of each row, shape ``(n,)``.
+    """
+    groups = (which == number for number in which.unique())
+    return max(concentration(clean[rows], moved[rows]) for rows in groups)
 
 
 def concentration(clean: Features, moved: Features) -> float:

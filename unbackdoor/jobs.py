@@ -480,12 +480,13 @@ def movement_picture(evidence: Mapping[str, Mapping[str, float]]) -> Any:
         "How far features move",
         {
             "searched images": {"before": before["adversarial"], "after": after["adversarial"]},
-            "random noise, same radius": {"before": before["noise"], "after": after["noise"]},
+            "the control": {"before": before["noise"], "after": after["noise"]},
         },
         x_label="mean cosine distance to the clean image's features",
         decimals=3,
-        caption="Where searched images move no further than noise, this search found no "
-        "shortcut within this radius; another might.",
+        caption="Where searched images move no further than the control, this search found no "
+        "shortcut; another might. The control is random noise of the search's radius, or the same "
+        "changes of all images before they were learned.",
     )
 
 
@@ -517,9 +518,9 @@ EVIDENCE_ROWS = (
     ("alignment", "alignment of two views", "mean squared distance; lower is more invariant"),
     ("uniformity", "uniformity", "log mean Gaussian potential; lower is more spread out"),
     ("adversarial", "movement by searched images", "mean cosine distance"),
-    ("noise", "movement by random noise, the control", "same radius"),
+    ("noise", "movement by the control", "random noise, or changes before they were learned"),
     ("concentration", "searched movement in one direction", "0 scattered, 1 all alike"),
-    ("noise_concentration", "noise movement in one direction, the control", "same radius"),
+    ("noise_concentration", "the control's movement in one direction", "likewise"),
 )
 
 

@@ -5,7 +5,7 @@ The dataclasses' field names are the names everywhere: ``search.epsilon`` in Pyt
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, Token
@@ -62,9 +62,12 @@ class ViewSettings:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How images with backdoor-like features are searched for, inside a ball around each view.
+    """How images with backdoor-like features are searched for.
 
     Attributes:
+        kind: ``image``: in a ball around each view, every image on its own, as in the paper;
+            ``batch``: one perturbation in that ball for all images of a batch; ``changes``: as
+            :class:`ChangeSettings` says, and nothing below counts.
         norm: Of the ball: every pixel within epsilon, or the whole image.
         epsilon: Radius on the [0, 1] scale: 8/255 is 8 grey levels. For L2, 1024/255 is the paper's
             1024.
@@ -72,17 +75,16 @@ class SearchSettings:
         step_size: Length of a step, in units of ``step_unit``.
         step_unit: Radii of the ball, the [0, 1] scale, or grey levels.
         start: At a random place in the ball, or at its centre.
-        shared: One perturbation for all images of a batch, or one for each.
         batch_norm: Normalize by the running statistics, or by those of the batch.
     """
 
+    kind: Literal["image", "batch", "changes"] = "changes"
     norm: Literal["linf", "l2"] = "linf"
     epsilon: Ratio = 8 / 255
     steps: Whole = 20
     step_size: float = 0.1
     step_unit: Literal["epsilon", "pixel", "level"] = "epsilon"
     start: Literal["random", "zero"] = "random"
-    shared: bool = False
     batch_norm: Literal["running", "batch"] = "running"
 
     def __post_init__(self) -> None:
@@ -94,6 +96,55 @@ class SearchSettings:
         in_range("search.epsilon", self.epsilon, least=0)
         in_range("search.steps", self.steps, least=0)
         in_range("search.step_size", self.step_size, least=0)
+
+
+@dataclass(frozen=True)
+class ChangeSettings:
+    """Which changes of all images are learned, where ``search.kind`` is ``changes``.
+
+    They are drawn anew at the start of every epoch and raise the concentration of the features.
+
+    Attributes:
+        patches: How many patches, each in a window of random place and size.
+        patch_min: Smallest side of a window, as a share of the image's shorter side.
+        patch_max: Largest side, likewise.
+        additions: How many faint images that are added to every image.
+        amplitude: Largest root mean square of one, on the [0, 1] scale.
+        warps: How many smooth warps.
+        pixels: Largest move of a warp, in pixels.
+        steps: Gradient steps at the start of an epoch, on random batches; one more comes with each
+            batch.
+        rate: Of Adam.
+    """
+
+    patches: Whole = 4
+    patch_min: float = 0.09
+    patch_max: float = 0.19
+    additions: Whole = 1
+    amplitude: Ratio = 4.6 / 255
+    warps: Whole = 1
+    pixels: float = 1.0
+    steps: Whole = 60
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        in_range("changes.steps", self.steps, least=0)
+        in_range("changes.patch_min", self.patch_min, above=0, most=1)
+        in_range("changes.patch_max", self.patch_max, least=self.patch_min, most=1)
+        for name in ("patches", "additions", "warps"):
+            in_range(f"changes.{name}", getattr(self, name), least=0)
+        in_range("changes.amplitude", self.amplitude, above=0, most=1)
+        in_range("changes.pixels", self.pixels, above=0, most=16)
+        in_range("changes.rate", self.rate, above=0)
+        if self.count == 0:
+            raise SettingsError(
+                "changes.patches, changes.additions and changes.warps are all 0; ask for one change"
+            )
+
+    @property
+    def count(self) -> int:
+        """Of all changes."""
+        return self.patches + self.additions + self.warps
 
 
 @dataclass(frozen=True)
@@ -124,6 +175,11 @@ class PurifySettings:
         pull: Weight of the term that brings the found images back to their clean anchor.
         distill: Weight of the term that keeps the original's features of clean images.
         align: Weight of the term that keeps two clean views of an image together.
+        loss: How features are compared. ``squared``: mean squared distance, in variances of the
+            original's features; ``contrastive``: NT-Xent, as in the paper.
+        anchor: Where found images are brought back to. ``original``: the original's features of
+            the same view, before the search; ``view``: the tuned features of another view, as in
+            the paper.
         temperature: Of the contrastive loss.
         epochs: Passes over the images.
         batch_size: Images a step.
@@ -131,35 +187,41 @@ class PurifySettings:
         learning_rate: Of SGD.
         momentum: Of SGD.
         weight_decay: L2 penalty.
+        clip: Largest norm of all gradients together; longer ones are scaled down. 0 is no limit.
         schedule: How the learning rate falls over the whole run.
         batch_norm: What normalizes while tuning. ``batch``: every view's own batch statistics;
             ``joint``: those of all views together; ``frozen``: the original's running statistics;
             ``tracked``: running statistics that follow the tuned weights on plain images.
         seed: Of batch order, views and starts of the search.
         search: See :class:`SearchSettings`.
+        changes: See :class:`ChangeSettings`.
         views: See :class:`ViewSettings`.
         projection: See :class:`ProjectionSettings`.
     """
 
-    pull: float = 0.3
+    pull: float = 0.5
     distill: float = 0.5
-    align: float = 0.2
+    align: float = 0.0
+    loss: Literal["squared", "contrastive"] = "squared"
+    anchor: Literal["original", "view"] = "original"
     temperature: float = 0.5
-    epochs: Whole = 15
+    epochs: Whole = 6
     batch_size: Whole = 128
     last_batch: Literal["drop", "keep"] = "drop"
     learning_rate: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: Literal["constant", "cosine"] = "constant"
+    clip: float = 1.0
+    schedule: Literal["constant", "cosine"] = "cosine"
     batch_norm: Literal["batch", "joint", "frozen", "tracked"] = "tracked"
     seed: Whole = 0
     search: SearchSettings = field(default_factory=SearchSettings)
-    views: ViewSettings = field(default_factory=ViewSettings)
+    changes: ChangeSettings = field(default_factory=ChangeSettings)
+    views: ViewSettings = field(default_factory=lambda: ViewSettings(0.9, jitter=0.0, grey=0.0))
     projection: ProjectionSettings = field(default_factory=ProjectionSettings)
 
     def __post_init__(self) -> None:
-        for name in ("pull", "distill", "align", "momentum", "weight_decay"):
+        for name in ("pull", "distill", "align", "momentum", "weight_decay", "clip"):
             in_range(name, getattr(self, name), least=0)
         for name in ("temperature", "learning_rate"):
             in_range(name, getattr(self, name), above=0)
@@ -172,23 +234,59 @@ class PurifySettings:
                 f"pull + distill + align must be 1, got {self.pull} + {self.distill} + "
                 f"{self.align} = {total:g}"
             )
+        learns = self.search.kind == "changes" and self.pull > 0
+        if learns and self.batch_size < self.changes.count:
+            raise SettingsError(
+                f"batch_size {self.batch_size} is less than one image for each of "
+                f"{self.changes.count} changes"
+            )
 
 
-# The paper's own settings, as differences from the defaults above. Where the paper is silent, they
-# take the most common reading: batch norm in training mode, every view in a pass of its own.
+# Differences from the defaults above. All but the first are the paper's own settings; where it is
+# silent, they take the most common reading: batch norm in training mode, every view in a pass of
+# its own.
+_CIFAR10: Mapping[str, Any] = {
+    "pull": 0.3,
+    "distill": 0.5,
+    "align": 0.2,
+    "loss": "contrastive",
+    "anchor": "view",
+    "epochs": 15,
+    "clip": 0.0,
+    "schedule": "constant",
+    "batch_norm": "batch",
+    "search": {"kind": "image"},
+    "views": {"min_area": 0.2, "jitter": 0.5, "grey": 0.2},
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "cifar10": {"batch_norm": "batch"},
-    "cifar10-simclr": {"batch_norm": "batch", "search": {"steps": 100}},
+    "default": {},
+    "cifar10": _CIFAR10,
+    "cifar10-simclr": {**_CIFAR10, "search": {"kind": "image", "steps": 100}},
     "imagenet100": {
-        "batch_norm": "batch",
-        "pull": 0.3,
+        **_CIFAR10,
         "distill": 0.7,
         "align": 0.0,
         "learning_rate": 0.05,
-        "search": {"epsilon": 16 / 255},
-        "views": {"blur": 0.5},
+        "search": {"kind": "image", "epsilon": 16 / 255},
+        "views": {"min_area": 0.2, "jitter": 0.5, "grey": 0.2, "blur": 0.5},
     },
 }
+
+
+def purify_preset(name: str) -> PurifySettings:
+    """Return the settings that the preset ``name`` stands for.
+
+    Raises:
+        SettingsError: If there is no such preset.
+    """
+    if name not in PRESETS:
+        raise SettingsError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
+    defaults = PurifySettings()
+    values = {
+        key: replace(getattr(defaults, key), **value) if isinstance(value, Mapping) else value
+        for key, value in PRESETS[name].items()
+    }
+    return replace(defaults, **values)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,14 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from unbackdoor.bench.cells import CBD, CLEAN, DEMO, NO_DEFENSE, Cell, Labels, Victim
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.errors import SettingsError
-from unbackdoor.settings import PRESETS, PurifySettings, VictimSettings, flatten, victim_preset
+from unbackdoor.settings import (
+    PRESETS,
+    PurifySettings,
+    VictimSettings,
+    flatten,
+    purify_preset,
+    victim_preset,
+)
 
 Tier = Literal["paper", "h200", "cpu", "smoke"]
 SHARES: Mapping[str, float] = {"given": 0.01, "pseudo": 0.05, "none": 0.05}  # the paper's
@@ -206,12 +213,12 @@ def row_settings(grid: Grid, row: Row, seed: int) -> Any:
             raise SettingsError(f"{where}: no defense has no settings")
         return None
     if row.defense == CBD:
-        shared = dict(grid.cbd)
-        preset = shared.pop("preset", None)
-        if preset is not None and preset not in PRESETS:
-            raise SettingsError(f"{grid.name}: {_unknown('preset', preset, PRESETS)}")
-        settings = changed(PurifySettings(), PRESETS.get(preset or "", {}), "preset")
-        return replace(changed(settings, _merged(shared, row.settings), where), seed=seed)
+        alone = "preset" in row.settings  # a row with a preset of its own has nothing of the grid's
+        table = dict(row.settings) if alone else _merged(grid.cbd, row.settings)
+        preset = table.pop("preset", "default")
+        if preset not in PRESETS:
+            raise SettingsError(f"{where}: {_unknown('preset', preset, PRESETS)}")
+        return replace(changed(purify_preset(preset), table, where), seed=seed)
     settings = changed(DEFENSES[row.defense].settings(), row.settings, where)
     has_seed = any(item.name == "seed" for item in fields(settings))
     return replace(settings, seed=seed) if has_seed else settings

@@ -8,7 +8,7 @@ from unbackdoor.backbones import Backbone
 from unbackdoor.cbd import purify
 from unbackdoor.defenses.common import Defended, DefenseData, OnStep, finished
 from unbackdoor.defenses.settings import ContrastiveSettings
-from unbackdoor.settings import PurifySettings
+from unbackdoor.settings import PurifySettings, ViewSettings
 
 
 def fine_tune_contrastively(
@@ -38,11 +38,15 @@ def fine_tune_contrastively(
             pull=0.0,
             distill=0.0,
             align=1.0,
+            loss="contrastive",
             temperature=settings.temperature,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
+            clip=0.0,
+            schedule="constant",
             batch_norm=settings.batch_norm,
+            views=ViewSettings(),
             seed=settings.seed,
         ),
         device=device,
