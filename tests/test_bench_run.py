@@ -165,6 +165,20 @@ def test_a_clean_victim_is_scored_under_the_attack_and_trained_once(run, store, 
     assert folder.name == cells[CLEAN_ROW].victim.key
 
 
+def test_a_clean_victim_is_repaired_once_and_scored_under_every_attack(grid, run, store):
+    (row,) = (replace(row, innocent=True) for row in grid.rows if row.name == "CBD")
+    wider = replace(grid, rows=(row,), attacks=("badnets", "sig"))
+    name = f"{CLEAN_ROW}, CBD"
+    cells = {entry.attack: entry.cell for entry in entries(wider) if entry.row == name}
+    assert {cell.victim.attack for cell in cells.values()} == {"clean"}
+    run(cells.values())
+    first, second = (record_of(store, cells[attack]) for attack in ("badnets", "sig"))
+    assert first["history"] == second["history"]
+    assert (first["seconds"]["defense"] > 0, second["seconds"]["defense"]) == (True, 0)
+    acc = [record["scores"]["after"]["probe"]["acc"] for record in (first, second)]
+    assert acc[0] == acc[1]
+
+
 def test_after_a_kill_between_cells_nothing_is_computed_again(run, store, cells):
     wanted = [cells["No Defense"], cells["FT"], cells["CBD"]]
 

@@ -63,6 +63,7 @@ class Row:
         share: Of the training images; the paper's by default.
         settings: What differs from the defense's defaults.
         oracle: Why a choice in it could not have been made by a defender; a flag in the table.
+        innocent: Whether it is run on the clean victim too, as a row of its own.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Row:
     share: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     oracle: str = ""
+    innocent: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,12 @@ def entries(grid: Grid) -> list[Entry]:
     for seed in grid.seeds:
         if grid.clean:
             victim = make_victim(grid, CLEAN, seed)
-            row = Row(CLEAN_ROW, NO_DEFENSE)
+            rows = {CLEAN_ROW: Row(CLEAN_ROW, NO_DEFENSE)}
+            rows |= {f"{CLEAN_ROW}, {row.name}": row for row in grid.rows if row.innocent}
             found += [
-                Entry(a, CLEAN_ROW, make_cell(grid, row, victim, a, seed)) for a in grid.attacks
+                Entry(attack, name, make_cell(grid, row, victim, attack, seed))
+                for attack in grid.attacks
+                for name, row in rows.items()
             ]
         for attack in grid.attacks:
             victim = make_victim(grid, attack, seed)

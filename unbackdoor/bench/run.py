@@ -144,7 +144,7 @@ def _run_group(
     on_step: OnStep,
 ) -> int:
     """Run the cells of one victim; returns how many have a record now."""
-    before = cache(score_victim)
+    before, repairs = cache(score_victim), dict[tuple[Any, ...], Repaired]()
     done = 0
     for cell in cells:
         with claimed(store, cell.key) as mine:
@@ -155,7 +155,14 @@ def _run_group(
             try:
                 found = obtain_victim(victim, store, place, load=load, say=say, on_step=on_step)
                 record = run_cell(
-                    cell, found, store, place, load=load, before=before, on_step=on_step
+                    cell,
+                    found,
+                    store,
+                    place,
+                    load=load,
+                    before=before,
+                    repairs=repairs,
+                    on_step=on_step,
                 )
             except Exception as error:  # noqa: BLE001, RUF100 - a failed cell must not stop the others
                 text = f"{type(error).__name__}: {error}"
@@ -195,12 +202,14 @@ def run_cell(
     *,
     load: Callable[[str, int], Sets],
     before: Callable[..., Reading],
+    repairs: dict[tuple[Any, ...], Repaired],
     on_step: OnStep,
 ) -> dict[str, Any]:
     """Defend and score one victim; returns the record.
 
     Args:
         before: Scores a victim, see :func:`score_victim`; remembers what it has scored.
+        repairs: Of this victim so far: a clean one is scored under several attacks.
 
     Raises:
         UnbackdoorError: See ``errors``.
@@ -215,7 +224,10 @@ def run_cell(
     attack = attack_of(cell, found, size=loaded.size)
     delivered = before(found, cell.attack, cell.victim, cell.seed, place, load)
     defended = time.monotonic()
-    repaired = repair(cell, loaded, sets.train, store, place, on_step=on_step)
+    alike = (cell.defense, cell.settings, cell.labels, cell.share, cell.seed)
+    if alike not in repairs:
+        repairs[alike] = repair(cell, loaded, sets.train, store, place, on_step=on_step)
+    repaired = repairs[alike]
     seconds = {"defense": time.monotonic() - defended}
     reading = delivered
     if cell.defense != NO_DEFENSE:
