@@ -46,7 +46,7 @@ augment = "none"
 [cbd]
 epochs = 3
 batch_size = 8
-search = {{ steps = 1 }}
+changes = {{ patches = 1, steps = 1 }}
 
 [[rows]]
 name = "No Defense"

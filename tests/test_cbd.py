@@ -26,7 +26,7 @@ from unbackdoor.settings import (
     ViewSettings,
 )
 
-OURS = PurifySettings(epochs=2, batch_size=16, changes=ChangeSettings(steps=2))
+OURS = PurifySettings(epochs=2, batch_size=16, changes=ChangeSettings(2, additions=1, steps=2))
 QUICK = PurifySettings(  # the paper's, but for batch norm
     pull=0.3,
     distill=0.5,

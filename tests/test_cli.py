@@ -50,7 +50,7 @@ def inputs(tmp_path):
     ]
 
 
-QUICK = ["--epochs", "1", "--batch-size", "8", "--search.steps", "1"]
+QUICK = ["--epochs", "1", "--batch-size", "8", "--changes.patches", "1", "--changes.steps", "1"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["purify", "--help"], ["--version"]])
@@ -199,7 +199,7 @@ def test_a_config_holds_settings_and_nothing_else(text, message, inputs, tmp_pat
 
 
 def test_an_interrupted_run_says_how_to_continue(inputs, tmp_path):
-    words = [*inputs, "--batch-size", "8", "--search.steps", "1"]
+    words = [*inputs, "--batch-size", "8", "--changes.patches", "1", "--changes.steps", "1"]
     endless = [*COMMAND, *words, "--epochs", "1000"]
     with subprocess.Popen(endless, stderr=subprocess.PIPE, text=True) as process:
         state = tmp_path / "clean.state.safetensors"

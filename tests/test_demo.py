@@ -1,7 +1,6 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,13 +42,6 @@ def test_the_same_run_without_the_pull_term_keeps_the_backdoor(tmp_path):
     assert result.purified.head.asr >= 0.90
 
 
-def test_the_example_file_has_the_demos_settings(tmp_path):
-    path = str(Path(__file__).resolve().parents[1] / "examples/shared-search.toml")
-    words = f"purify v.pt --arch resnet18 --images x --out {tmp_path}/o.pt --config {path}".split()
-    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
-    assert bound.arguments["settings"] == SETTINGS
-
-
 def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
     source = Source(tmp_path / "v.safetensors", "cifar/wrn16_1", (0.2,) * 3, (0.3,) * 3, size=28)
     words = command_line(source, SETTINGS, tmp_path).split()
@@ -65,7 +57,7 @@ def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
 @pytest.mark.timeout(300)  # a minute on an idle machine
 def test_the_demo_prints_scores_and_writes_one_self_contained_page(tmp_path):
     lines = []
-    quick = replace(SETTINGS, epochs=1, search=replace(SETTINGS.search, steps=1))
+    quick = replace(SETTINGS, epochs=1, changes=replace(SETTINGS.changes, steps=1))
     result = run_demo(tmp_path, settings=quick, say=lines.append)
     assert result.victim.head.asr >= 0.95
     text = "\n".join(lines)

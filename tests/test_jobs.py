@@ -12,9 +12,9 @@ from unbackdoor.backbones import build, network_state
 from unbackdoor.errors import DataError, DeviceError, DivergedError, OutputError
 from unbackdoor.jobs import Source, dry_run, open_source, plan_outputs, purify_file
 from unbackdoor.ranks import Ranks
-from unbackdoor.settings import PurifySettings, SearchSettings
+from unbackdoor.settings import ChangeSettings, PurifySettings
 
-QUICK = PurifySettings(epochs=2, batch_size=8, search=SearchSettings(steps=1))
+QUICK = PurifySettings(epochs=2, batch_size=8, changes=ChangeSettings(1, additions=1, steps=1))
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_safetensors_output_is_flat_and_tells_where_it_comes_from(victim, phot
     record = json.loads(outputs.record.read_text())
     provenance = json.loads(metadata["unbackdoor"])
     assert provenance["input"] == record["input"]
-    assert provenance["settings"]["search"]["steps"] == 1
+    assert provenance["settings"]["changes"]["steps"] == 1
     assert record["input"]["name"] == "victim.pth"
     assert record["dropped"] == ["optimizer (dict)", "epoch (int)"]
     assert record["images"]["count"] == 20
@@ -130,6 +130,7 @@ def test_a_killed_run_resumes_to_the_same_file(victim, photos, tmp_path):
 
 def test_a_diverged_run_keeps_the_last_good_epoch(victim, photos, tmp_path):
     out = tmp_path / "clean.safetensors"
+    constant = replace(QUICK, schedule="constant")  # with a cosine, epochs are part of the schedule
 
     def poison_weights(step, steps):
         if step == 3:
@@ -143,11 +144,11 @@ def test_a_diverged_run_keeps_the_last_good_epoch(victim, photos, tmp_path):
 
     try:
         with pytest.raises(DivergedError, match=r"epoch 2: .*; the last good epoch is kept in"):
-            run(victim, photos, out, on_step=poison_weights)
+            run(victim, photos, out, constant, on_step=poison_weights)
     finally:
         torch.nn.Module.__call__ = original
     assert not out.exists()
-    kept = run(victim, photos, out, replace(QUICK, epochs=1), resume=True)
+    kept = run(victim, photos, out, replace(constant, epochs=1), resume=True)
     assert len(json.loads(kept.record.read_text())["history"]) == 1
 
 

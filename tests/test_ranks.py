@@ -31,7 +31,7 @@ from unbackdoor.settings import (
 from unbackdoor.views import random_views
 
 TWO = (Ranks(0, 2), Ranks(1, 2))
-OURS = PurifySettings(epochs=2, batch_size=8, changes=ChangeSettings(steps=2))
+OURS = PurifySettings(epochs=2, batch_size=8, changes=ChangeSettings(2, additions=1, steps=2))
 QUICK = PurifySettings(  # the paper's, but for batch norm
     pull=0.3,
     distill=0.5,

@@ -40,7 +40,7 @@ from unbackdoor.report import (
     render_report,
     tsne_picture,
 )
-from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings, flatten
+from unbackdoor.settings import PurifySettings, flatten
 from unbackdoor.types import Features
 
 UNLABELED, PROBE = 2_500, 500  # of 5,000; the rest are test images
@@ -48,16 +48,7 @@ SHOWN = 8  # images in the report
 EMBEDDED = 300  # images of each kind in the t-SNE
 CLASSES = 10
 
-# Chosen on other victims and other images: docs/experiments/demo.md.
-SETTINGS = PurifySettings(
-    pull=0.3,
-    distill=0.7,
-    align=0.0,
-    temperature=0.1,
-    epochs=3,
-    search=SearchSettings(norm="l2", epsilon=1024 / 255, steps=8, step_size=0.25, kind="batch"),
-    views=ViewSettings(min_area=0.9, jitter=0.0, grey=0.0),
-)
+SETTINGS = PurifySettings()  # the defaults, chosen on CIFAR-10: docs/experiments/changes.md
 
 
 class DemoResult(NamedTuple):
@@ -289,7 +280,7 @@ def pictures(
             },
             strong=("triggered", "searched"),
             seed=settings.seed,
-            caption="Searched images are those that the contrastive search finds in each backbone.",
+            caption="Searched images are those that the search finds in each backbone.",
         ),
     )
 

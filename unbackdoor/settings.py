@@ -117,11 +117,11 @@ class ChangeSettings:
         rate: Of Adam.
     """
 
-    patches: Whole = 4
+    patches: Whole = 6
     patch_min: float = 0.09
     patch_max: float = 0.19
-    additions: Whole = 1
-    amplitude: Ratio = 4.6 / 255
+    additions: Whole = 3
+    amplitude: Ratio = 7 / 255
     warps: Whole = 1
     pixels: float = 1.0
     steps: Whole = 60
@@ -206,7 +206,7 @@ class PurifySettings:
     anchor: Literal["original", "view"] = "original"
     temperature: float = 0.5
     epochs: Whole = 6
-    batch_size: Whole = 128
+    batch_size: Whole = 64
     last_batch: Literal["drop", "keep"] = "drop"
     learning_rate: float = 0.02
     momentum: float = 0.9
@@ -238,7 +238,8 @@ class PurifySettings:
         if learns and self.batch_size < self.changes.count:
             raise SettingsError(
                 f"batch_size {self.batch_size} is less than one image for each of "
-                f"{self.changes.count} changes"
+                f"{self.changes.count} changes; pass --batch-size {self.changes.count} or more, or "
+                "fewer --changes.patches"
             )
 
 
@@ -252,6 +253,7 @@ _CIFAR10: Mapping[str, Any] = {
     "loss": "contrastive",
     "anchor": "view",
     "epochs": 15,
+    "batch_size": 128,
     "clip": 0.0,
     "schedule": "constant",
     "batch_norm": "batch",
