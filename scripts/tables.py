@@ -5,7 +5,8 @@
 Each record in `results/demo/` is the `scores.json` of one `unbackdoor demo --seed SEED`; the table
 has medians; those in `results/victims/` were written by `unbackdoor attack`; those in
 `results/bench/` by `unbackdoor bench run`; `results/searches.json` by
-`scripts/compare_searches.py`.
+`scripts/compare_searches.py`; `results/windows.json` by `scripts/scan_windows.py`; the trials in
+`results/development/` by `scripts/try_settings.py`.
 """
 
 import argparse
@@ -13,14 +14,16 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from unbackdoor.bench.cells import NO_DEFENSE
-from unbackdoor.bench.grid import entries, read_grid
+from unbackdoor.bench.grid import CLEAN_ROW, Entry, entries, read_grid
 from unbackdoor.bench.store import look_at, read_records
 from unbackdoor.defenses import DEFENSES
+from unbackdoor.settings import PurifySettings, flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = {
@@ -29,6 +32,13 @@ DEMO_ROWS = {
     "purified": "**purified, no labels**",
 }
 WHAT = ("acc", "asr", "pa")
+READINGS = {
+    "head": "own head",
+    "probe": "probe",
+    "reestimated": "probe, re-estimated",
+    "fine_tuned": "probe, fine-tuned",
+}
+OURS = "CBD, changes of all images"
 
 
 def demo_table(records: list[dict[str, Any]]) -> str:
@@ -80,30 +90,84 @@ def victims_table(records: list[dict[str, Any]]) -> str:
 
 def defense_table(defense: str) -> str:
     """Return what a defense did to the victim of `grids/defenses-cpu.toml`, in percent."""
-    readings = {
-        "head": "own head",
-        "probe": "probe",
-        "reestimated": "probe, re-estimated",
-        "fine_tuned": "probe, fine-tuned",
-    }
-    lines = [f"| | {' | '.join(readings.values())} |", "|---|---|---|---|---|"]
-    for name, record in defense_records():
-        if record["cell"]["defense"] not in (NO_DEFENSE, defense):
-            continue
-        scores = record["scores"]["after"]
-        cells = [" / ".join(f"{100 * scores[r][w]:.1f}" for w in WHAT) for r in readings]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines = [f"| | {' | '.join(READINGS.values())} |", "|---|---|---|---|---|"]
+    for entry, record in records_of("defenses-cpu"):
+        if entry.cell.defense in (NO_DEFENSE, defense):
+            lines.append(f"| {entry.row} | {' | '.join(as_cells(record['scores']['after']))} |")
     return "\n".join(lines) + "\n"
 
 
-@cache
-def defense_records() -> list[tuple[str, dict[str, Any]]]:
-    """Return the rows of `grids/defenses-cpu.toml` that have a record, by name."""
-    found = entries(read_grid(ROOT / "grids/defenses-cpu.toml"))
-    records = read_records(look_at(ROOT / "results/bench"), [entry.cell.key for entry in found])
+def as_cells(scores: dict[str, Any]) -> list[str]:
+    """Return ACC / ASR / PA of each reading, in percent."""
     return [
-        (entry.row, dict(records[entry.cell.key])) for entry in found if entry.cell.key in records
+        " / ".join(f"{100 * scores[reading][what]:.1f}" for what in WHAT) for reading in READINGS
     ]
+
+
+@cache
+def records_of(name: str) -> list[tuple[Entry, dict[str, Any]]]:
+    """Return the entries of a grid that have a record in `results/bench`, with it."""
+    found = entries(read_grid(ROOT / f"grids/{name}.toml"))
+    records = read_records(look_at(ROOT / "results/bench"), [entry.cell.key for entry in found])
+    return [(entry, dict(records[entry.cell.key])) for entry in found if entry.cell.key in records]
+
+
+def changes_table() -> str:
+    """Return what our default does to every victim of `grids/table1-cpu.toml`, in percent."""
+    lines = [
+        f"| trigger | backbone | {' | '.join(READINGS.values())} |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = {
+        OURS: "purified",
+        CLEAN_ROW: "clean victim",
+        f"{CLEAN_ROW}, {OURS}": "clean victim, purified",
+    }
+    found = [
+        (entry, record)
+        for entry, record in records_of("table1-cpu")
+        if entry.row in names or entry.cell.defense == NO_DEFENSE
+    ]
+    for entry, record in sorted(found, key=lambda pair: pair[0].attack):
+        name = names.get(entry.row, "victim")
+        cells = as_cells(record["scores"]["after"])
+        lines.append(f"| {entry.attack} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def windows_table() -> str:
+    """Return the concentration and the cosine that a patch reaches in every window."""
+    lines = []
+    path = ROOT / "results/windows.json"
+    for name, found in (json.loads(path.read_text()) if path.exists() else {}).items():
+        lines += [
+            f"| {name.partition('-')[0]}: top, left | {' | '.join(map(str, found['places']))} |",
+            f"|---{'|---' * len(found['places'])}|",
+        ]
+        for top, row in zip(found["places"], found["rows"], strict=True):
+            cells = [f"{gathered:.2f} / {cosine:.2f}" for gathered, cosine in row]
+            lines.append(f"| {top} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def trials_table() -> str:
+    """Return the trials on development victims, with the settings that differ from the defaults."""
+    defaults = dict(flatten(asdict(PurifySettings())))
+    lines = [
+        f"| victim | differs from the defaults | {' | '.join(READINGS.values())} |",
+        "|---|---|---|---|---|---|",
+    ]
+    text = (ROOT / "results/development/trials.jsonl").read_text()
+    for trial in sorted(map(json.loads, text.splitlines()), key=lambda trial: trial["victim"]):
+        differs = {k: v for k, v in trial["settings"].items() if v != defaults.get(k)}
+        words = ", ".join(
+            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in differs.items()
+        )
+        cells = as_cells(trial["scores"]["after"])
+        name = trial["victim"].partition("-")[0]
+        lines.append(f"| {name} | {words or '–'} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def searches_table() -> str:
@@ -127,15 +191,19 @@ def read_folder(folder: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((ROOT / folder).glob("*.json"))]
 
 
-TABLES: dict[str, tuple[str, Callable[[], str]]] = {  # file -> its mark, and what makes the table
-    "README.md": ("results/demo", lambda: demo_table(read_folder("results/demo"))),
-    "docs/victims.md": ("results/victims", lambda: victims_table(read_folder("results/victims"))),
-    "docs/experiments/searches.md": ("results/searches.json", searches_table),
-    **{
-        f"docs/defenses/{name}.md": ("results/bench", lambda name=name: defense_table(name))
+Table = tuple[str, str, Callable[[], str]]  # file, mark in it, what makes the table
+TABLES: tuple[Table, ...] = (
+    ("README.md", "results/demo", lambda: demo_table(read_folder("results/demo"))),
+    ("docs/victims.md", "results/victims", lambda: victims_table(read_folder("results/victims"))),
+    ("docs/experiments/searches.md", "results/searches.json", searches_table),
+    ("docs/experiments/changes.md", "results/bench", changes_table),
+    ("docs/experiments/changes.md", "results/windows.json", windows_table),
+    ("docs/experiments/changes.md", "results/development/trials.jsonl", trials_table),
+    *(
+        (f"docs/defenses/{name}.md", "results/bench", lambda name=name: defense_table(name))
         for name in DEFENSES
-    },
-}
+    ),
+)
 
 
 def main() -> int:
@@ -144,14 +212,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, fail if outdated")
     arguments = parser.parse_args()
     outdated = 0
-    for name, (mark, make) in TABLES.items():
+    for name, mark, make in TABLES:
         page = ROOT / name
         begin, end = f"<!-- {mark} -->\n", "<!-- end -->\n"
         before, _, rest = page.read_text().partition(begin)
         old, _, after = rest.partition(end)
         new = make()
         if arguments.check and old != new:
-            print(f"{name}: its table is outdated; run python scripts/tables.py")
+            print(f"{name}: its table {mark} is outdated; run python scripts/tables.py")
             outdated = 1
         if not arguments.check:
             page.write_text(before + begin + new + end + after)

@@ -2,8 +2,8 @@
 
     python scripts/try_settings.py --data cifar10:DIR [--victims FOLDER] [--set NAME=VALUE ...]
 
-Appends a line to `results/development/trials.jsonl` for every victim in the folder: settings that
-differ from the defaults, scores before and after, seconds. Victims of seeds below 100 are refused:
+Appends a line to `results/development/trials.jsonl` for every victim in the folder: all settings,
+scores before and after, seconds. Victims of seeds below 100 are refused:
 tables report those, and nothing may be chosen on them.
 """
 
@@ -93,7 +93,7 @@ def main() -> None:
             scores[name] = reading_record(reading)
         line = {
             "victim": path.stem,
-            "settings": differs,
+            "settings": dict(flatten(asdict(settings))),
             "images": given.limit,
             "scores": scores,
             "losses": [[round(h.pull, 4), round(h.distill, 4)] for h in history],

@@ -201,6 +201,9 @@ def test_a_config_holds_settings_and_nothing_else(text, message, inputs, tmp_pat
 def test_an_interrupted_run_says_how_to_continue(inputs, tmp_path):
     words = [*inputs, "--batch-size", "8", "--changes.patches", "1", "--changes.steps", "1"]
     endless = [*COMMAND, *words, "--epochs", "1000"]
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a child would inherit that it is ignored
     with subprocess.Popen(endless, stderr=subprocess.PIPE, text=True) as process:
         state = tmp_path / "clean.state.safetensors"
         while not state.exists():

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from unbackdoor.diagnostics import (
-    concentration,
     highest_concentration,
     measure,
     neighbour_overlap,
@@ -57,10 +56,10 @@ def test_the_measures_are_deterministic(networks, images):
 
 def test_the_concentration_of_several_changes_is_that_of_the_highest(generator):
     clean, which = torch.randn(400, 20, generator=generator), torch.arange(400) % 2
-    moved = clean + torch.randn(400, 20, generator=generator)
-    moved[which == 1] = clean[which == 1] + 3
+    moved = torch.randn(400, 20, generator=generator)
+    assert highest_concentration(clean, moved, which) < 0.05
+    moved[which == 1] = 3.0
     assert highest_concentration(clean, moved, which) == pytest.approx(1, abs=1e-4)
-    assert concentration(clean, moved) < 0.9
 
 
 def test_neighbour_overlap_is_counted_by_hand():
@@ -68,12 +67,6 @@ def test_neighbour_overlap_is_counted_by_hand():
     swapped = line[[0, 2, 1, 3]]  # now 0 is near 2, and 1 near 3
     assert neighbour_overlap(line, line, neighbours=1) == 1
     assert neighbour_overlap(line, swapped, neighbours=1) == 0
-
-
-def test_concentration_is_one_for_a_common_shift_and_small_for_scattered_ones(generator):
-    clean = torch.randn(500, 20, generator=generator)
-    assert concentration(clean, clean + 3) == pytest.approx(1, abs=1e-4)
-    assert concentration(clean, clean + torch.randn(500, 20, generator=generator)) < 0.02
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.cbd import search
-from unbackdoor.changes import learn_changes
+from unbackdoor.changes import concentration, learn_changes
 from unbackdoor.probe import extract
 from unbackdoor.settings import PurifySettings
 from unbackdoor.types import Features, Images, RawImages
@@ -33,9 +33,8 @@ class Evidence:
         adversarial: Mean cosine distance that the search's images move from their clean ones.
         noise: The same for the control: random noise of the same radius, or the same changes of all
             images before they were learned.
-        concentration: How much the search moves all images in one direction, 0 to 1: squared
-            length of the mean unit shift of features; the highest of all changes where there are
-            several.
+        concentration: How much the features of the search's images gather at one place, 0 to 1, see
+            ``changes.concentration``; the highest of all changes where there are several.
         noise_concentration: The same for the control.
     """
 
@@ -167,12 +166,9 @@ def highest_concentration(clean: Features, moved: Features, which: Tensor) -> fl
     """Return the concentration of the rows that share a number, for the number where it is highest.
 
     Args:
-        which: The number of each row, shape ``(n,)``.
+        clean: Features of unchanged images, whose mean is the centre.
+        moved: Features of changed ones.
+        which: The number of each row of ``moved``, shape ``(n,)``.
     """
     groups = (which == number for number in which.unique())
-    return max(concentration(clean[rows], moved[rows]) for rows in groups)
-
-
-def concentration(clean: Features, moved: Features) -> float:
-    """Return how much all rows move in one direction: 0 scattered, 1 all alike."""
-    return F.normalize(moved - clean, dim=1).mean(0).pow(2).sum().item()
+    return max(concentration(moved[rows], clean.mean(0)).item() for rows in groups)

@@ -519,8 +519,8 @@ EVIDENCE_ROWS = (
     ("uniformity", "uniformity", "log mean Gaussian potential; lower is more spread out"),
     ("adversarial", "movement by searched images", "mean cosine distance"),
     ("noise", "movement by the control", "random noise, or changes before they were learned"),
-    ("concentration", "searched movement in one direction", "0 scattered, 1 all alike"),
-    ("noise_concentration", "the control's movement in one direction", "likewise"),
+    ("concentration", "concentration of searched images", "0 scattered, 1 all at one place"),
+    ("noise_concentration", "concentration of the control", "likewise"),
 )
 
 
