@@ -74,11 +74,11 @@ class Addition(nn.Module):
 
 
 class Warp(nn.Module):
-    """Moves every pixel along a smooth field by at most ``pixels``, up or down and sideways.
+    """Moves every pixel along a smooth field, up or down and sideways.
 
     Args:
         field: Coarse moves before the tanh, shape ``(2, p, p)``; scaled up by bicubic curves.
-        pixels: The most that a coarse move may be.
+        pixels: The most that a coarse move may be; between them, curves overshoot by a little.
 
     The bilinear sample is written as a weighted sum of shifted images: its gradient is the same in
     every run, on CUDA too.
@@ -96,7 +96,7 @@ class Warp(nn.Module):
         up = (_bicubic(points, side).to(images.device) for side in (height, width))
         rows, columns = up
         moves = self.pixels * (rows @ self.learned.tanh() @ columns.T)
-        reach = math.ceil(1.1 * self.pixels)  # a bicubic curve overshoots its points by a little
+        reach = math.ceil(1.1 * self.pixels)
         moves = moves.clamp(-reach, reach)
         padded = F.pad(images, (reach, reach, reach, reach), mode="replicate")
         changed = torch.zeros_like(images)
