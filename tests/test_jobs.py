@@ -185,6 +185,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(victim, photos, tmp_
     assert sorted(tmp_path.rglob("*")) == before
     assert estimate.steps == 4
     assert estimate.seconds_per_step > 0
+    assert estimate.seconds_to_learn > 0
     assert estimate.memory > 2**20
     text = "\n".join(lines)
     assert "80 of 80 body tensors" in text

@@ -14,9 +14,10 @@ import torch
 from unbackdoor import __version__
 from unbackdoor.backbones import Backbone, Loaded, network_state, open_backbone, public_name
 from unbackdoor.cbd import EpochLosses, PurifyState, purify, steps_per_epoch
+from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import ImageSource, load_images
-from unbackdoor.devices import peak_memory, pick_device, pick_precision
+from unbackdoor.devices import in_precision, peak_memory, pick_device, pick_precision
 from unbackdoor.diagnostics import Evidence, measure
 from unbackdoor.errors import DeviceError, DivergedError, OutputError
 from unbackdoor.matching import describe_match, flat_tree, replace_tensors, state_dicts_apart
@@ -71,6 +72,7 @@ class Estimate(NamedTuple):
 
     steps: int
     seconds_per_step: float
+    seconds_to_learn: float  # the changes of one epoch
     memory: int  # peak bytes: of the process on a CPU, of the device's allocator elsewhere
 
 
@@ -228,22 +230,34 @@ def dry_run(
         times.append(time.monotonic())
 
     size = min(settings.batch_size, len(photos))
+    few = replace(settings.changes, steps=2)
     with told_of_memory(where):
         purify(
             loaded.backbone,
             photos.read([row for row in range(size) for _ in range(2)]),  # two batches, one epoch
-            replace(settings, epochs=1, batch_size=size),
+            replace(settings, epochs=1, batch_size=size, changes=few),
             device=where,
             precision=pick_precision(precision, where),
             ranks=ranks,
             on_step=on_step,
         )
+        learning = 0.0
+        if settings.search.kind == "changes" and settings.pull > 0:
+            started = time.monotonic()
+            network = in_precision(loaded.backbone.to(where), pick_precision(precision, where))
+            generator = torch.Generator(where).manual_seed(settings.seed)
+            raw = photos.read(range(size))
+            learn_changes(network, raw, few, batch_size=size, generator=generator, ranks=ranks)
+            if where.type == "cuda":
+                torch.cuda.synchronize(where)
+            learning = (time.monotonic() - started) / few.steps * settings.changes.steps
     steps = settings.epochs * steps_per_epoch(len(photos), settings, ranks)
-    estimate = Estimate(steps, times[-1] - times[-2], peak_memory(where))
-    seconds = round(steps * estimate.seconds_per_step)
+    estimate = Estimate(steps, times[-1] - times[-2], learning, peak_memory(where))
+    seconds = round(steps * estimate.seconds_per_step + settings.epochs * learning)
     say(
         f"would take about {seconds // 3600} h {seconds // 60 % 60} min {seconds % 60} s "
-        f"on {where}: {steps} steps of {estimate.seconds_per_step:.2f} s, "
+        f"on {where}: {steps} steps of {estimate.seconds_per_step:.2f} s, {settings.epochs} times "
+        f"{learning:.1f} s to learn changes, "
         f"{estimate.memory / 2**20:.0f} MiB at the peak"
     )
     say(f"would write {outputs.tensors}, {outputs.record} and {outputs.report}; wrote nothing")
