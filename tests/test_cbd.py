@@ -186,6 +186,7 @@ def test_a_step_has_its_length_in_each_unit(unit, length):
     "settings",
     [
         OURS,
+        replace(OURS, last_batch="keep", batch_size=19),
         QUICK,
         replace(OURS, batch_norm="batch", loss="contrastive"),
         replace(QUICK, batch_norm="batch"),
@@ -198,6 +199,7 @@ def test_a_step_has_its_length_in_each_unit(unit, length):
     ],
     ids=[
         "default",
+        "fewer images than changes",
         "paper-but-tracked",
         "contrastive",
         "paper",

@@ -48,6 +48,10 @@ QUICK = PurifySettings(  # the paper's, but for batch norm
 CASES = {  # name -> with batch norm, settings
     "default, no batch norm": (False, OURS),
     "default": (True, OURS),
+    "more changes than a rank has images": (
+        False,
+        replace(OURS, changes=ChangeSettings(3, additions=2, steps=2)),
+    ),
     "no batch norm": (False, QUICK),
     "l2": (False, replace(QUICK, search=SearchSettings("image", "l2", epsilon=1, steps=2))),
     "shared": (False, replace(QUICK, search=SearchSettings(kind="batch", steps=2))),

@@ -147,18 +147,19 @@ class Pool:
 
         Args:
             embed: Maps images to features; its weights take no gradient here.
-            images: This rank's part of a batch, at least one image for every change in all.
+            images: This rank's part of a batch; a change that gets no image rests.
         """
         learned = [change.learned for change in self.changes]
         features: Features = gather(embed(self.apply(images, ranks=ranks)), ranks)
+        parts = [features[part] for part in self._parts(len(features), ALONE)]
         gathered = torch.stack(
             [
-                concentration(features[part], self.centre)
-                for part in self._parts(len(features), ALONE)
+                concentration(part, self.centre) if len(part) else features.new_zeros(())
+                for part in parts
             ]
         )
         loss = -gathered.sum() / ranks.count  # every rank has the whole of it
-        gradients = torch.autograd.grad(loss, learned)
+        gradients = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
         add_up(gradients, ranks)
         for tensor, gradient in zip(learned, gradients, strict=True):
             tensor.grad = gradient
