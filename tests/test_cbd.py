@@ -24,21 +24,16 @@ from unbackdoor.settings import (
     PurifySettings,
     SearchSettings,
     ViewSettings,
+    purify_preset,
 )
 
 OURS = PurifySettings(epochs=2, batch_size=16, changes=ChangeSettings(2, additions=1, steps=2))
-QUICK = PurifySettings(  # the paper's, but for batch norm
-    pull=0.3,
-    distill=0.5,
-    align=0.2,
-    loss="contrastive",
-    anchor="view",
+QUICK = replace(
+    purify_preset("cifar10"),
+    batch_norm="tracked",
     epochs=2,
     batch_size=16,
-    clip=0.0,
-    schedule="constant",
     search=SearchSettings(kind="image", steps=2),
-    views=ViewSettings(),
 )
 
 

@@ -30,9 +30,10 @@ def test_the_demo_removes_the_backdoor_durably(tmp_path):
     result = run_demo(tmp_path, say=lambda _: None)
     assert result.victim.head.asr >= 0.95
     assert result.fine_tuned.head.asr > 0.5
-    assert result.purified.head.asr <= 0.20
+    assert result.purified.head.asr <= 0.10
     assert result.purified.worst.asr <= 0.10
-    assert result.purified.probe.acc >= result.victim.probe.acc - 0.06
+    assert result.purified.probe.acc >= result.victim.probe.acc - 0.04
+    assert result.purified.head.acc >= result.victim.head.acc - 0.04
 
 
 @pytest.mark.slow
