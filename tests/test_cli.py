@@ -87,6 +87,7 @@ def test_flags_go_before_the_config_and_the_config_before_the_preset(inputs, tmp
         'epochs = 3\npull = 0.4\ndistill = 0.6\n[search]\nepsilon = "4/255"\n'
     )
     words = ["--preset", "imagenet100", "--config", str(tmp_path / "c.toml"), *QUICK]
+    words += ["--search.steps", "1"]
     assert main([*inputs, *words]) == 0
     settings = json.loads((tmp_path / "clean.json").read_text())["settings"]
     assert settings["epochs"] == 1  # a flag
