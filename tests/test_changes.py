@@ -150,6 +150,15 @@ def test_learning_raises_the_concentration_and_leaves_the_network_alone(network,
         assert weight.grad is None
 
 
+def test_a_change_without_an_image_rests(network, images):
+    pool = pool_of(network, images)
+    before = [change.learned.clone() for change in pool.changes]
+    gathered = pool.advance(network, images[:3])
+    moved = [not torch.equal(a, b.learned) for a, b in zip(before, pool.changes, strict=True)]
+    assert moved == [True] * 3 + [False] * 4
+    assert (gathered[3:] == 0).all()
+
+
 def test_a_seed_is_a_pool(network):
     raw = torch.randint(0, 256, (20, *SHAPE), dtype=torch.uint8, generator=seeded())
 
