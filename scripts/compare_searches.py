@@ -32,10 +32,11 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from unbackdoor.attacks.named import named_attack
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.backbones import Backbone
+from unbackdoor.bench.obtain import Found, open_victim
 from unbackdoor.cbd import search
+from unbackdoor.changes import concentration
 from unbackdoor.data import LabeledImages, load_labeled
 from unbackdoor.evaluation import divide, find_attack, own_head
-from unbackdoor.jobs import Source, open_source
 from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings, purify_preset
 from unbackdoor.views import random_views
 
@@ -124,8 +125,7 @@ def concentrate(
     optimizer = torch.optim.Adam(family.learned, lr=0.1)
     for _ in range(STEPS):
         batch = images[torch.randperm(len(images), generator=generator)[:BATCH]]
-        unit = F.normalize(backbone(family.apply(batch)) - centre, dim=1)
-        loss = family.penalty() - unit.mean(0).square().sum()
+        loss = family.penalty() - concentration(backbone(family.apply(batch)), centre)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -196,11 +196,9 @@ def main() -> None:
     results: dict[str, Any] = {}
     for path in sorted(arguments.victims.glob("*-supervised-*.json")):
         made = json.loads(path.read_text())
-        mean, std, size = tuple(made["mean"]), tuple(made["std"]), made["size"]
-        source = Source(
-            path.with_suffix(".safetensors"), made["arch"], mean, std, size, None, None, None
-        )
-        backbone = open_source(source).backbone.eval().requires_grad_(False)
+        size = made["size"]
+        found = Found(path.with_suffix(".safetensors"), path)
+        backbone = open_victim(found, made).backbone.requires_grad_(False)
         parts = [load_labeled(arguments.data, split=s, size=size) for s in ("train", "test")]
         split = divide(*parts, seed=0)
         if made["attack"] is None:

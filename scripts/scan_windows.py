@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
+from unbackdoor.bench.obtain import Found, open_victim
 from unbackdoor.changes import Patch, Pool, concentration
 from unbackdoor.data import load_images
 from unbackdoor.evaluation import find_attack
-from unbackdoor.jobs import Source, open_source
 
 ATTACKED = Path("results/development/badnets-supervised-seed100.json")
 CLEAN = Path("results/victims/clean-supervised-seed0.json")
@@ -30,9 +30,8 @@ def scan(record: Path, data: str) -> dict[str, Any]:
     """Return a row of windows for every height: concentration and cosine."""
     made = json.loads(record.read_text())
     size = made["size"]
-    tensors, mean, std = record.with_suffix(".safetensors"), tuple(made["mean"]), tuple(made["std"])
-    network = open_source(Source(tensors, made["arch"], mean, std, size)).backbone
-    network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    network = open_victim(Found(record.with_suffix(".safetensors"), record), made).backbone
+    network = network.requires_grad_(False).to(memory_format=torch.channels_last)
     raw = load_images(data, size=size, limit=IMAGES, seed=100).read(range(IMAGES))
     images, triggered = (
         (pixels.float() / 255).contiguous(memory_format=torch.channels_last)

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from unbackdoor.bench.grid import changed
+from unbackdoor.bench.obtain import Found, open_victim
 from unbackdoor.cbd import purify
 from unbackdoor.data import load_labeled
 from unbackdoor.devices import pick_precision
 from unbackdoor.evaluation import divide, find_attack, own_head, reading_record
-from unbackdoor.jobs import Source, open_source, versions
+from unbackdoor.jobs import versions
 from unbackdoor.metrics import make_test_set, read
 from unbackdoor.settings import PRESETS, PurifySettings, flatten, purify_preset
 
@@ -29,7 +30,10 @@ FIRST_SEED = 100
 
 
 def as_table(given: list[str]) -> dict[str, Any]:
-    """Return nested tables of what follows ``--set``; values are JSON, or else texts."""
+    """Return nested tables of what follows ``--set``; values are JSON, or else texts.
+
+    They are set together: ``pull`` without ``distill`` would be refused.
+    """
     table: dict[str, Any] = {}
     for word in given:
         name, _, text = word.partition("=")
@@ -63,9 +67,8 @@ def main() -> None:
         made = json.loads(path.read_text())
         if made["training"]["seed"] < FIRST_SEED:
             raise SystemExit(f"{path}: settings are chosen on seeds from {FIRST_SEED} on")
-        tensors, size = path.with_suffix(".safetensors"), made["size"]
-        source = Source(tensors, made["arch"], tuple(made["mean"]), tuple(made["std"]), size)
-        victim = open_source(source).backbone.eval()
+        size = made["size"]
+        victim = open_victim(Found(path.with_suffix(".safetensors"), path), made).backbone
         parts = [load_labeled(given.data, split=part, size=size) for part in ("train", "test")]
         split = divide(*parts, seed=made["training"]["seed"])
         if split.validation is None:

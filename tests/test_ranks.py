@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import test_cbd
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,22 +25,13 @@ from unbackdoor.ranks import ALONE, Ranks, add_up, draw, gather, gather_names, j
 from unbackdoor.settings import (
     ChangeSettings,
     ProjectionSettings,
-    PurifySettings,
     SearchSettings,
     ViewSettings,
-    purify_preset,
 )
 from unbackdoor.views import random_views
 
 TWO = (Ranks(0, 2), Ranks(1, 2))
-OURS = PurifySettings(epochs=2, batch_size=8, changes=ChangeSettings(2, additions=1, steps=2))
-QUICK = replace(
-    purify_preset("cifar10"),
-    batch_norm="tracked",
-    epochs=2,
-    batch_size=8,
-    search=SearchSettings(kind="image", steps=2),
-)
+OURS, QUICK = (replace(settings, batch_size=8) for settings in (test_cbd.OURS, test_cbd.QUICK))
 CASES = {  # name -> with batch norm, settings
     "default, no batch norm": (False, OURS),
     "default": (True, OURS),

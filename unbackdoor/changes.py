@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
+from unbackdoor.probe import extract
 from unbackdoor.ranks import ALONE, Ranks, add_up, gather, own
 from unbackdoor.settings import ChangeSettings
 from unbackdoor.types import Features, Images, RawImages, Scalar
@@ -245,18 +246,14 @@ def learn_changes(
     """
     device = generator.device
     count = min(batch_size, len(images)) // ranks.count * ranks.count
-    with torch.no_grad():
-        centre = torch.cat([embed(_to_unit(part, device)) for part in images.split(batch_size)])
+    centre = extract(embed, images, batch_size=batch_size).mean(0).to(device)
     changes = draw_changes(settings, images.shape[1:], generator=generator)
-    pool = Pool(changes, centre=centre.mean(0), rate=settings.rate)
+    pool = Pool(changes, centre=centre, rate=settings.rate)
     for _ in range(settings.steps):
         order = torch.randperm(len(images), generator=generator, device=device)[:count]
-        pool.advance(embed, _to_unit(images[own(order, ranks).cpu()], device), ranks=ranks)
+        batch = images[own(order, ranks).cpu()].to(device).float() / 255
+        pool.advance(embed, batch, ranks=ranks)
     return pool
-
-
-def _to_unit(raw: RawImages, device: torch.device) -> Images:
-    return raw.to(device).float() / 255
 
 
 def _bicubic(points: int, side: int) -> Float[Tensor, "{side} {points}"]:

@@ -117,14 +117,15 @@ def searcher(
 
         return around
 
-    raw = torch.Generator(generator.device).manual_seed(settings.seed)
     learned, drawn = (
         learn_changes(
             backbone,
             images,
             replace(settings.changes, steps=steps),
             batch_size=settings.batch_size,
-            generator=raw.manual_seed(settings.seed),  # so that both start at the same changes
+            generator=torch.Generator(generator.device).manual_seed(
+                settings.seed
+            ),  # the same twice
         )
         for steps in (settings.changes.steps, 0)
     )

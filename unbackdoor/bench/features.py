@@ -28,7 +28,7 @@ def cell_features(
     """Return features of groups of test images, in both backbones, as JSON can hold them.
 
     The groups are those of the paper's Figure 1: some clean classes, the target class, triggered
-    images of other classes, and images that the contrastive search finds in each backbone.
+    images of other classes, and images that the search finds in each backbone.
     """
     images, labels, classes = split.test
     goals = goal_labels(labels, attack, classes=len(classes))
@@ -55,7 +55,7 @@ def cell_features(
 
 
 def searched(network: nn.Module, raw: RawImages, cell: Cell) -> Features:
-    """Return features of the images that the contrastive search finds around ``raw``."""
+    """Return features of the images that the search finds around ``raw``."""
     settings = settings_of(cell) if cell.defense == CBD else PurifySettings(seed=cell.seed)
     device = next(network.parameters()).device
     plain = raw.to(device).float() / 255
