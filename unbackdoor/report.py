@@ -85,7 +85,7 @@ p{max-width:44rem;margin:.6rem 0;white-space:pre-line}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.4rem 1.5rem .4rem 0;border-bottom:1px solid var(--line);text-align:left;
 vertical-align:top;overflow-wrap:break-word;max-width:min(38rem,60vw);font-weight:400}
-tbody th{min-width:9rem}
+tbody th{min-width:min(15rem,36vw)}
 td:not(.number){min-width:7rem}
 thead th{border-bottom:2px solid var(--soft);color:var(--soft);font-size:.9rem;
 vertical-align:bottom}
@@ -549,6 +549,8 @@ def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> 
     letters = 62  # fit in a line; a handle takes the place of six
     columns = max(1, letters // (max(map(len, labels)) + 6))
     columns = min(columns, len(labels))
+    lines = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + max(0, lines - 4) * 0.24)  # or no room is left
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, markerscale=1.3)
 
 
