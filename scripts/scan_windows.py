@@ -17,9 +17,10 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.bench.obtain import Found, open_victim
-from unbackdoor.changes import Patch, Pool, concentration
+from unbackdoor.changes import Patch, Pool, Whitening, concentration
 from unbackdoor.data import load_images
 from unbackdoor.evaluation import find_attack
+from unbackdoor.settings import ChangeSettings
 
 ATTACKED = Path("results/development/badnets-supervised-seed100.json")
 CLEAN = Path("results/victims/clean-supervised-seed0.json")
@@ -37,7 +38,8 @@ def scan(record: Path, data: str) -> dict[str, Any]:
         (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
         for pixels in (raw, find_attack(str(ATTACKED), size=size).attack.trigger(raw))
     )
-    centre = network(images).mean(0)
+    plain = network(images)
+    centre, whiten = plain.mean(0), Whitening.of(plain, shrinkage=ChangeSettings().shrinkage)
     away = F.normalize(network(triggered) - centre, dim=1).mean(0)
     generator = torch.Generator().manual_seed(0)
     places = sorted({min(place, size - SIDE) for place in range(0, size, SIDE)})
@@ -47,14 +49,15 @@ def scan(record: Path, data: str) -> dict[str, Any]:
         for left in places:
             picture = torch.rand(1, 3, SIDE, SIDE, generator=generator)
             patch = Patch(picture, top=top, left=left)
-            pool = Pool([patch], centre=centre, rate=0.1)
+            pool = Pool([patch], whiten=whiten, rate=0.1)
             for _ in range(STEPS):
                 pool.advance(network, images[torch.randperm(IMAGES, generator=generator)[:BATCH]])
             with torch.no_grad():
                 features = network(patch(images))
             shift = F.normalize(features - centre, dim=1).mean(0)
             cosine = F.cosine_similarity(shift, away, dim=0).item()
-            row.append([round(concentration(features, centre).item(), 3), round(cosine, 3)])
+            reached = concentration(whiten(features), torch.zeros_like(centre)).item()
+            row.append([round(reached, 3), round(cosine, 3)])
         print(record.stem, top, " ".join(f"{c:.2f}/{a:+.2f}" for c, a in row), flush=True)
         rows.append(row)
     return {"places": places, "rows": rows}

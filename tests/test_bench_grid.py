@@ -95,6 +95,14 @@ def test_cells_hold_the_preset_then_the_grid_then_the_row(write):
     assert (anp.iterations, anp.epsilon, anp.alpha, anp.seed) == (50, 0.25, 0.2, 1)
 
 
+def test_the_key_of_a_search_of_single_images_does_not_hold_how_changes_are_learned(write):
+    cells = {entry.row: entry.cell for entry in entries(read_grid(write()))}
+    assert not any(name.startswith("changes.") for name, _ in cells["CBD"].settings)
+    path = write('search = { epsilon = "2/255" }', 'preset = "default"')
+    cells = {entry.row: entry.cell for entry in entries(read_grid(path))}
+    assert ("changes.steps", 40) in cells["eps=2"].settings
+
+
 def test_a_row_with_a_preset_has_nothing_of_the_grids(write):
     path = write('search = { epsilon = "2/255" }', 'preset = "default", learning_rate = 0.5')
     cells = {entry.row: entry.cell for entry in entries(read_grid(path)) if entry.cell.seed == 1}

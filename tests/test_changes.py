@@ -13,6 +13,7 @@ from unbackdoor.changes import (
     Patch,
     Pool,
     Warp,
+    Whitening,
     concentration,
     draw_changes,
     learn_changes,
@@ -65,6 +66,12 @@ def test_an_addition_is_scaled_down_to_its_amplitude_and_a_smaller_one_left_alon
     assert torch.equal(small(images), (images + 0.3).clamp(0, 1))
 
 
+def test_an_addition_fades_what_it_is_added_to_towards_its_grey(images):
+    image = torch.full((1, *SHAPE), 0.1)
+    changed = Addition(image, amplitude=0.1, share=0.25, grey=0.5)(images)
+    torch.testing.assert_close(changed, (0.75 * images + 0.225).clamp(0, 1))
+
+
 def test_a_warp_is_bilinear_sampling_at_the_places_that_its_field_says(images):
     field = torch.randn(2, 4, 4, generator=seeded())
     changed = Warp(field, pixels=1.5)(images)
@@ -98,6 +105,9 @@ def test_drawn_changes_are_of_the_number_place_and_size_asked_for():
     for addition in changes[200:202]:
         size = addition.learned.square().mean().sqrt().item()
         assert size == pytest.approx(ALL.amplitude / 2, rel=1e-5)
+    many = draw_changes(replace(ALL, additions=50), SHAPE, generator=seeded())[3:53]
+    assert 0.9 * ALL.fade < max(addition.share for addition in many) <= ALL.fade
+    assert len({addition.grey for addition in many}) == 50
 
 
 def test_concentration_by_hand():
@@ -108,9 +118,24 @@ def test_concentration_by_hand():
     assert concentration(corner, centre).item() == pytest.approx(0.5)
 
 
+def test_whitened_features_have_the_variance_that_the_shrinkage_leaves():
+    spread = torch.tensor([3.0, 1.0, 0.0])  # of three directions at right angles
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=seeded()))
+    features = 5 + torch.randn(200, 3, generator=seeded(1)) * spread @ turn
+    variances, directions = torch.linalg.eigh(torch.cov(features.T))
+    white = Whitening.of(features, shrinkage=0.5)(features)
+    torch.testing.assert_close(white.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    expected = variances / (variances + 0.5 * variances.mean())
+    torch.testing.assert_close(torch.cov(white.T), torch.diag(expected), atol=1e-4, rtol=0)
+    unused = features.mean(0) + directions[:, 0]  # a step of 1 where plain images have variance 0
+    size = Whitening.of(features, shrinkage=0.5)(unused[None]).norm().item()
+    assert size == pytest.approx((0.5 * variances.mean().item()) ** -0.5, rel=1e-3)
+
+
 def pool_of(network, images, settings=ALL):
     changes = draw_changes(settings, SHAPE, generator=seeded())
-    return Pool(changes, centre=network(images).mean(0).detach(), rate=0.1)
+    whiten = Whitening.of(network(images).detach(), shrinkage=0.1)
+    return Pool(changes, whiten=whiten, rate=0.1)
 
 
 def test_image_i_has_change_i_modulo_their_number_on_every_rank(network, images):
@@ -210,6 +235,9 @@ def test_what_is_learned_on_a_victim_moves_images_to_where_the_trigger_does():
         ({"patch_min": 0.5, "patch_max": 0.4}, "patch_max must be at least 0.5"),
         ({"amplitude": 4.6}, "changes.amplitude must be above 0 and at most 1, got 4.6"),
         ({"pixels": 0}, "changes.pixels must be above 0"),
+        ({"fade": 1.5}, "changes.fade must be at least 0 and at most 1"),
+        ({"group": 1}, "changes.group must be at least 2"),
+        ({"shrinkage": 0}, "changes.shrinkage must be above 0"),
     ],
 )
 def test_impossible_changes_are_refused(values, message):

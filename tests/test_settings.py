@@ -45,7 +45,7 @@ def test_settings_are_frozen():
             "search.epsilon must be at least 0, got -1",
         ),
         (lambda: SearchSettings(steps=-1), "search.steps must be at least 0, got -1"),
-        (lambda: PurifySettings(pull=0.9), r"pull \+ distill \+ align must be 1, got .* = 1.4"),
+        (lambda: PurifySettings(pull=0.9), r"pull \+ distill \+ align must be 1, got .* = 1.1"),
         (lambda: PurifySettings(pull=-0.2, distill=1), "pull must be at least 0, got -0.2"),
         (lambda: PurifySettings(temperature=0), "temperature must be above 0, got 0"),
         (lambda: PurifySettings(temperature=float("nan")), "temperature must be above 0, got nan"),

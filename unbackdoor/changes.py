@@ -7,6 +7,7 @@ window, a faint image added, a smooth warp.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -51,21 +52,31 @@ class Patch(nn.Module):
 
 
 class Addition(nn.Module):
-    """Adds one faint image to every image and clips to [0, 1].
+    """Fades every image towards one grey, adds one faint image to it and clips to [0, 1].
 
     Args:
         image: Shape ``(1, c, h, w)``.
         amplitude: The most its root mean square may be, on the [0, 1] scale.
+        share: Of the grey in the faded image.
+        grey: On the [0, 1] scale.
     """
 
-    def __init__(self, image: Float[Tensor, "1 c h w"], *, amplitude: float):
+    def __init__(
+        self,
+        image: Float[Tensor, "1 c h w"],
+        *,
+        amplitude: float,
+        share: float = 0.0,
+        grey: float = 0.0,
+    ):
         super().__init__()
         self.learned = nn.Parameter(image)
-        self.amplitude = amplitude
+        self.amplitude, self.share, self.grey = amplitude, share, grey
 
     def forward(self, images: Images) -> Images:
         """Return changed images."""
-        return (images + self.learned).clamp(0, 1)
+        faded = (1 - self.share) * images + self.share * self.grey
+        return (faded + self.learned).clamp(0, 1)
 
     @torch.no_grad()
     def restrict(self) -> None:
@@ -115,18 +126,49 @@ class Warp(nn.Module):
 Change = Patch | Addition | Warp
 
 
+class Whitening(NamedTuple):
+    """Moves features to mean 0 and about one and the same variance in every direction.
+
+    Classes lie along the few directions in which plain images vary most, and there a change can
+    gather them without any backdoor. Whitened, a direction that plain images do not use counts as
+    much.
+    """
+
+    centre: Float[Tensor, " d"]
+    matrix: Float[Tensor, "d d"]
+
+    @classmethod
+    def of(cls, features: Features, *, shrinkage: float) -> "Whitening":
+        """Return the whitening of these features, on their device.
+
+        Args:
+            features: Of plain images.
+            shrinkage: Added to the variance of every direction, in units of the mean variance; it
+                bounds how much directions of little variance count.
+        """
+        exact = features.cpu().double()  # not every device has float64
+        variances, directions = torch.linalg.eigh(torch.cov(exact.T))
+        added = shrinkage * variances.mean().clamp(min=1e-12)
+        matrix = directions / (variances.clamp(min=0) + added).sqrt()
+        return cls(exact.mean(0).to(features), matrix.to(features))
+
+    def __call__(self, features: Features) -> Features:
+        """Return whitened features, float32 at least."""
+        return (features.to(self.centre.dtype) - self.centre) @ self.matrix
+
+
 class Pool:
     """Changes that are learned together; each has every so many-th image of a batch.
 
     Args:
         changes: One or more.
-        centre: Mean features of unchanged images, shape ``(d,)``.
+        whiten: See :class:`Whitening`; of unchanged images.
         rate: Of Adam.
     """
 
-    def __init__(self, changes: Sequence[Change], *, centre: Float[Tensor, " d"], rate: float):
+    def __init__(self, changes: Sequence[Change], *, whiten: Whitening, rate: float):
         self.changes = tuple(changes)
-        self.centre = centre
+        self.whiten = whiten
         self.optimizer = torch.optim.Adam([change.learned for change in changes], lr=rate)
 
     def apply(self, images: Images, *, ranks: Ranks = ALONE) -> Images:
@@ -152,11 +194,12 @@ class Pool:
         """
         learned = [change.learned for change in self.changes]
         features: Features = gather(embed(self.apply(images, ranks=ranks)), ranks)
-        parts = [features[part] for part in self._parts(len(features), ALONE)]
+        white = self.whiten(features)
+        nowhere, origin = white.new_zeros(()), torch.zeros_like(self.whiten.centre)
         gathered = torch.stack(
             [
-                concentration(part, self.centre) if len(part) else features.new_zeros(())
-                for part in parts
+                concentration(white[part], origin) if len(white[part]) else nowhere
+                for part in self._parts(len(white), ALONE)
             ]
         )
         loss = -gathered.sum() / ranks.count  # every rank has the whole of it
@@ -220,7 +263,9 @@ def draw_changes(
     for _ in range(settings.additions):
         noise = torch.randn(1, channels, height, width, generator=generator, device=device)
         start = 0.5 * settings.amplitude * noise / noise.square().mean().sqrt()
-        changes.append(Addition(start, amplitude=settings.amplitude))
+        share, grey = uniform(2).tolist()
+        share *= settings.fade
+        changes.append(Addition(start, amplitude=settings.amplitude, share=share, grey=grey))
     for _ in range(settings.warps):
         points = whole(*WARP_POINTS)
         changes.append(Warp(2 * uniform(2, points, points) - 1, pixels=settings.pixels))
@@ -236,19 +281,20 @@ def learn_changes(
     generator: torch.Generator,
     ranks: Ranks = ALONE,
 ) -> Pool:
-    """Draw changes and learn them on random batches.
+    """Draw changes and learn them on random images.
 
     Args:
         embed: Maps images in [0, 1] to features.
         images: Plain ones, the same on every rank, in memory; some hundred are enough.
-        batch_size: Images a step, on all ranks together; fewer where there are fewer images.
+        batch_size: Images that the network is given at once where nothing is learned.
         generator: In the same state on every rank; its device is the network's.
     """
     device = generator.device
-    count = min(batch_size, len(images)) // ranks.count * ranks.count
-    centre = extract(embed, images, batch_size=batch_size).mean(0).to(device)
+    count = min(settings.group * settings.count, len(images)) // ranks.count * ranks.count
+    plain = extract(embed, images, batch_size=batch_size).to(device)
+    whiten = Whitening.of(plain, shrinkage=settings.shrinkage)
     changes = draw_changes(settings, images.shape[1:], generator=generator)
-    pool = Pool(changes, centre=centre, rate=settings.rate)
+    pool = Pool(changes, whiten=whiten, rate=settings.rate)
     for _ in range(settings.steps):
         order = torch.randperm(len(images), generator=generator, device=device)[:count]
         batch = images[own(order, ranks).cpu()].to(device).float() / 255

@@ -13,7 +13,7 @@ import torch
 
 from unbackdoor import __version__
 from unbackdoor.backbones import Backbone, Loaded, network_state, open_backbone, public_name
-from unbackdoor.cbd import EpochLosses, PurifyState, purify, steps_per_epoch
+from unbackdoor.cbd import LEARNED_ON, EpochLosses, PurifyState, purify, steps_per_epoch
 from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import ImageSource, load_images
@@ -243,14 +243,18 @@ def dry_run(
         )
         learning = 0.0
         if settings.search.kind == "changes" and settings.pull > 0:
-            started = time.monotonic()
             network = in_precision(loaded.backbone.to(where), pick_precision(precision, where))
             generator = torch.Generator(where).manual_seed(settings.seed)
-            raw = photos.read(range(size))
-            learn_changes(network, raw, few, batch_size=size, generator=generator, ranks=ranks)
-            if where.type == "cuda":
-                torch.cuda.synchronize(where)
-            learning = (time.monotonic() - started) / few.steps * settings.changes.steps
+            raw = photos.read(range(min(LEARNED_ON, len(photos))))
+            moments = []
+            for done in (0, few.steps):
+                started, some = time.monotonic(), replace(few, steps=done)
+                learn_changes(network, raw, some, batch_size=size, generator=generator, ranks=ranks)
+                if where.type == "cuda":
+                    torch.cuda.synchronize(where)
+                moments.append(time.monotonic() - started)
+            before, both = moments
+            learning = before + (both - before) / few.steps * settings.changes.steps
     steps = settings.epochs * steps_per_epoch(len(photos), settings, ranks)
     estimate = Estimate(steps, times[-1] - times[-2], learning, peak_memory(where))
     seconds = round(steps * estimate.seconds_per_step + settings.epochs * learning)

@@ -102,7 +102,8 @@ class SearchSettings:
 class ChangeSettings:
     """Which changes of all images are learned, where ``search.kind`` is ``changes``.
 
-    They are drawn anew at the start of every epoch and raise the concentration of the features.
+    They are drawn anew at the start of every epoch and raise the concentration of the whitened
+    features.
 
     Attributes:
         patches: How many patches, each in a window of random place and size.
@@ -110,22 +111,28 @@ class ChangeSettings:
         patch_max: Largest side, likewise.
         additions: How many faint images that are added to every image.
         amplitude: Largest root mean square of one, on the [0, 1] scale.
+        fade: Each fades the image towards a random grey first, by a random share up to this one.
         warps: How many smooth warps.
         pixels: Largest move of a warp, in pixels.
-        steps: Gradient steps at the start of an epoch, on random batches; one more comes with each
+        steps: Gradient steps at the start of an epoch, on random images; one more comes with each
             batch.
+        group: Images for each change in such a step.
         rate: Of Adam.
+        shrinkage: Of the whitening, see ``changes.Whitening``.
     """
 
-    patches: Whole = 6
+    patches: Whole = 5
     patch_min: float = 0.09
     patch_max: float = 0.19
     additions: Whole = 3
     amplitude: Ratio = 7 / 255
-    warps: Whole = 1
+    fade: float = 0.3
+    warps: Whole = 3
     pixels: float = 1.0
-    steps: Whole = 60
+    steps: Whole = 40
+    group: Whole = 16
     rate: float = 0.1
+    shrinkage: float = 0.1
 
     def __post_init__(self) -> None:
         in_range("changes.steps", self.steps, least=0)
@@ -134,7 +141,10 @@ class ChangeSettings:
         for name in ("patches", "additions", "warps"):
             in_range(f"changes.{name}", getattr(self, name), least=0)
         in_range("changes.amplitude", self.amplitude, above=0, most=1)
+        in_range("changes.fade", self.fade, least=0, most=1)
         in_range("changes.pixels", self.pixels, above=0, most=16)
+        in_range("changes.group", self.group, least=2)
+        in_range("changes.shrinkage", self.shrinkage, above=0)
         in_range("changes.rate", self.rate, above=0)
         if self.count == 0:
             raise SettingsError(
@@ -199,8 +209,8 @@ class PurifySettings:
         projection: See :class:`ProjectionSettings`.
     """
 
-    pull: float = 0.5
-    distill: float = 0.5
+    pull: float = 0.8
+    distill: float = 0.2
     align: float = 0.0
     loss: Literal["squared", "contrastive"] = "squared"
     anchor: Literal["original", "view"] = "original"

@@ -199,11 +199,14 @@ def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> C
     needs = row.defense in DEFENSES and DEFENSES[row.defense].labels
     labels: Labels = row.labels or ("given" if needs else "none")
     settings = row_settings(grid, row, seed)
+    values = _as_table(settings) if settings else {}
+    if row.defense == CBD and settings.search.kind != "changes":
+        del values["changes"]  # of no effect
     return Cell(
         victim=victim,
         attack=attack,
         defense=row.defense,
-        settings=tuple(sorted(flatten(_as_table(settings)))) if settings else (),
+        settings=tuple(sorted(flatten(values))),
         labels=labels if row.defense != NO_DEFENSE else "none",
         share=(row.share or SHARES[labels]) if row.defense != NO_DEFENSE else 0.0,
         seed=seed,
