@@ -135,6 +135,7 @@ def test_a_trained_detector_is_scored_and_drawn(source, voc, tmp_path, record):
     assert made["detector"]["backbone"]["name"] == "victim.pt"
     assert made["data"]["images"] == 4
     assert "only 4 test images" in made["flags"]
+    assert "one detector: a table needs three seeds" in made["flags"]
     assert {"seconds", "device", "versions"} <= made.keys()
     assert any("planted in images of 16 × 16" in line for line in said)
     html = page.read_text()

@@ -56,6 +56,7 @@ class Opened(NamedTuple):
         size: Side of the images that its backbone was trained on, in pixels.
         record: All that stands beside the file.
         sha256: Of the file.
+        name: Of the file.
     """
 
     detector: nn.Module
@@ -64,6 +65,7 @@ class Opened(NamedTuple):
     size: int
     record: Mapping[str, Any]
     sha256: str
+    name: str
 
 
 def train_file(
@@ -240,7 +242,7 @@ def open_detector(path: Path, *, arch: str | None = None, precision: Precision =
     levels = find_levels(backbone.body, arch or named, stages)
     detector = make_detector(backbone, levels, settings, classes=len(classes), precision=precision)
     _fill(detector, checkpoint.tree, path)
-    return Opened(detector.eval(), classes, settings, size, record, checkpoint.sha256)
+    return Opened(detector.eval(), classes, settings, size, record, checkpoint.sha256, path.name)
 
 
 def describe(images: VocImages, levels: Sequence[Level], settings: DetectionSettings) -> str:

@@ -22,9 +22,10 @@ from unbackdoor.detection.precision import (
     coco_metric,
 )
 from unbackdoor.detection.voc import VocImages, load_voc
+from unbackdoor.devices import Precision as ComputedIn
 from unbackdoor.devices import pick_device, pick_precision
 from unbackdoor.errors import OutputError
-from unbackdoor.evaluation import find_attack, read_record
+from unbackdoor.evaluation import Known, find_attack, read_record
 from unbackdoor.jobs import told_of_memory
 from unbackdoor.report import BoxedImage, Picture, Table, as_text, boxes_picture, render_report
 from unbackdoor.settings import DetectionSettings
@@ -51,6 +52,24 @@ class Condition(NamedTuple):
 
     precision: Precision
     found: tuple[Found, ...]
+
+
+class Scored(NamedTuple):
+    """A detector with its scores, and all that the pictures of its detections need.
+
+    Attributes:
+        record: Of the scores, as JSON can hold it.
+        conditions: By name; ``clean`` always, ``triggered`` where there is an attack.
+        triggers: By the same names; ``None`` leaves the images as they are.
+        side: Of the images that the trigger was planted in, in pixels.
+    """
+
+    record: dict[str, Any]
+    opened: Opened
+    images: VocImages
+    conditions: dict[str, Condition]
+    triggers: dict[str, Trigger | None]
+    side: int
 
 
 def evaluate_detector(
@@ -90,7 +109,6 @@ def evaluate_detector(
     Raises:
         UnbackdoorError: See ``errors``; nothing is written then.
     """
-    started = time.monotonic()
     for place in (out, report):
         if place is not None and place.exists() and not overwrite:
             raise OutputError(f"{place}: exists already; pass --force to replace it")
@@ -105,11 +123,69 @@ def evaluate_detector(
     if attack is not None:
         known = find_attack(attack, size=side, training=training)
     say(f"{path}: {len(images)} images of the set {name}, {len(opened.classes)} classes")
+    if known is not None:
+        say(f"{known.name}: {known.attack.trigger}, planted in images of {side} × {side} pixels")
+    scored = score_detector(
+        opened,
+        images,
+        known,
+        data=data,
+        side=side,
+        measure=measure,
+        device=where,
+        precision=how,
+        on_step=on_step,
+    )
+    flags = [*scored.record["flags"], "one detector: a table needs three seeds"]
+    record = {**scored.record, "flags": flags}
+    tables = scores_tables(scored.conditions, opened.classes)
+    for table in tables:
+        say("\n".join(as_text(table)))
+    say(DEFINITIONS if known is not None else DEFINITIONS.partition(" PAP:")[0])
+    for flag in flags:
+        say(f"doubt: {flag}")
+    if out is not None:
+        write_text(out, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
+        say(f"wrote {out}")
+    if report is not None:
+        title = f"{path.name} on {Path(data).name}, set {name}"
+        summary = " ".join([DEFINITIONS, *(f"Doubt: {flag}." for flag in flags)])
+        parts: list[Table | Picture] = [*tables, *detection_pictures(scored, shown=SHOWN)]
+        write_text(report, render_report(title, summary, parts), overwrite=overwrite)
+        say(f"wrote {report}")
+    return record
+
+
+def score_detector(
+    opened: Opened,
+    images: VocImages,
+    known: Known | None,
+    *,
+    data: str,
+    side: int,
+    measure: Measure,
+    device: torch.device,
+    precision: ComputedIn,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Scored:
+    """Score a detector on ``images`` as they are and, under an attack, triggered.
+
+    Args:
+        known: The attack; without it, AP alone.
+        data: Where ``images`` are; the record holds its last name.
+        side: Of the images that the attack was planted in.
+        measure: Which AP.
+        precision: What the detector was opened with, for the record.
+
+    Raises:
+        DataError: If an image is broken, or what COCO's AP needs is missing.
+        DeviceError: If the device has no memory left.
+    """
+    started = time.monotonic()
     triggers: dict[str, Trigger | None] = {"clean": None}
     if known is not None:
         triggers["triggered"] = known.attack.trigger
-        say(f"{known.name}: {known.attack.trigger}, planted in images of {side} × {side} pixels")
-    with told_of_memory(where):
+    with told_of_memory(device):
         conditions = score_conditions(
             opened.detector,
             images,
@@ -117,15 +193,14 @@ def evaluate_detector(
             opened.settings,
             side=side,
             measure=measure,
-            device=where,
+            device=device,
             on_step=on_step,
         )
-    flags = doubts(images)
     record: dict[str, Any] = {
         "schema": 1,
         "kind": "detector's scores",
         "detector": {
-            "name": path.name,
+            "name": opened.name,
             "sha256": opened.sha256,
             "backbone": opened.record.get("backbone"),
             "arch": opened.record["arch"],
@@ -134,7 +209,7 @@ def evaluate_detector(
         },
         "data": {
             "source": Path(data).name,
-            "set": name,
+            "set": images.name,
             "images": len(images),
             "objects": sum(len(there.labels) for there in images.objects),
             "difficult": sum(int(there.difficult.sum()) for there in images.objects),
@@ -145,26 +220,11 @@ def evaluate_detector(
         if known is None
         else {"name": known.name, "side": side, **attack_record(known.attack)},
         "scores": {key: made.precision._asdict() for key, made in conditions.items()},
-        "flags": flags,
-        **circumstances(where, how),
+        "flags": doubts(images),
+        **circumstances(device, precision),
         "seconds": round(time.monotonic() - started, 1),
     }
-    tables = scores_tables(conditions, opened.classes)
-    for table in tables:
-        say("\n".join(as_text(table)))
-    say(DEFINITIONS if known is not None else DEFINITIONS.partition(" PAP:")[0])
-    for flag in flags:
-        say(f"doubt: {flag}")
-    if out is not None:
-        write_text(out, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
-        say(f"wrote {out}")
-    if report is not None:
-        pictures = detection_pictures(opened, images, triggers, conditions, side=side)
-        title = f"{path.name} on {Path(data).name}, set {name}"
-        summary = " ".join([DEFINITIONS, *(f"Doubt: {flag}." for flag in flags)])
-        write_text(report, render_report(title, summary, [*tables, *pictures]), overwrite=overwrite)
-        say(f"wrote {report}")
-    return record
+    return Scored(record, opened, images, conditions, triggers, side)
 
 
 def trained_side(attack: str | None, *, default: int) -> int:
@@ -236,7 +296,6 @@ def doubts(images: VocImages) -> list[str]:
         objects = sum(int((there.labels == number).sum()) for there in images.objects)
         if objects < 10:
             found.append(f"only {objects} objects of the class {name}")
-    found.append("one detector: a table needs three seeds")
     return found
 
 
@@ -262,26 +321,20 @@ def scores_tables(conditions: dict[str, Condition], classes: Sequence[str]) -> l
     return tables
 
 
-def detection_pictures(
-    opened: Opened,
-    images: VocImages,
-    triggers: dict[str, Trigger | None],
-    conditions: dict[str, Condition],
-    *,
-    side: int,
-) -> list[Picture]:
-    """Return the first images of the set: what is there, what was found, clean and triggered."""
+def detection_pictures(scored: Scored, *, shown: int) -> list[Picture]:
+    """Draw the first images of the set: what is there, and what is found in each condition."""
     pictures = []
-    for row in range(min(SHOWN, len(images))):
+    images, classes = scored.images, scored.opened.classes
+    for row in range(min(shown, len(images))):
         image, truth = images.read(row), images.objects[row]
-        names = [opened.classes[label] for label in truth.labels.tolist()]
+        names = [classes[label] for label in truth.labels.tolist()]
         panels = {"what is there": BoxedImage(image, truth.boxes, names)}
-        for key, trigger in triggers.items():
-            seen = image if trigger is None else trigger_scaled(trigger, image, side=side)
-            boxes, labels, scores = conditions[key].found[row]
+        for key, trigger in scored.triggers.items():
+            seen = image if trigger is None else trigger_scaled(trigger, image, side=scored.side)
+            boxes, labels, scores = scored.conditions[key].found[row]
             sure = scores >= CERTAIN
             texts = [
-                f"{opened.classes[label]} {score:.2f}"
+                f"{classes[label]} {score:.2f}"
                 for label, score in zip(labels[sure].tolist(), scores[sure].tolist(), strict=True)
             ]
             panels[f"found, {key}"] = BoxedImage(seen, boxes[sure], texts)
