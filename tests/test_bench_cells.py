@@ -1,7 +1,7 @@
 from dataclasses import asdict, replace
 
-from unbackdoor.bench.cells import Cell, Victim, describe, key_of
-from unbackdoor.settings import VictimSettings
+from unbackdoor.bench.cells import Cell, Detection, Victim, as_record, describe, key_of
+from unbackdoor.settings import DetectionSettings, VictimSettings
 
 VICTIM = Victim(
     attack="badnets",
@@ -14,11 +14,13 @@ VICTIM = Victim(
     settings=None,
 )
 CELL = Cell(VICTIM, "badnets", "clp", (("deviations", 3.0),), "none", 0.05, 0)
+DETECTION = Detection("bccd", "trainval", "test", (), DetectionSettings())
 
 
 def test_a_key_stays_what_it_is_for_records_are_found_by_it():
     assert VICTIM.key == key_of(asdict(VICTIM))
     assert CELL.key == "15220807a147dcd9e10d"
+    assert "detection" not in as_record(CELL)  # which cells did not have then
 
 
 def test_a_key_does_not_depend_on_the_order_of_a_table():
@@ -42,6 +44,12 @@ def test_each_part_of_a_cell_and_of_its_victim_is_part_of_the_key():
         replace(CELL, victim=replace(VICTIM, seed=1)),
         replace(CELL, victim=replace(VICTIM, settings=VictimSettings())),
         replace(CELL, victim=replace(VICTIM, settings=VictimSettings(epochs=1))),
+        replace(CELL, detection=DETECTION),
+        replace(CELL, detection=replace(DETECTION, data="VOC2007")),
+        replace(CELL, detection=replace(DETECTION, train="train")),
+        replace(CELL, detection=replace(DETECTION, test="val")),
+        replace(CELL, detection=replace(DETECTION, stages=("layer1", "layer2"))),
+        replace(CELL, detection=replace(DETECTION, settings=DetectionSettings(epochs=1))),
     ]
     assert len({cell.key for cell in [CELL, *others]}) == len(others) + 1
 
@@ -51,4 +59,7 @@ def test_a_cell_is_told_in_one_line():
     clean = replace(CELL, victim=replace(VICTIM, attack="clean"), labels="pseudo")
     assert describe(clean) == (
         "clean under badnets supervised cifar/wrn16_1, clp, pseudo labels, seed 0"
+    )
+    assert describe(replace(CELL, detection=DETECTION)) == (
+        "badnets supervised cifar/wrn16_1, clp, a detector on bccd, seed 0"
     )

@@ -5,6 +5,7 @@ import pytest
 
 from unbackdoor.attacks.named import ATTACKS
 from unbackdoor.bench import grid as grid_module
+from unbackdoor.bench.cells import Detection
 from unbackdoor.bench.grid import (
     CLEAN_ROW,
     changed,
@@ -16,7 +17,7 @@ from unbackdoor.bench.grid import (
     unique_cells,
 )
 from unbackdoor.errors import SettingsError
-from unbackdoor.settings import PurifySettings, SearchSettings, purify_preset
+from unbackdoor.settings import DetectionSettings, PurifySettings, SearchSettings, purify_preset
 
 GRIDS = Path(__file__).resolve().parents[1] / "grids"
 TEXT = """
@@ -132,6 +133,68 @@ def test_two_tables_share_the_cells_that_are_the_same(write):
     first = unique_cells(entries(read_grid(write())))
     second = unique_cells(entries(read_grid(write('table = "1"', 'table = "7"'))))
     assert [cell.key for cell in first] == [cell.key for cell in second]
+
+
+def test_the_cells_of_a_grid_are_those_of_the_records_that_are_there():
+    first = entries(read_grid(GRIDS / "table1-cpu.toml"))
+    chosen = [e for e in first if (e.row, e.attack, e.cell.seed) == ("No Defense", "badnets", 0)]
+    assert [entry.cell.key for entry in chosen] == ["5d73dee09208e524f4a3"]
+
+
+DETECTION = """
+[detection]
+data = "voc:../bccd"
+stages = ["block2", "relu"]
+pictures = ["CBD"]
+epochs = 6
+learning_rate = "1/100"
+
+[cbd]"""
+
+
+def test_a_grid_may_say_what_detectors_are_trained_on(write, tmp_path):
+    grid = read_grid(write("[cbd]", DETECTION))
+    assert grid.detection.data == f"voc:{tmp_path}/../bccd"
+    assert grid.detection.pictures == ("CBD",)
+    cells = {entry.cell.seed: entry.cell for entry in entries(grid)}
+    assert cells[1].detection == Detection(
+        data="bccd",  # no place on this machine
+        train="trainval",
+        test="test",
+        stages=("block2", "relu"),
+        settings=DetectionSettings(epochs=6, learning_rate=0.01, seed=1),
+    )
+    assert "detectors: bccd, sets trainval and test, stages block2 relu, epochs 6" in (
+        describe_schedule(grid)
+    )
+    plain = unique_cells(entries(read_grid(write())))
+    assert not {cell.key for cell in cells.values()} & {cell.key for cell in plain}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('data = "voc:../bccd"\n', "", "lacks data"),
+        ("voc:../bccd", "../bccd", "[detection]: data is voc:DIR, a folder by its name, got"),
+        ("voc:../bccd", "voc:..", "data is voc:DIR, a folder by its name, got 'voc:"),
+        ("epochs = 6", "epoch = 6", "[detection]: key 'epoch' is unknown; did you mean 'epochs'"),
+        ("epochs = 6", "epochs = 0", "[detection]: epochs must be"),
+        ("epochs = 6", "epochs = 0.5", "epochs is of type int, got 0.5"),
+        ("epochs = 6", "seed = 6", "key 'seed' is unknown"),
+        ("epochs = 6", "tests = 'val'", "key 'tests' is unknown; did you mean 'test'"),
+        ('["block2", "relu"]', '"block2"', "stages is a list, got 'block2'"),
+        ('["CBD"]', '["CDB"]', "pictures 'CDB' is unknown; did you mean 'CBD'"),
+    ],
+)
+def test_what_detectors_cannot_be_trained_on_is_refused(write, old, new, message):
+    assert old in DETECTION
+    with pytest.raises(SettingsError, match=message.replace("[", r"\[")):
+        read_grid(write("[cbd]", DETECTION.replace(old, new)))
+
+
+def test_detection_is_a_table(write):
+    with pytest.raises(SettingsError, match="detection is a table, got 'voc:bccd'"):
+        read_grid(write("seeds =", 'detection = "voc:bccd"\nseeds ='))
 
 
 def test_a_path_is_relative_to_the_grid_file(write, tmp_path):

@@ -2,13 +2,14 @@ from dataclasses import replace
 
 import pytest
 
-from unbackdoor.bench.cells import Cell, Victim
+from unbackdoor.bench.cells import Cell, Detection, Victim
 from unbackdoor.bench.status import as_lines, estimate, status_of
 from unbackdoor.bench.store import SCHEMA, claimed, open_store, write_failure, write_record
-from unbackdoor.settings import VictimSettings
+from unbackdoor.settings import DetectionSettings, VictimSettings
 
 VICTIM = Victim("badnets", "supervised", "small", "shades", 8, 1, 0, VictimSettings(epochs=1))
 CELL = Cell(VICTIM, "badnets", "clp", (), "none", 0.05, 0)
+DETECTION = Detection("bccd", "trainval", "test", (), DetectionSettings())
 
 
 def record(cell, seconds, victim_seconds):
@@ -17,6 +18,7 @@ def record(cell, seconds, victim_seconds):
         "cell": {
             "defense": cell.defense,
             "victim": {"arch": cell.victim.arch, "training": cell.victim.training},
+            **({"detection": {}} if cell.detection else {}),
         },
         "victim": {"key": cell.victim.key, "seconds": victim_seconds},
         "seconds": {"all": seconds},
@@ -31,6 +33,10 @@ def test_the_estimate_is_the_median_of_the_same_kind_and_that_of_all_is_a_guess(
     assert estimate(left, [replace(VICTIM, seed=5)], records) == (140, 1)
     assert estimate(left, [], []) == (None, 2)
     assert estimate([], [], []) == (0, 0)
+    detects = replace(CELL, detection=DETECTION)
+    assert estimate([detects], [], records) == (20, 1)
+    records.append(record(detects, 500.0, 100.0))
+    assert estimate([CELL, detects], [], records) == (520, 0)
 
 
 def test_a_status_tells_done_running_failed_and_left(tmp_path):

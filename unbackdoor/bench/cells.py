@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from unbackdoor.settings import VictimSettings
+from unbackdoor.settings import DetectionSettings, VictimSettings
 
 CLEAN = "clean"
 NO_DEFENSE = "none"
@@ -46,6 +46,25 @@ class Victim:
 
 
 @dataclass(frozen=True)
+class Detection:
+    """A detector that is trained on what a defense leaves of a backbone, and scored.
+
+    Attributes:
+        data: Name of the folder in VOC's layout, without the place where it is.
+        train: The set to train on.
+        test: The set to score on.
+        stages: See ``find_levels``; none are the network's own.
+        settings: Of its training; the seed is the cell's.
+    """
+
+    data: str
+    train: str
+    test: str
+    stages: tuple[str, ...]
+    settings: DetectionSettings
+
+
+@dataclass(frozen=True)
 class Cell:
     """One defense of one victim, scored under one attack.
 
@@ -61,6 +80,7 @@ class Cell:
         labels: What the defense is told beside the images.
         share: Of the training images, that the defense has.
         seed: Of the split and of the defense.
+        detection: The detector that follows; ``None`` for the scores of the backbone alone.
     """
 
     victim: Victim
@@ -70,11 +90,20 @@ class Cell:
     labels: Labels
     share: float
     seed: int
+    detection: Detection | None = None
 
     @property
     def key(self) -> str:
         """Of everything above."""
-        return key_of(asdict(self))
+        return key_of(as_record(self))
+
+
+def as_record(cell: Cell) -> dict[str, Any]:
+    """Return all that makes the key of a cell; one without a detector does not mention any."""
+    values = asdict(cell)
+    if cell.detection is None:
+        del values["detection"]
+    return values
 
 
 def key_of(value: Any) -> str:
@@ -88,4 +117,8 @@ def describe(cell: Cell) -> str:
     victim = cell.victim
     name = victim.attack if victim.attack != CLEAN else f"clean under {cell.attack}"
     labels = "" if cell.labels == "none" else f", {cell.labels} labels"
-    return f"{name} {victim.training} {victim.arch}, {cell.defense}{labels}, seed {cell.seed}"
+    detector = "" if cell.detection is None else f", a detector on {cell.detection.data}"
+    return (
+        f"{name} {victim.training} {victim.arch}, {cell.defense}{labels}{detector}, "
+        f"seed {cell.seed}"
+    )

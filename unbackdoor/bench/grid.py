@@ -24,21 +24,27 @@
     defense = "anp"
     labels = "given"
     settings = { iterations = 500 }
+
+    [detection]                       # a detector on the backbone of each cell
+    data = "voc:../../shared/data/bccd"
+    stages = ["block2", "relu"]
+    epochs = 6                        # and other settings of ``DetectionSettings``
 """
 
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from unbackdoor.bench.cells import CBD, CLEAN, DEMO, NO_DEFENSE, Cell, Labels, Victim
+from unbackdoor.bench.cells import CBD, CLEAN, DEMO, NO_DEFENSE, Cell, Detection, Labels, Victim
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.errors import SettingsError
 from unbackdoor.settings import (
     PRESETS,
+    DetectionSettings,
     PurifySettings,
     VictimSettings,
     flatten,
@@ -76,6 +82,28 @@ class Row:
 
 
 @dataclass(frozen=True)
+class DetectionTask:
+    """What the backbone of each cell is tried on: the table ``[detection]``.
+
+    Attributes:
+        data: ``voc:DIR``, see ``load_voc``.
+        train: The set to train on.
+        test: The set to score on.
+        stages: See ``find_levels``.
+        pictures: Rows whose detections the report draws, of the first seed.
+        settings: What differs from the defaults of ``DetectionSettings``; these stand in the same
+            table as the keys above.
+    """
+
+    data: str
+    train: str = "trainval"
+    test: str = "test"
+    stages: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Grid:
     """A grid file, see the top of this module.
 
@@ -86,6 +114,7 @@ class Grid:
         size: Side of the images in pixels; 0 is the architecture's.
         clean: Whether a clean victim is a row.
         features: Rows whose features the report draws, before and after.
+        detection: What detectors are trained on; ``None`` for a table without any.
     """
 
     name: str
@@ -106,6 +135,7 @@ class Grid:
     victim: Mapping[str, Any] = field(default_factory=dict)
     cbd: Mapping[str, Any] = field(default_factory=dict)
     features: tuple[str, ...] = ()
+    detection: DetectionTask | None = None
 
     @property
     def compares(self) -> bool:
@@ -136,6 +166,8 @@ def read_grid(path: Path) -> Grid:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise SettingsError(f"{path}: has no rows; a row is a table [[rows]]")
     made = tuple(_make(Row, row, f"{path.name}, a row") for row in rows)
+    if "detection" in table:
+        table["detection"] = _task(path, table["detection"])
     grid: Grid = _make(Grid, {**table, "name": path.stem, "rows": made}, path.name)
     grid = replace(grid, data=_beside(path, grid.data), victims=_beside(path, grid.victims))
     _check(grid)
@@ -210,6 +242,25 @@ def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> C
         labels=labels if row.defense != NO_DEFENSE else "none",
         share=(row.share or SHARES[labels]) if row.defense != NO_DEFENSE else 0.0,
         seed=seed,
+        detection=make_detection(grid, seed),
+    )
+
+
+def make_detection(grid: Grid, seed: int) -> Detection | None:
+    """Return the detector of a cell; ``None`` in a grid without any."""
+    task, where = grid.detection, f"{grid.name}, [detection]"
+    if task is None:
+        return None
+    scheme, _, place = task.data.partition(":")
+    if scheme != "voc" or Path(place).name in ("", ".."):
+        raise SettingsError(f"{where}: data is voc:DIR, a folder by its name, got {task.data!r}")
+    settings = changed(DetectionSettings(), task.settings, where)
+    return Detection(
+        data=Path(place).name,
+        train=task.train,
+        test=task.test,
+        stages=task.stages,
+        settings=replace(settings, seed=seed),
     )
 
 
@@ -289,6 +340,11 @@ def describe_schedule(grid: Grid) -> str:
         for row in grid.rows
         if row.settings
     ]
+    detection = make_detection(grid, seed=0)
+    if grid.detection is not None and detection is not None:
+        stages = f", stages {' '.join(detection.stages)}" if detection.stages else ""
+        sets = f"{detection.data}, sets {detection.train} and {detection.test}"
+        parts.append(f"detectors: {sets}{stages}{_differences(grid.detection.settings)}")
     return f"Tier {grid.tier}. " + "; ".join(parts) + ". All else is the published value."
 
 
@@ -308,9 +364,11 @@ def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
 def _make(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
     """Return a dataclass made of a TOML table."""
     hints = get_type_hints(kind)
-    needed = {item.name for item in fields(kind) if item.name in ("name", "defense")}
-    if kind is Grid:
-        needed |= {"table", "tier", "data", "arch", "attacks", "seeds"}
+    needed = {
+        item.name
+        for item in fields(kind)
+        if item.default is MISSING and item.default_factory is MISSING
+    }
     if missing := sorted(needed - table.keys()):
         raise SettingsError(f"{where}: lacks {', '.join(missing)}")
     values = {}
@@ -319,6 +377,22 @@ def _make(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
             raise SettingsError(f"{where}: {_unknown('key', name, hints)}")
         values[name] = _key(hints[name], value, name, where)
     return kind(**values)
+
+
+def _task(path: Path, table: Any) -> DetectionTask:
+    """Return the table ``[detection]`` of a grid file."""
+    where = f"{path.name}, [detection]"
+    if not isinstance(table, Mapping):
+        raise SettingsError(f"{where}: detection is a table, got {table!r}")
+    own = [item.name for item in fields(DetectionTask) if item.name != "settings"]
+    settings = [item.name for item in fields(DetectionSettings) if item.name != "seed"]
+    for name in table:
+        if name not in own + settings:
+            raise SettingsError(f"{where}: {_unknown('key', name, own + settings)}")
+    values = {name: table[name] for name in own if name in table}
+    differing = {name: value for name, value in table.items() if name in settings}
+    task: DetectionTask = _make(DetectionTask, {**values, "settings": differing}, where)
+    return replace(task, data=_beside(path, task.data))
 
 
 def _key(hint: Any, value: Any, name: str, where: str) -> Any:
@@ -341,10 +415,12 @@ def _key(hint: Any, value: Any, name: str, where: str) -> Any:
 
 
 def _check(grid: Grid) -> None:
+    drawn = () if grid.detection is None else grid.detection.pictures
     for name, value, known in (
         *(("attack", attack, ATTACKS) for attack in grid.attacks),
         *(("defense", row.defense, (NO_DEFENSE, CBD, *DEFENSES)) for row in grid.rows),
         *(("features", name, [row.name for row in grid.rows]) for name in grid.features),
+        *(("pictures", name, [CLEAN_ROW, *(row.name for row in grid.rows)]) for name in drawn),
     ):
         if value not in known:
             raise SettingsError(f"{grid.name}: {_unknown(name, value, known)}")

@@ -49,23 +49,25 @@ def estimate(
 ) -> tuple[float | None, int]:
     """Return the seconds for ``left`` and their victims, and how many cells are a mere guess.
 
-    A cell takes the median of the records of its defense and network, or else of all records; a
-    victim that of the victims of its training and network, or else of all.
+    A cell takes the median of the records of its defense and network, with a detector or without,
+    or else of all records; a victim that of the victims of its training and network, or else of
+    all.
     """
     if not records:
         return (None, len(left)) if left else (0.0, 0)
-    of_kind: dict[tuple[str, str], list[float]] = {}
+    of_kind: dict[tuple[str, str, bool], list[float]] = {}
     trained: dict[str, tuple[tuple[str, str], float]] = {}
     for record in records:
         cell, seconds = record["cell"], record["seconds"]["all"]
-        of_kind.setdefault((cell["defense"], cell["victim"]["arch"]), []).append(seconds)
+        detects = cell.get("detection") is not None
+        of_kind.setdefault((cell["defense"], cell["victim"]["arch"], detects), []).append(seconds)
         kind = (cell["victim"]["training"], cell["victim"]["arch"])
         if record["victim"]["seconds"] is not None:
             trained[record["victim"]["key"]] = (kind, record["victim"]["seconds"])
     everything = [second for seconds in of_kind.values() for second in seconds]
     total, guessed = 0.0, 0
     for cell in left:
-        known = of_kind.get((cell.defense, cell.victim.arch))
+        known = of_kind.get((cell.defense, cell.victim.arch, cell.detection is not None))
         guessed += known is None
         total += statistics.median(known or everything)
     for victim in victims:
