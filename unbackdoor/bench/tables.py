@@ -26,6 +26,7 @@ PAPER_ATTACKS = {
     "wanet": "WaNet",
     "cla": "CLA",
 }
+PAPER_ROWS = {CLEAN_ROW: "Clean Model"}  # the paper's name, where it has another
 READERS: Mapping[Reader, str] = {
     "paper": "the paper's reading: the victim's own head before a defense, a linear probe after",
     "probe": "linear probe before and after",
@@ -52,12 +53,13 @@ def lines(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]) -> 
 
 
 def all_tables(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]) -> list[Table]:
-    """Return the tables of a grid: scores by each reader, and whether they last."""
+    """Return the tables of a grid: its detectors', scores by each reader, and whether they last."""
     rows = lines(grid, found, records)
     readers: list[Reader] = ["probe", "head"]
-    if grid.compares:
+    if grid.detection is None and grid.compares:
         readers.insert(0, "paper")
     return [
+        *([] if grid.detection is None else [detection_table(grid, rows)]),
         *(scores_table(grid, rows, reader) for reader in readers),
         durability_table(grid, rows),
     ]
@@ -81,12 +83,10 @@ def scores_table(grid: Grid, rows: Sequence[Line], reader: Reader) -> Table:
             mean, spread = mean_and_spread([_read(r, reader, what) for r in line.records])
             cells += [mean, spread]
             if beside:
-                paper = figures.get(what.upper())
-                both = mean is not None and paper is not None
-                cells += [paper, mean - paper if both else None]  # type: ignore[operator]
+                cells += _beside(mean, figures.get(what.upper()))
         seconds = [float(record["seconds"]["defense"]) for record in line.records]
         cells += [len(line.records), statistics.median(seconds) if seconds else None]
-        flags = _flags(grid, line)
+        flags = _flags(grid, line, [record["flags"] for record in line.records])
         cells[1] = Flagged(cells[1], flags) if flags and line.records else cells[1]
         body.append(tuple(cells))
     return Table(
@@ -144,6 +144,41 @@ def durability_table(grid: Grid, rows: Sequence[Line]) -> Table:
     )
 
 
+def detection_table(grid: Grid, rows: Sequence[Line]) -> Table:
+    """Return AP and PAP of the detectors in percent, as VOC 2007 defines them.
+
+    Beside a full schedule stand the paper's numbers, and how much ours are above them.
+    """
+    conditions = {"AP": "clean", "PAP": "triggered"}
+    columns = ["attack, defense"]
+    for name in conditions:
+        columns += [name, "±"] + (["paper", "ours − paper"] if grid.compares else [])
+    columns += ["seeds", "seconds"]
+    body = []
+    for line in rows:
+        cells: list[Any] = [label(line)]
+        figures = paper_figures(grid, line) if grid.compares else {}
+        made = [record["detection"] for record in line.records]
+        for name, condition in conditions.items():
+            mean, spread = mean_and_spread([each["scores"][condition]["voc07"] for each in made])
+            cells += [mean, spread]
+            if grid.compares:
+                cells += _beside(mean, figures.get(name))
+        seconds = [float(each["seconds"]["training"]) for each in made]
+        cells += [len(made), statistics.median(seconds) if seconds else None]
+        flags = _flags(grid, line, [each["flags"] for each in made])
+        cells[1] = Flagged(cells[1], flags) if flags and made else cells[1]
+        body.append(tuple(cells))
+    data = [record["detection"]["data"] for line in rows for record in line.records]
+    return Table(
+        f"{heading(grid)}: average precision",
+        tuple(columns),
+        tuple(body),
+        decimals=1,
+        note=_note(grid, rows, _about_detectors(grid, data)),
+    )
+
+
 def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
     """Return mean and sample standard deviation in percent of what is there, as shares."""
     there = [100 * value for value in values if value is not None]
@@ -161,8 +196,8 @@ def worst_asr(record: Record) -> float | None:
 def paper_figures(grid: Grid, line: Line) -> Mapping[str, float]:
     """Return what the paper prints for a row, in percent; nothing if it does not have the row."""
     data = paper_tables().get(f"table{grid.table}", {}).get("data", {})
-    figures: Mapping[str, float] = data.get(PAPER_ATTACKS[line.attack], {}).get(line.row, {})
-    return figures
+    rows: Mapping[str, Mapping[str, float]] = data.get(PAPER_ATTACKS[line.attack], {})
+    return rows.get(PAPER_ROWS.get(line.row, line.row), {})
 
 
 def paper_tables() -> dict[str, Any]:
@@ -226,14 +261,23 @@ def _score(record: Record, reader: str, what: str) -> float | None:
     return None if scores is None else float(scores[what])
 
 
-def _flags(grid: Grid, line: Line) -> str:
-    """Return the flags of a row, with the seeds that have them where not all do."""
+def _beside(ours: float | None, paper: float | None) -> list[float | None]:
+    """Return the paper's number, and how much ours is above it."""
+    return [paper, None if ours is None or paper is None else ours - paper]
+
+
+def _flags(grid: Grid, line: Line, raised: Sequence[Sequence[str]]) -> str:
+    """Return the flags of a row, with the seeds that have them where not all do.
+
+    Args:
+        raised: The flags of each record.
+    """
     oracles = [
         f"an oracle choice: {r.oracle}" for r in grid.rows if r.name == line.row and r.oracle
     ]
     seeds: dict[str, list[int]] = {}
-    for record in line.records:
-        for flag in record["flags"]:
+    for record, those in zip(line.records, raised, strict=True):
+        for flag in those:
             seeds.setdefault(flag, []).append(record["cell"]["seed"])
     texts = [
         flag if len(found) == len(line.records) else f"{flag} (seed {', '.join(map(str, found))})"
@@ -242,21 +286,53 @@ def _flags(grid: Grid, line: Line) -> str:
     return "; ".join([*oracles, *texts])
 
 
-def _note(grid: Grid, rows: Sequence[Line]) -> str:
+def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
+    """Return what stands below a table.
+
+    Args:
+        about: What its numbers are; by default, those of the backbone.
+    """
     records = [record for line in rows for record in line.records]
     parts = [describe_schedule(grid)]
     if not grid.compares:
         parts.append("Not comparable with the paper: compare within the table.")
     if records:
-        scores = records[0]["scores"]["after"]["probe"]
-        data = records[0]["data"]
         parts.append(
-            f"Percent. ACC on {scores['images']} test images, ASR and PA on those of other classes "
-            f"than the target; the probe has {data['probe']} labels, other than the defense's. "
-            f"The row {CLEAN_ROW!r} was never poisoned: what the trigger does to a clean network."
+            f"Percent. {about or _about_scores(records[0])} The row {CLEAN_ROW!r} was never "
+            "poisoned: what the trigger does to a clean network."
         )
     if any(0 < len(line.records) < SEEDS for line in rows):
         parts.append(f"Some rows have fewer than {SEEDS} seeds.")
     if len({(r["data"]["train_sha256"], r["data"]["test_sha256"]) for r in records}) > 1:
         parts.append("The records are of different images.")
+    return " ".join(parts)
+
+
+def _about_scores(record: Record) -> str:
+    scores, data = record["scores"]["after"]["probe"], record["data"]
+    return (
+        f"ACC on {scores['images']} test images, ASR and PA on those of other classes than the "
+        f"target; the probe has {data['probe']} labels, other than the defense's."
+    )
+
+
+def _about_detectors(grid: Grid, data: Sequence[Mapping[str, Any]]) -> str:
+    """Return what AP and PAP are.
+
+    Args:
+        data: What each record says about its test images.
+    """
+    images = f"{data[0]['images']} test images" if data else "the test images"
+    parts = [
+        f"AP: average precision on {images} as they are; PAP: on the same ones triggered; both as "
+        "VOC 2007 defines it, over 11 recalls at an overlap of .5; the records have COCO's too. "
+        "Seconds are those of training a detector."
+    ]
+    if grid.compares:
+        parts.append(
+            "The paper names neither the settings of its detectors nor which average precision its "
+            "numbers are."
+        )
+    if len({each["sha256"] for each in data}) > 1:
+        parts.append("The detectors are scored on different images.")
     return " ".join(parts)
