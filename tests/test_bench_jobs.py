@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from unbackdoor.bench.jobs import plan_grids
+from unbackdoor.bench.jobs import pictured, plan_grids
 from unbackdoor.bench.store import SCHEMA, open_store, write_record
 from unbackdoor.cli import main
 from unbackdoor.errors import SettingsError
@@ -99,6 +99,13 @@ def test_other_images_make_other_cells():
     assert here.cells[0].key != there.cells[0].key
     with pytest.raises(SettingsError, match="pass one grid file"):
         plan_grids([])
+
+
+def test_detections_are_kept_of_the_first_seed_of_the_rows_that_the_grid_names():
+    plan = plan_grids([Path(SMOKE).with_name("table6-cpu.toml")])[0]
+    kept = [entry for entry in plan.found if entry.cell.key in pictured(plan)]
+    assert [(entry.row, entry.cell.seed) for entry in kept] == [("No Defense", 0), ("CBD", 0)]
+    assert pictured(plan_grids([Path(SMOKE)])[0]) == ()
 
 
 def test_help_needs_no_torch():

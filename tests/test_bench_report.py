@@ -55,7 +55,7 @@ def kept(generator):
 
 
 def test_the_report_is_one_page_with_everything_in_it(part, kept):
-    page = report_of([part], {"key": kept})
+    page = report_of([part], {"key": kept}, {})
     assert page.count("<table") == 3
     assert page.count("<img") == 2 + 1 + 2 + 1  # scatter, losses, features, trigger
     for words in ("4 of 4 cells", "does it last?", "made up", "abc123", "Features:", "Trigger:"):
@@ -64,9 +64,19 @@ def test_the_report_is_one_page_with_everything_in_it(part, kept):
     assert "http" not in page.partition("<main>")[2].replace("http://www.w3.org", "")
 
 
+def test_the_report_draws_what_detectors_find_row_by_row(part):
+    panels = [{"svg": "<svg></svg>", "alt": "found, triggered: 0 boxes"}]
+    kept = {"title": "7.png", "panels": panels, "caption": "Detections."}
+    entry = next(entry for entry in part.found if entry.row == "CBD")
+    page = report_of([part], {}, {entry.cell.key: [kept]})
+    assert "<h2>Detections: BadNets: CBD, seed 0, 7.png</h2>" in page
+    assert "found, triggered: 0 boxes" in page
+    assert "Detections:" not in report_of([part], {}, {})
+
+
 def test_a_grid_without_records_has_no_section(part):
     assert sections_of(part._replace(records={})) == []
-    assert "0 of 4 cells" in report_of([part._replace(records={})], {})
+    assert "0 of 4 cells" in report_of([part._replace(records={})], {}, {})
 
 
 def test_the_comparison_has_a_point_for_each_attack_and_row(part):

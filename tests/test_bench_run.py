@@ -1,13 +1,13 @@
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from unbackdoor.bench.cells import Cell
+from unbackdoor.bench.cells import Cell, as_record
 from unbackdoor.bench.features import from_base64
 from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid, unique_cells
 from unbackdoor.bench.obtain import Place, load_sets
@@ -131,7 +131,7 @@ def test_a_grid_runs_and_each_record_says_all(run, store, cells):
     assert "do not fill one batch of 4096" in error
 
     record = record_of(store, cells["CBD"])
-    assert record["cell"] == json.loads(json.dumps(asdict(cells["CBD"])))
+    assert record["cell"] == json.loads(json.dumps(as_record(cells["CBD"])))
     assert len(record["history"]) == 3
     assert record["told"]["images"] == 20
     assert record["data"]["probe"] == 4

@@ -725,6 +725,7 @@ def bench_run(
     workers: Whole = 1,
     limit: Whole | None = None,
     data: str | None = None,
+    detection_data: str | None = None,
     retry: Switch = False,
     drop_victims: Switch = False,
     address: str | None = None,
@@ -746,6 +747,8 @@ def bench_run(
         Run at most this many cells.
     data
         Where the images are, in place of what the grid file says.
+    detection_data
+        The same for the data of detectors: voc:DIR.
     retry
         Run cells that failed again.
     drop_victims
@@ -767,6 +770,7 @@ def bench_run(
             workers=workers,
             limit=limit,
             data=data,
+            detection_data=detection_data,
             retry=retry,
             drop_victims=drop_victims,
             address=address,

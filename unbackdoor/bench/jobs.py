@@ -7,12 +7,20 @@ from typing import Any, Literal, NamedTuple
 
 from unbackdoor.bench.backends import run_local, run_ray
 from unbackdoor.bench.cells import Cell
+from unbackdoor.bench.detection import check_detectors
 from unbackdoor.bench.grid import Entry, Grid, entries, read_grid, unique_cells
 from unbackdoor.bench.obtain import Place
 from unbackdoor.bench.report import report_of
 from unbackdoor.bench.run import pending
 from unbackdoor.bench.status import as_lines, status_of
-from unbackdoor.bench.store import forget_failures, look_at, open_store, read_features, read_records
+from unbackdoor.bench.store import (
+    forget_failures,
+    look_at,
+    open_store,
+    read_detections,
+    read_features,
+    read_records,
+)
 from unbackdoor.bench.tables import all_tables, as_markdown
 from unbackdoor.checkpoint import write_text as write_text  # the command line writes with it
 from unbackdoor.errors import SettingsError
@@ -32,20 +40,26 @@ class Plan(NamedTuple):
         return unique_cells(self.found)
 
 
-def plan_grids(paths: Sequence[Path], *, data: str | None = None) -> list[Plan]:
+def plan_grids(
+    paths: Sequence[Path], *, data: str | None = None, detection_data: str | None = None
+) -> list[Plan]:
     """Read grid files.
 
     Args:
         data: Where the images are, in place of what the files say.
+        detection_data: The same for the data of their detectors.
 
     Raises:
-        SettingsError: See ``read_grid``; or if there is no file.
+        SettingsError: See ``read_grid``; or if there is no file, or no detector in one that
+            is given data for them.
     """
     if not paths:
         raise SettingsError("pass one grid file or more, such as grids/smoke.toml")
     grids = [read_grid(path) for path in paths]
     if data is not None:
         grids = [replace(grid, data=data) for grid in grids]
+    if detection_data is not None:
+        grids = [_detecting_in(grid, detection_data) for grid in grids]
     return [Plan(grid, entries(grid)) for grid in grids]
 
 
@@ -57,6 +71,7 @@ def run_grids(
     workers: int = 1,
     limit: int | None = None,
     data: str | None = None,
+    detection_data: str | None = None,
     retry: bool = False,
     drop_victims: bool = False,
     address: str | None = None,
@@ -70,14 +85,18 @@ def run_grids(
 
     Raises:
         SettingsError: See :func:`plan_grids`; or if a number is out of range, or Ray is missing.
+        ArchitectureError: See ``check_detectors``; nothing is run then.
+        DataError: Likewise.
     """
     if workers < 1 or (limit is not None and limit < 1):
         raise SettingsError(f"workers and limit are at least 1, got {workers} and {limit}")
-    failed, left = 0, limit
-    for plan in plan_grids(paths, data=data):
-        store = open_store(results)
+    plans = plan_grids(paths, data=data, detection_data=detection_data)
+    failed, left, store = 0, limit, open_store(results)
+    for plan in plans:
         if retry:
             forget_failures(store, [cell.key for cell in plan.cells])
+        check_detectors(pending(plan.cells, store), _detection_data(plan.grid))
+    for plan in plans:
         cells = pending(plan.cells, store)[:left]
         say(f"{plan.grid.name}: {len(cells)} cells to run, {len(plan.cells) - len(cells)} not")
         place = Place(
@@ -87,6 +106,8 @@ def run_grids(
             precision=precision,
             drop_victims=drop_victims,
             features=tuple(e.cell.key for e in plan.found if e.row in plan.grid.features),
+            detection=_detection_data(plan.grid),
+            pictures=pictured(plan),
         )
         common: dict[str, Any] = {"workers": workers, "say": say}
         if backend == "ray":
@@ -139,7 +160,27 @@ def write_report(paths: Sequence[Path], results: Path, out: Path, *, overwrite: 
         for cell in plan.cells
         if (kept := read_features(store, cell.key)) is not None
     }
-    write_text(out, report_of(parts, features), overwrite=overwrite)
+    detections = {
+        cell.key: read_detections(store, cell.key) for plan in plans for cell in plan.cells
+    }
+    write_text(out, report_of(parts, features, detections), overwrite=overwrite)
+
+
+def pictured(plan: Plan) -> tuple[str, ...]:
+    """Return the keys of the cells whose detections the report draws: those of the first seed."""
+    task, first = plan.grid.detection, plan.grid.seeds[0]
+    rows = () if task is None else task.pictures
+    return tuple(e.cell.key for e in plan.found if e.row in rows and e.cell.seed == first)
+
+
+def _detection_data(grid: Grid) -> str:
+    return "" if grid.detection is None else grid.detection.data
+
+
+def _detecting_in(grid: Grid, data: str) -> Grid:
+    if grid.detection is None:
+        raise SettingsError(f"{grid.name}: has no detectors; --detection-data is for theirs")
+    return replace(grid, detection=replace(grid.detection, data=data))
 
 
 def _records(plan: Plan, results: Path) -> Mapping[str, Mapping[str, Any]]:

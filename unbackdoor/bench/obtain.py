@@ -16,6 +16,7 @@ from unbackdoor.bench.cells import CLEAN, DEMO, Victim
 from unbackdoor.bench.grid import data_name
 from unbackdoor.bench.store import Store, beat, claimed
 from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_labeled
+from unbackdoor.detection.training import SECONDS_BETWEEN_STATES
 from unbackdoor.errors import CheckpointError, OutputError, SettingsError
 from unbackdoor.jobs import Source, open_source
 
@@ -35,6 +36,9 @@ class Place(NamedTuple):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     drop_victims: bool = False  # delete a victim's weights after its last cell
     features: tuple[str, ...] = ()  # keys of cells whose features shall be kept for the report
+    detection: str = ""  # see ``load_voc``; for cells with a detector
+    pictures: tuple[str, ...] = ()  # keys of cells whose detections shall be kept for the report
+    seconds_between_states: float = SECONDS_BETWEEN_STATES  # of a detector; least time
 
 
 class Sets(NamedTuple):
@@ -199,5 +203,14 @@ def _train(
 
 def open_victim(found: Found, made: dict[str, Any]) -> Loaded:
     """Open the checkpoint of a victim as its record says."""
+    return open_source(source_of(found.tensors, made))
+
+
+def source_of(checkpoint: Path, made: dict[str, Any]) -> Source:
+    """Return how to read the tensors of a victim, or of what a defense made of it.
+
+    Args:
+        made: The victim's record.
+    """
     mean, std = tuple(made["mean"]), tuple(made["std"])
-    return open_source(Source(found.tensors, made["arch"], mean, std, made.get("size")))
+    return Source(checkpoint, made["arch"], mean, std, made.get("size"))

@@ -14,6 +14,7 @@ from unbackdoor.bench.tables import (
     Record,
     all_tables,
     heading,
+    label,
     lines,
     mean_and_spread,
 )
@@ -44,14 +45,20 @@ class Part(NamedTuple):
 def report_of(
     parts: Sequence[tuple[Grid, Sequence[Entry], Mapping[str, Record]]],
     features: Mapping[str, Mapping[str, Any]],
+    detections: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> str:
     """Return the report as an HTML page.
 
     Args:
         features: What ``cell_features`` kept, by key.
+        detections: What ``read_detections`` returns, by key.
     """
     made = [Part(*part) for part in parts]
-    sections = [section for part in made for section in sections_of(part)]
+    sections = [
+        section
+        for part in made
+        for section in (*sections_of(part), *detected(part.found, detections))
+    ]
     pictures = [picture for kept in features.values() for picture in figures(kept)]
     revisions = sorted(
         {str(record["revision"]) for part in made for record in part.records.values()}
@@ -136,6 +143,22 @@ def figures(kept: Mapping[str, Any]) -> list[Picture]:
                 f"difference, {GAIN} times": amplified_difference(clean, triggered, gain=GAIN),
             },
         ),
+    ]
+
+
+def detected(
+    found: Sequence[Entry], detections: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[Picture]:
+    """Draw what detectors find in some test images, clean and triggered, row by row."""
+    return [
+        Picture(
+            f"Detections: {label(Line(entry.attack, entry.row, ()))}, seed {entry.cell.seed}, "
+            f"{kept['title']}",
+            [Panel(**panel) for panel in kept["panels"]],
+            kept["caption"],
+        )
+        for entry in found
+        for kept in detections.get(entry.cell.key, ())
     ]
 
 

@@ -6,7 +6,6 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,8 +15,9 @@ import torch
 from unbackdoor.attack_jobs import describe_device
 from unbackdoor.attacks.named import named_attack
 from unbackdoor.attacks.poisoning import Attack
-from unbackdoor.backbones import Backbone, Loaded
-from unbackdoor.bench.cells import CBD, CLEAN, NO_DEFENSE, Cell, Victim, describe
+from unbackdoor.backbones import Backbone, Loaded, network_state
+from unbackdoor.bench.cells import CBD, CLEAN, NO_DEFENSE, Cell, Victim, as_record, describe
+from unbackdoor.bench.detection import detect_cell
 from unbackdoor.bench.features import cell_features
 from unbackdoor.bench.grid import data_name, settings_of
 from unbackdoor.bench.obtain import (
@@ -29,6 +29,7 @@ from unbackdoor.bench.obtain import (
     load_sets,
     obtain_victim,
     open_victim,
+    source_of,
 )
 from unbackdoor.bench.store import (
     SCHEMA,
@@ -41,6 +42,7 @@ from unbackdoor.bench.store import (
     write_record,
 )
 from unbackdoor.cbd import PurifyState, purify
+from unbackdoor.checkpoint import Tree, write_tensors
 from unbackdoor.data import LabeledImages, from_tensor, split_rows
 from unbackdoor.defense_jobs import check_result, find_defense
 from unbackdoor.defenses import DEFENSES
@@ -52,6 +54,7 @@ from unbackdoor.evaluation import (
     PROBE,
     TOOK,
     UNLABELED,
+    Known,
     Split,
     counts,
     divide,
@@ -93,7 +96,8 @@ def run_cells(
 
     A cell that fails is recorded with its error, and the rest go on; it is run again only after
     ``forget_failures``. Cells of a victim that somebody else is at work on are left to them.
-    Whatever is killed goes on after its last finished epoch, but for baselines, which start again.
+    Whatever is killed goes on after its last finished epoch, but for baselines, which start again;
+    a detector goes on after its last state, and what it is trained on is not repaired again.
     """
     load = cache(load_sets)
     tally = Tally()
@@ -162,6 +166,7 @@ def _run_group(
                     load=load,
                     before=before,
                     repairs=repairs,
+                    say=say,
                     on_step=on_step,
                 )
             except Exception as error:  # noqa: BLE001, RUF100 - a failed cell must not stop the others
@@ -203,9 +208,10 @@ def run_cell(
     load: Callable[[str, int], Sets],
     before: Callable[..., Reading],
     repairs: dict[tuple[Any, ...], Repaired],
+    say: Say,
     on_step: OnStep,
 ) -> dict[str, Any]:
-    """Defend and score one victim; returns the record.
+    """Defend and score one victim, and train and score the cell's detector; returns the record.
 
     Args:
         before: Scores a victim, see :func:`score_victim`; remembers what it has scored.
@@ -213,6 +219,42 @@ def run_cell(
 
     Raises:
         UnbackdoorError: See ``errors``.
+    """
+    made = json.loads(found.record.read_text())
+    record = _read_defended(cell, store, made)
+    if record is None:
+        record, backbone = defend_cell(
+            cell, found, store, place, load=load, before=before, repairs=repairs, on_step=on_step
+        )
+        if cell.detection is None:
+            return record
+        tree: Tree = {k: v.cpu().contiguous() for k, v in network_state(backbone).items()}
+        path = store.backbone_path(cell.key)
+        write_tensors(path, tree, metadata={"format": "pt"}, overwrite=True)
+        write_json(store.defended_path(cell.key), record)
+    source = source_of(store.backbone_path(cell.key), made)
+    attack = attack_of(cell, found, size=open_victim(found, made).size)
+    known = Known(attack, cell.attack, None, cell.victim.training == "supervised")
+    detection = detect_cell(cell, source, known, store, place, say=say, on_step=on_step)
+    seconds = record["seconds"]
+    everything = round(seconds["all"] + sum(detection["seconds"].values()), 1)
+    return {**record, "seconds": {**seconds, "all": everything}, "detection": detection}
+
+
+def defend_cell(
+    cell: Cell,
+    found: Found,
+    store: Store,
+    place: Place,
+    *,
+    load: Callable[[str, int], Sets],
+    before: Callable[..., Reading],
+    repairs: dict[tuple[Any, ...], Repaired],
+    on_step: OnStep,
+) -> tuple[dict[str, Any], Backbone]:
+    """Defend and score one victim; returns the record but for a detector, and the backbone.
+
+    Arguments and errors are those of :func:`run_cell`.
     """
     started, device = time.monotonic(), pick_device(place.device)
     if device.type == "cuda":
@@ -236,10 +278,10 @@ def run_cell(
         kept = cell_features(loaded.backbone, repaired.backbone, split, attack, cell)
         write_json(store.features_path(cell.key), kept, indent=None)
     seconds["all"] = time.monotonic() - started
-    return {
+    record = {
         "schema": SCHEMA,
         "key": cell.key,
-        "cell": asdict(cell),
+        "cell": as_record(cell),
         "victim": _describe_found(found, made, cell),
         "scores": {"before": reading_record(delivered), "after": reading_record(reading)},
         "log": repaired.log,
@@ -259,6 +301,7 @@ def run_cell(
         "revision": revision(),
         "versions": versions(),
     }
+    return record, repaired.backbone
 
 
 def attack_of(cell: Cell, found: Found, *, size: int) -> Attack:
@@ -401,6 +444,15 @@ def revision() -> str | None:
     if head is None:
         return None
     return f"{head}-changed" if answer("status", "--porcelain", "--", "..") else head
+
+
+def _read_defended(cell: Cell, store: Store, made: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of a defended cell whose detector a run that was killed has not scored."""
+    paths = store.defended_path(cell.key), store.backbone_path(cell.key)
+    if not all(path.is_file() for path in paths):
+        return None
+    record: dict[str, Any] = json.loads(paths[0].read_text())
+    return record if record["victim"]["sha256"] == made["sha256"] else None
 
 
 def _precision(cell: Cell, place: Place, device: torch.device) -> str:

@@ -6,8 +6,9 @@
     RESULTS/failed/KEY.json     the error of a cell that failed
     RESULTS/running/KEY.json    a claim: who is at work on a cell or a victim
     RESULTS/victims/KEY/        a victim and its record
-    RESULTS/states/KEY.*        the last finished epoch of a cell
-    RESULTS/features/KEY.json   what the report draws
+    RESULTS/states/KEY.*        the last finished epoch of a cell; its repaired backbone, and the
+                                detector that is trained on it
+    RESULTS/features/KEY.*      what the report draws
 
 Only the records are worth keeping in git.
 """
@@ -55,9 +56,25 @@ class Store:
         """Of a cell at work."""
         return self.folder / "states" / f"{key}.safetensors"
 
+    def defended_path(self, key: str) -> Path:
+        """Of what is recorded of a cell before its detector is trained."""
+        return self.folder / "states" / f"{key}.defended.json"
+
+    def backbone_path(self, key: str) -> Path:
+        """Of what a cell's detector is trained on."""
+        return self.folder / "states" / f"{key}.backbone.safetensors"
+
+    def detector_path(self, key: str) -> Path:
+        """Of a cell's detector; its state and its record lie beside."""
+        return self.folder / "states" / f"{key}.detector.safetensors"
+
     def features_path(self, key: str) -> Path:
         """Of what the report draws of a cell."""
         return self.folder / "features" / f"{key}.json"
+
+    def detections_path(self, key: str) -> Path:
+        """Of the pictures of what a cell's detector finds."""
+        return self.folder / "features" / f"{key}.detections.json"
 
     def is_done(self, key: str) -> bool:
         """Tell whether a cell has its record."""
@@ -131,10 +148,17 @@ def read_features(store: Store, key: str) -> dict[str, Any] | None:
     return dict(json.loads(path.read_text())) if path.is_file() else None
 
 
+def read_detections(store: Store, key: str) -> list[dict[str, Any]]:
+    """Return the pictures of what a cell's detector finds; none if they were not kept."""
+    path = store.detections_path(key)
+    return list(json.loads(path.read_text())["pictures"]) if path.is_file() else []
+
+
 def write_record(store: Store, key: str, record: Mapping[str, Any]) -> None:
-    """Write the record of a finished cell, then forget its state and its earlier failure."""
+    """Write the record of a finished cell, then forget its states and its earlier failure."""
     write_json(store.record_path(key), record)
-    store.state_path(key).unlink(missing_ok=True)
+    for path in (store.folder / "states").glob(f"{key}.*"):
+        path.unlink()
     (store.folder / "failed" / f"{key}.json").unlink(missing_ok=True)
 
 

@@ -1,0 +1,159 @@
+"""The detector of a cell: trained on what a defense left, scored clean and triggered."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unbackdoor.backbones import Backbone, build, settle_pixels
+from unbackdoor.bench.cells import Cell, Detection
+from unbackdoor.bench.obtain import OnStep, Place, Say
+from unbackdoor.bench.store import Store, write_json
+from unbackdoor.checkpoint import sha256_of
+from unbackdoor.detection.jobs import DetectorFiles, name_files, open_detector, train_file
+from unbackdoor.detection.network import find_levels
+from unbackdoor.detection.precision import coco_metric
+from unbackdoor.detection.scores import detection_pictures, score_detector
+from unbackdoor.detection.voc import load_voc
+from unbackdoor.devices import pick_device, pick_precision
+from unbackdoor.errors import CheckpointError, DataError, OutputError
+from unbackdoor.evaluation import Known
+from unbackdoor.jobs import Source
+from unbackdoor.report import Picture
+
+SHOWN = 2  # images of a cell in the report
+
+
+def check_detectors(cells: Iterable[Cell], data: str) -> None:
+    """Refuse what no detector of ``cells`` could be trained on or scored with.
+
+    Args:
+        data: ``voc:DIR``, see ``load_voc``.
+
+    Raises:
+        ArchitectureError: If a network yields no maps for a feature pyramid, see ``find_levels``.
+        DataError: If the extra ``detection`` is missing, or see ``load_voc``.
+    """
+    tried = {
+        (cell.victim.arch, cell.victim.size, cell.detection.stages): cell.detection
+        for cell in cells
+        if cell.detection is not None
+    }
+    for (arch, size, stages), detection in tried.items():
+        try:
+            coco_metric()
+        except DataError as error:
+            raise DataError(
+                "a grid with [detection] scores COCO's AP too, which needs torchmetrics and "
+                "faster-coco-eval: pip install 'unbackdoor[detection]'"
+            ) from error
+        found = build(arch)
+        pixels = settle_pixels(arch, found, mean=None, std=None, size=size or None)
+        backbone = Backbone(found.network, found.heads, mean=pixels.mean, std=pixels.std).eval()
+        find_levels(backbone.body, arch, stages)
+        classes = load_voc(data, detection.train).classes
+        load_voc(data, detection.test, classes=classes)
+
+
+def detect_cell(
+    cell: Cell,
+    source: Source,
+    known: Known,
+    store: Store,
+    place: Place,
+    *,
+    say: Say,
+    on_step: OnStep,
+) -> dict[str, Any]:
+    """Train the detector of a cell, or go on with it, and score it; returns what is recorded.
+
+    Args:
+        source: The backbone that the defense left.
+        known: The attack that the cell is scored under, planted in images of the backbone's size.
+
+    Raises:
+        UnbackdoorError: See ``errors``.
+    """
+    if cell.detection is None:
+        raise ValueError(f"{cell.key} has no detector")
+    files = _train(cell.key, cell.detection, source, store, place, say=say, on_step=on_step)
+    trained = json.loads(files.record.read_text())
+    device = pick_device(place.device)
+    precision = pick_precision(place.precision, device)
+    opened = open_detector(files.tensors, arch=source.arch, precision=precision)
+    scored = score_detector(
+        opened,
+        load_voc(place.detection, cell.detection.test, classes=opened.classes),
+        known,
+        data=place.detection,
+        side=opened.size,
+        measure="both",
+        device=device,
+        precision=precision,
+        on_step=on_step,
+    )
+    if cell.key in place.pictures:
+        pictures = detection_pictures(scored, shown=SHOWN)
+        write_json(store.detections_path(cell.key), as_json(pictures), indent=None)
+    seconds = {"training": trained["seconds_of_training"], "scoring": scored.record["seconds"]}
+    return {**scored.record, "history": trained["history"], "seconds": seconds}
+
+
+def as_json(pictures: Sequence[Picture]) -> dict[str, Any]:
+    """Return pictures as JSON can hold them."""
+    return {
+        "pictures": [
+            {
+                "title": picture.title,
+                "panels": [panel._asdict() for panel in picture.panels],
+                "caption": picture.caption,
+            }
+            for picture in pictures
+        ]
+    }
+
+
+def _train(
+    key: str,
+    detection: Detection,
+    source: Source,
+    store: Store,
+    place: Place,
+    *,
+    say: Say,
+    on_step: OnStep,
+) -> DetectorFiles:
+    """Return the files of a detector; it is trained unless a run that was killed since did so."""
+    out = store.detector_path(key)
+    files = name_files(out)
+
+    def train(*, resume: bool) -> DetectorFiles:
+        return train_file(
+            source,
+            place.detection,
+            out,
+            detection.settings,
+            name=detection.train,
+            stages=detection.stages,
+            device=place.device,
+            precision=place.precision,
+            overwrite=not resume,
+            resume=resume,
+            seconds_between_states=place.seconds_between_states,
+            say=say,
+            on_step=on_step,
+        )
+
+    if files.record.exists() and _is_of(files.record, source.checkpoint):
+        return files
+    if files.state.exists():
+        try:
+            return train(resume=True)
+        except (OutputError, CheckpointError) as error:  # of another device, or damaged
+            say(f"starting again: {error}")
+    return train(resume=False)
+
+
+def _is_of(record: Path, backbone: Path) -> bool:
+    made: dict[str, Any] = json.loads(record.read_text())
+    return bool(made["backbone"]["sha256"] == sha256_of(backbone))
