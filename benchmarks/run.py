@@ -211,8 +211,11 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
 
     optimizers = {name: torch.optim.SGD(net.parameters(), lr=0) for name, net in students.items()}
 
+    compare = cbd.comparison(settings, original, bench.images)
+
     def our_training() -> None:
-        terms = cbd.loss_terms(ours, original, (anchor, positive, third), settings)
+        seen = cbd.Views(anchor, positive, third, found=third)
+        terms = cbd.loss_terms(ours, original, seen, settings, compare)
         optimizers["ours"].zero_grad()
         cbd.weighted_sum(terms, settings).backward()
         optimizers["ours"].step()
