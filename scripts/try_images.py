@@ -1,0 +1,96 @@
+"""Repair victims with fewer, other or partly triggered images, and score what comes out.
+
+    python scripts/try_images.py --data cifar10:DIR --other FILE [--victims FOLDER] [--only NAME]
+
+The defaults of `purify` on the victims of this repository, scored on the test images; no setting is
+chosen. FILE holds photographs of other things, such as samples of ImageNet. Appends a line to
+`results/images.jsonl` for every victim and set of images that it does not hold yet.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from unbackdoor.attacks.poisoning import Attack
+from unbackdoor.backbones import Backbone
+from unbackdoor.bench.obtain import Found, open_victim
+from unbackdoor.cbd import purify
+from unbackdoor.data import load_images
+from unbackdoor.evaluation import Split, find_attack, load_split, own_head, reading_record
+from unbackdoor.jobs import versions
+from unbackdoor.metrics import make_test_set, read
+from unbackdoor.settings import PurifySettings
+from unbackdoor.types import RawImages
+
+TRIGGERED = 0.05
+
+
+class Trial(NamedTuple):
+    """A set of images to repair with, and for how long."""
+
+    name: str
+    images: RawImages
+    epochs: int
+
+
+def trials(split: Split, other: str, attack: Attack, *, size: int) -> list[Trial]:
+    """Return what is tried; small sets also for three times the epochs."""
+    own, usual = split.unlabeled, PurifySettings().epochs
+    count = round(TRIGGERED * len(own))
+    fashion, photographs = (load_images(name, size=size) for name in ("fashion-mnist", other))
+    triggered = torch.cat([attack.trigger(own[:count]), own[count:]])
+    return [
+        *(Trial(f"{few} images", own[:few], e) for few in (500, 250) for e in (usual, 3 * usual)),
+        Trial(f"{TRIGGERED:.0%} of them triggered", triggered, usual),
+        Trial("1,000 photographs of ImageNet", photographs.read(range(1_000)), usual),
+        Trial("2,500 images of Fashion-MNIST", fashion.read(range(2_500)), usual),
+    ]
+
+
+def main() -> None:
+    """Repair every victim with every set that has no line yet, and append to the file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--other", required=True, help="a folder or parquet file of images")
+    parser.add_argument("--victims", type=Path, default=Path("results/victims"))
+    parser.add_argument("--only", default="*", help="a pattern of victims' names")
+    parser.add_argument("--out", type=Path, default=Path("results/images.jsonl"))
+    given = parser.parse_args()
+    done = given.out.read_text().splitlines() if given.out.exists() else []
+    there = {(line["victim"], line["images"], line["epochs"]) for line in map(json.loads, done)}
+    for path in sorted(given.victims.glob(f"{given.only}-supervised-seed0.json")):
+        made = json.loads(path.read_text())
+        size, seed = made["size"], made["training"]["seed"]
+        victim = open_victim(Found(path.with_suffix(".safetensors"), path), made).backbone
+        split = load_split(given.data, size=size, seed=seed)
+        attack = find_attack(str(path), size=size).attack
+        test = make_test_set(*split.test[:2], attack, classes=len(split.test.classes))
+        for name, images, epochs in trials(split, given.other, attack, size=size):
+            if (path.stem, name, epochs) in there:
+                continue
+            started = time.monotonic()
+            repaired, _ = purify(victim, images, PurifySettings(seed=seed, epochs=epochs))
+            seconds = time.monotonic() - started
+            network = cast(Backbone, repaired).to(memory_format=torch.channels_last)
+            head = own_head(network, classes=len(split.test.classes))
+            reading = read(network, head, split.probe, test, plain=split.unlabeled)
+            line: dict[str, Any] = {
+                "victim": path.stem,
+                "images": name,
+                "epochs": epochs,
+                "scores": reading_record(reading),
+                "seconds": round(seconds, 1),
+                "threads": torch.get_num_threads(),
+                "versions": versions(),
+            }
+            with given.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(path.stem, name, epochs, "epochs", reading.head, reading.probe, flush=True)
+
+
+if __name__ == "__main__":
+    main()
