@@ -56,7 +56,7 @@ def scan(record: Path, data: str) -> dict[str, Any]:
                 features = network(patch(images))
             shift = F.normalize(features - centre, dim=1).mean(0)
             cosine = F.cosine_similarity(shift, away, dim=0).item()
-            reached = concentration(whiten(features), torch.zeros_like(centre)).item()
+            reached = concentration(whiten(features), 0.0).item()
             row.append([round(reached, 3), round(cosine, 3)])
         print(record.stem, top, " ".join(f"{c:.2f}/{a:+.2f}" for c, a in row), flush=True)
         rows.append(row)

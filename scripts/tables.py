@@ -43,6 +43,10 @@ OURS = "CBD, changes of all images"
 
 def demo_table(records: list[dict[str, Any]]) -> str:
     """Return the medians of the demo's records, in percent."""
+    for record in records:
+        seed = record["settings"]["seed"]
+        if record["settings"] != json.loads(json.dumps(asdict(PurifySettings(seed=seed)))):
+            raise SystemExit(f"results/demo: {record['command']} was run with other defaults")
 
     def median(row: str, *, reading: str, what: str) -> str:
         values = [record["scores"][row][reading][what] for record in records]

@@ -10,6 +10,7 @@ chosen. FILE holds photographs of other things, such as samples of ImageNet. App
 import argparse
 import json
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,35 +20,48 @@ from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.backbones import Backbone
 from unbackdoor.bench.obtain import Found, open_victim
 from unbackdoor.cbd import purify
-from unbackdoor.data import load_images
+from unbackdoor.data import from_tensor, load_images
 from unbackdoor.evaluation import Split, find_attack, load_split, own_head, reading_record
 from unbackdoor.jobs import versions
 from unbackdoor.metrics import make_test_set, read
-from unbackdoor.settings import PurifySettings
+from unbackdoor.settings import PurifySettings, flatten
 from unbackdoor.types import RawImages
 
 TRIGGERED = 0.05
+OTHERS = 1_000
+KEY = ("victim", "images", "sha256", "settings")
 
 
 class Trial(NamedTuple):
-    """A set of images to repair with, and for how long."""
+    """A set of images to repair with, and the settings."""
 
     name: str
     images: RawImages
-    epochs: int
+    settings: PurifySettings
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Of everything above, as JSON can hold it."""
+        return {
+            "images": self.name,
+            "sha256": from_tensor(self.images).fingerprint,
+            "settings": dict(flatten(asdict(self.settings))),
+        }
 
 
 def trials(split: Split, other: str, attack: Attack, *, size: int) -> list[Trial]:
     """Return what is tried; small sets also for three times the epochs."""
-    own, usual = split.unlabeled, PurifySettings().epochs
+    own, usual = split.unlabeled, PurifySettings()
+    longer = replace(usual, epochs=3 * usual.epochs)
     count = round(TRIGGERED * len(own))
-    fashion, photographs = (load_images(name, size=size) for name in ("fashion-mnist", other))
+    fashion = load_images("fashion-mnist", size=size, limit=len(own))
+    others = load_images(other, size=size, limit=OTHERS)
     triggered = torch.cat([attack.trigger(own[:count]), own[count:]])
     return [
-        *(Trial(f"{few} images", own[:few], e) for few in (500, 250) for e in (usual, 3 * usual)),
+        *(Trial(f"{few} images", own[:few], s) for few in (500, 250) for s in (usual, longer)),
         Trial(f"{TRIGGERED:.0%} of them triggered", triggered, usual),
-        Trial("1,000 photographs of ImageNet", photographs.read(range(1_000)), usual),
-        Trial("2,500 images of Fashion-MNIST", fashion.read(range(2_500)), usual),
+        Trial(f"{OTHERS:,} images of {Path(other).name}", others.read(range(OTHERS)), usual),
+        Trial("Fashion-MNIST", fashion.read(range(len(own))), usual),
     ]
 
 
@@ -61,27 +75,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/images.jsonl"))
     given = parser.parse_args()
     done = given.out.read_text().splitlines() if given.out.exists() else []
-    there = {(line["victim"], line["images"], line["epochs"]) for line in map(json.loads, done)}
+    there = [{name: line[name] for name in KEY} for line in map(json.loads, done)]
     for path in sorted(given.victims.glob(f"{given.only}-supervised-seed0.json")):
         made = json.loads(path.read_text())
+        if made["attack"] is None:
+            continue
         size, seed = made["size"], made["training"]["seed"]
         victim = open_victim(Found(path.with_suffix(".safetensors"), path), made).backbone
         split = load_split(given.data, size=size, seed=seed)
         attack = find_attack(str(path), size=size).attack
         test = make_test_set(*split.test[:2], attack, classes=len(split.test.classes))
-        for name, images, epochs in trials(split, given.other, attack, size=size):
-            if (path.stem, name, epochs) in there:
+        for trial in trials(split, given.other, attack, size=size):
+            key = {"victim": path.stem, **trial.key}
+            if key in there:
                 continue
             started = time.monotonic()
-            repaired, _ = purify(victim, images, PurifySettings(seed=seed, epochs=epochs))
+            repaired, _ = purify(victim, trial.images, trial.settings)
             seconds = time.monotonic() - started
             network = cast(Backbone, repaired).to(memory_format=torch.channels_last)
             head = own_head(network, classes=len(split.test.classes))
             reading = read(network, head, split.probe, test, plain=split.unlabeled)
             line: dict[str, Any] = {
-                "victim": path.stem,
-                "images": name,
-                "epochs": epochs,
+                **key,
                 "scores": reading_record(reading),
                 "seconds": round(seconds, 1),
                 "threads": torch.get_num_threads(),
@@ -89,7 +104,8 @@ def main() -> None:
             }
             with given.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            print(path.stem, name, epochs, "epochs", reading.head, reading.probe, flush=True)
+            what = f"{path.stem}, {trial.name}, {trial.settings.epochs} epochs"
+            print(what, reading.head, reading.probe, flush=True)
 
 
 if __name__ == "__main__":

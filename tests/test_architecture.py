@@ -20,7 +20,7 @@ MAY_IMPORT_ATTACKS = ATTACKS | {
     *("metrics", "evaluation", "attack_jobs", "bench", "demo", "cli", "__main__"),
     *("transfer", "detection.scores"),  # what trains a detector may not
 }
-TESTS_OF_NO_MODULE = {"architecture"}
+TESTS_OF_NO_MODULE = {"architecture", "speed"}
 
 
 def write_package(folder: Path, **sources: str) -> Path:

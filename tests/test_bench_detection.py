@@ -118,8 +118,6 @@ def test_a_grid_with_detectors_runs_to_its_table_and_its_pictures(path, cells, t
     assert "| attack, defense | AP | ± | PAP | ± | seeds | seconds |" in table
     ap = 100 * records["FT"]["detection"]["scores"]["clean"]["voc07"]
     assert f"| Blend: FT | {ap:.1f} [1] | – |" in table
-    ap = 100 * records["FT"]["detection"]["scores"]["clean"]["voc07"]
-    assert f"| Blend: FT | {ap:.1f} [1] | – |" in table
     assert main(["bench", "report", *common, "--out", str(page)]) == 0
     html = page.read_text()
     assert html.count("<h2>Detections: Blend: FT, seed 0, 00") == 2

@@ -19,7 +19,7 @@ from unbackdoor.changes import (
     learn_changes,
 )
 from unbackdoor.data import load_labeled
-from unbackdoor.errors import SettingsError
+from unbackdoor.errors import DataError, DivergedError, SettingsError
 from unbackdoor.evaluation import find_attack
 from unbackdoor.probe import extract
 from unbackdoor.ranks import Ranks
@@ -175,11 +175,47 @@ def test_learning_raises_the_concentration_and_leaves_the_network_alone(network,
         assert weight.grad is None
 
 
+def test_a_step_raises_the_concentration_of_whitened_features(network, images):
+    pool = pool_of(network, images)
+    with torch.no_grad():
+        features = [network(change(images[i::7])) for i, change in enumerate(pool.changes)]
+    white = torch.stack([concentration(pool.whiten(part), 0.0) for part in features])
+    plain = torch.stack([concentration(part, pool.whiten.centre) for part in features])
+    gathered = pool.advance(network, images)
+    torch.testing.assert_close(gathered, white)
+    assert (gathered - plain).abs().max() > 0.05
+
+
+def test_changes_are_learned_on_a_group_of_images_each_and_no_more_than_there_are(network):
+    raw = torch.randint(0, 256, (30, *SHAPE), dtype=torch.uint8, generator=seeded())
+    sizes = []
+    network.register_forward_pre_hook(
+        lambda _, given: sizes.append(len(given[0])) if torch.is_grad_enabled() else None
+    )
+    for group in (3, 5):
+        settings = replace(ALL, group=group, steps=2)
+        learn_changes(network, raw, settings, batch_size=8, generator=seeded())
+    assert sizes == [21, 21, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (torch.ones(1, 4), DataError, "learned on 2 images or more, got 1"),
+        (torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), DivergedError, "of 1 of 2 images are not"),
+    ],
+)
+def test_features_that_cannot_be_whitened_are_refused(features, error, message):
+    with pytest.raises(error, match=message):
+        Whitening.of(features, shrinkage=0.1)
+
+
 def test_a_change_without_an_image_rests(network, images):
     pool = pool_of(network, images)
+    pool.advance(network, images)  # momentum does not move it either
     before = [change.learned.clone() for change in pool.changes]
     gathered = pool.advance(network, images[:3])
-    moved = [not torch.equal(a, b.learned) for a, b in zip(before, pool.changes, strict=True)]
+    moved = [not torch.allclose(a, b.learned) for a, b in zip(before, pool.changes, strict=True)]
     assert moved == [True] * 3 + [False] * 4
     assert (gathered[3:] == 0).all()
 

@@ -1,8 +1,8 @@
 """Small changes of all images at once, learned so that they move features to one place.
 
 A backdoor is one change that moves all images to one place. Changes are drawn from families, each
-so small that a network without a backdoor of that kind can hardly be moved by it: a patch in a
-window, a faint image added, a smooth warp.
+so small that a network without a backdoor of that kind can hardly be gathered by it: a patch in a
+window, a fade and a faint image added, a smooth warp.
 """
 
 import math
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
+from unbackdoor.errors import DataError, DivergedError
 from unbackdoor.probe import extract
 from unbackdoor.ranks import ALONE, Ranks, add_up, gather, own
 from unbackdoor.settings import ChangeSettings
@@ -145,7 +146,18 @@ class Whitening(NamedTuple):
             features: Of plain images.
             shrinkage: Added to the variance of every direction, in units of the mean variance; it
                 bounds how much directions of little variance count.
+
+        Raises:
+            DataError: If there are fewer than two images.
+            DivergedError: If a feature is not finite.
         """
+        if len(features) < 2:
+            raise DataError(f"changes are learned on 2 images or more, got {len(features)}")
+        if wrong := int((~features.isfinite()).any(1).sum()):
+            raise DivergedError(
+                f"the features of {wrong} of {len(features)} images are not finite; look at the "
+                "weights and at --mean and --std, or compute in --precision fp32"
+            )
         exact = features.cpu().double()  # not every device has float64
         variances, directions = torch.linalg.eigh(torch.cov(exact.T))
         added = shrinkage * variances.mean().clamp(min=1e-12)
@@ -153,7 +165,7 @@ class Whitening(NamedTuple):
         return cls(exact.mean(0).to(features), matrix.to(features))
 
     def __call__(self, features: Features) -> Features:
-        """Return whitened features, float32 at least."""
+        """Return whitened features, in the precision of those that this was made of."""
         return (features.to(self.centre.dtype) - self.centre) @ self.matrix
 
 
@@ -195,18 +207,14 @@ class Pool:
         learned = [change.learned for change in self.changes]
         features: Features = gather(embed(self.apply(images, ranks=ranks)), ranks)
         white = self.whiten(features)
-        nowhere, origin = white.new_zeros(()), torch.zeros_like(self.whiten.centre)
-        gathered = torch.stack(
-            [
-                concentration(white[part], origin) if len(white[part]) else nowhere
-                for part in self._parts(len(white), ALONE)
-            ]
-        )
+        parts = [white[part] for part in self._parts(len(white), ALONE)]
+        nowhere = white.new_zeros(())
+        gathered = torch.stack([concentration(p, 0.0) if len(p) else nowhere for p in parts])
         loss = -gathered.sum() / ranks.count  # every rank has the whole of it
         gradients = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
         add_up(gradients, ranks)
-        for tensor, gradient in zip(learned, gradients, strict=True):
-            tensor.grad = gradient
+        for tensor, gradient, part in zip(learned, gradients, parts, strict=True):
+            tensor.grad = gradient if len(part) else None
         self.optimizer.step()
         for change in self.changes:
             change.restrict()
@@ -218,7 +226,7 @@ class Pool:
         return (slice((number - first) % every, None, every) for number in range(every))
 
 
-def concentration(features: Features, centre: Float[Tensor, " d"]) -> Scalar:
+def concentration(features: Features, centre: Float[Tensor, " d"] | float) -> Scalar:
     """Return how much features gather at one place, from 0, scattered around the centre, to 1.
 
     It is the squared length of the mean unit vector from the centre. The centre is taken away
@@ -288,6 +296,10 @@ def learn_changes(
         images: Plain ones, the same on every rank, in memory; some hundred are enough.
         batch_size: Images that the network is given at once where nothing is learned.
         generator: In the same state on every rank; its device is the network's.
+
+    Raises:
+        DataError: See ``Whitening.of``.
+        DivergedError: Likewise.
     """
     device = generator.device
     count = min(settings.group * settings.count, len(images)) // ranks.count * ranks.count

@@ -168,7 +168,7 @@ def highest_concentration(clean: Features, moved: Features, which: Tensor) -> fl
 
     Args:
         clean: Features of unchanged images, whose mean is the centre.
-        moved: Features of changed ones.
+        moved: Features of changed ones; they are not whitened here, other than in the search.
         which: The number of each row of ``moved``, shape ``(n,)``.
     """
     groups = (which == number for number in which.unique())

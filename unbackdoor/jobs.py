@@ -254,7 +254,7 @@ def dry_run(
                     torch.cuda.synchronize(where)
                 moments.append(time.monotonic() - started)
             before, both = moments
-            learning = before + (both - before) / few.steps * settings.changes.steps
+            learning = before + max(0.0, both - before) / few.steps * settings.changes.steps
     steps = settings.epochs * steps_per_epoch(len(photos), settings, ranks)
     estimate = Estimate(steps, times[-1] - times[-2], learning, peak_memory(where))
     seconds = round(steps * estimate.seconds_per_step + settings.epochs * learning)
@@ -277,7 +277,10 @@ def told_of_memory(device: torch.device) -> Iterator[None]:
         on_cpu = "DefaultCPUAllocator" in str(error)  # has no class of its own
         if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
             raise
-        raise DeviceError(f"{device} is out of memory; pass a smaller --batch-size") from error
+        raise DeviceError(
+            f"{device} is out of memory; pass a smaller --batch-size (to purify by default, also a "
+            "smaller --changes.group)"
+        ) from error
 
 
 def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) -> Outputs:

@@ -75,8 +75,8 @@ class Cell:
         attack: What the backbone is scored under: the victim's own attack, or, for a clean victim,
             any.
         defense: ``none``, ``cbd``, or a name in ``DEFENSES``.
-        settings: All of the defense's but those of a search that it does not use, as sorted pairs
-            of a dotted name and a value.
+        settings: All of the defense's as sorted pairs of a dotted name and a value; without
+            ``changes.*`` where no changes are learned.
         labels: What the defense is told beside the images.
         share: Of the training images, that the defense has.
         seed: Of the split and of the defense.

@@ -39,14 +39,16 @@ def check_detectors(cells: Iterable[Cell], data: str) -> None:
         for cell in cells
         if cell.detection is not None
     }
+    if not tried:
+        return
+    try:
+        coco_metric()
+    except DataError as error:
+        raise DataError(
+            "a grid with [detection] scores COCO's AP too, which needs torchmetrics and "
+            "faster-coco-eval: pip install 'unbackdoor[detection]'"
+        ) from error
     for (arch, size, stages), detection in tried.items():
-        try:
-            coco_metric()
-        except DataError as error:
-            raise DataError(
-                "a grid with [detection] scores COCO's AP too, which needs torchmetrics and "
-                "faster-coco-eval: pip install 'unbackdoor[detection]'"
-            ) from error
         found = build(arch)
         pixels = settle_pixels(arch, found, mean=None, std=None, size=size or None)
         backbone = Backbone(found.network, found.heads, mean=pixels.mean, std=pixels.std).eval()

@@ -236,6 +236,7 @@ def run_cell(
     attack = attack_of(cell, found, size=open_victim(found, made).size)
     known = Known(attack, cell.attack, None, cell.victim.training == "supervised")
     detection = detect_cell(cell, source, known, store, place, say=say, on_step=on_step)
+    detection["revision"] = revision()
     seconds = record["seconds"]
     everything = round(seconds["all"] + sum(detection["seconds"].values()), 1)
     return {**record, "seconds": {**seconds, "all": everything}, "detection": detection}
@@ -452,7 +453,8 @@ def _read_defended(cell: Cell, store: Store, made: dict[str, Any]) -> dict[str, 
     if not all(path.is_file() for path in paths):
         return None
     record: dict[str, Any] = json.loads(paths[0].read_text())
-    return record if record["victim"]["sha256"] == made["sha256"] else None
+    current = record["schema"] == SCHEMA and record["victim"]["sha256"] == made["sha256"]
+    return record if current else None
 
 
 def _precision(cell: Cell, place: Place, device: torch.device) -> str:

@@ -158,7 +158,7 @@ def write_record(store: Store, key: str, record: Mapping[str, Any]) -> None:
     """Write the record of a finished cell, then forget its states and its earlier failure."""
     write_json(store.record_path(key), record)
     for path in (store.folder / "states").glob(f"{key}.*"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     (store.folder / "failed" / f"{key}.json").unlink(missing_ok=True)
 
 
