@@ -76,6 +76,20 @@ class Repaired(NamedTuple):
     told: dict[str, Any]  # of the images and labels that the defense was given
 
 
+class Shared(NamedTuple):
+    """What the cells of one victim need not do twice.
+
+    Attributes:
+        load: Loads images, and remembers what it has loaded.
+        before: Scores a victim, see :func:`score_victim`; remembers what it has scored.
+        repairs: So far: a clean victim is scored under several attacks.
+    """
+
+    load: Callable[[str, int], Sets]
+    before: Callable[..., Reading]
+    repairs: dict[tuple[Any, ...], Repaired]
+
+
 class Tally(NamedTuple):
     """How a run over some cells ended."""
 
@@ -148,8 +162,7 @@ def _run_group(
     on_step: OnStep,
 ) -> int:
     """Run the cells of one victim; returns how many have a record now."""
-    before, repairs = cache(score_victim), dict[tuple[Any, ...], Repaired]()
-    done = 0
+    shared, done = Shared(load, cache(score_victim), {}), 0
     for cell in cells:
         with claimed(store, cell.key) as mine:
             if not mine or not pending([cell], store):
@@ -158,17 +171,7 @@ def _run_group(
             say(describe(cell))
             try:
                 found = obtain_victim(victim, store, place, load=load, say=say, on_step=on_step)
-                record = run_cell(
-                    cell,
-                    found,
-                    store,
-                    place,
-                    load=load,
-                    before=before,
-                    repairs=repairs,
-                    say=say,
-                    on_step=on_step,
-                )
+                record = run_cell(cell, found, store, place, shared, say=say, on_step=on_step)
             except Exception as error:  # noqa: BLE001, RUF100 - a failed cell must not stop the others
                 text = f"{type(error).__name__}: {error}"
                 write_failure(store, cell.key, describe(cell), text, traceback.format_exc())
@@ -204,18 +207,12 @@ def run_cell(
     found: Found,
     store: Store,
     place: Place,
+    shared: Shared,
     *,
-    load: Callable[[str, int], Sets],
-    before: Callable[..., Reading],
-    repairs: dict[tuple[Any, ...], Repaired],
     say: Say,
     on_step: OnStep,
 ) -> dict[str, Any]:
     """Defend and score one victim, and train and score the cell's detector; returns the record.
-
-    Args:
-        before: Scores a victim, see :func:`score_victim`; remembers what it has scored.
-        repairs: Of this victim so far: a clean one is scored under several attacks.
 
     Raises:
         UnbackdoorError: See ``errors``.
@@ -223,9 +220,7 @@ def run_cell(
     made = json.loads(found.record.read_text())
     record = _read_defended(cell, store, made)
     if record is None:
-        record, backbone = defend_cell(
-            cell, found, store, place, load=load, before=before, repairs=repairs, on_step=on_step
-        )
+        record, backbone = defend_cell(cell, found, store, place, shared, on_step=on_step)
         if cell.detection is None:
             return record
         tree: Tree = {k: v.cpu().contiguous() for k, v in network_state(backbone).items()}
@@ -243,34 +238,27 @@ def run_cell(
 
 
 def defend_cell(
-    cell: Cell,
-    found: Found,
-    store: Store,
-    place: Place,
-    *,
-    load: Callable[[str, int], Sets],
-    before: Callable[..., Reading],
-    repairs: dict[tuple[Any, ...], Repaired],
-    on_step: OnStep,
+    cell: Cell, found: Found, store: Store, place: Place, shared: Shared, *, on_step: OnStep
 ) -> tuple[dict[str, Any], Backbone]:
     """Defend and score one victim; returns the record but for a detector, and the backbone.
 
-    Arguments and errors are those of :func:`run_cell`.
+    Raises:
+        UnbackdoorError: See ``errors``.
     """
     started, device = time.monotonic(), pick_device(place.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     made = json.loads(found.record.read_text())
     loaded = open_victim(found, made)
-    sets = load(place.data, loaded.size)
+    sets = shared.load(place.data, loaded.size)
     split = divide(sets.train, sets.test, seed=cell.seed)
     attack = attack_of(cell, found, size=loaded.size)
-    delivered = before(found, cell.attack, cell.victim, cell.seed, place, load)
+    delivered = shared.before(found, cell.attack, cell.victim, cell.seed, place, shared.load)
     defended = time.monotonic()
     alike = (cell.defense, cell.settings, cell.labels, cell.share, cell.seed)
-    if alike not in repairs:
-        repairs[alike] = repair(cell, loaded, sets.train, store, place, on_step=on_step)
-    repaired = repairs[alike]
+    if alike not in shared.repairs:
+        shared.repairs[alike] = repair(cell, loaded, sets.train, store, place, on_step=on_step)
+    repaired = shared.repairs[alike]
     seconds = {"defense": time.monotonic() - defended}
     reading = delivered
     if cell.defense != NO_DEFENSE:
