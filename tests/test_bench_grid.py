@@ -176,6 +176,7 @@ def test_a_grid_may_say_what_detectors_are_trained_on(write, tmp_path):
     [
         ('data = "voc:../bccd"\n', "", "lacks data"),
         ("voc:../bccd", "../bccd", "[detection]: data is voc:DIR, a folder by its name, got"),
+        ("voc:../bccd", "coco:../bccd", "data is voc:DIR, a folder by its name, got 'coco:"),
         ("voc:../bccd", "voc:..", "data is voc:DIR, a folder by its name, got 'voc:"),
         ("epochs = 6", "epoch = 6", "[detection]: key 'epoch' is unknown; did you mean 'epochs'"),
         ("epochs = 6", "epochs = 0", "[detection]: epochs must be"),
