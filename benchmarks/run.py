@@ -34,7 +34,6 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor import cbd
 from unbackdoor.backbones import Backbone, Classifier, build, open_backbone
-from unbackdoor.batchnorm import track
 from unbackdoor.data import load_images
 from unbackdoor.devices import (
     Precision,
@@ -58,7 +57,7 @@ RIVALS = {  # without their dependencies: those, PyTorch above all, are shared w
         *("chardet==4.0.0", "idna==2.10"),
     ],
 }
-PAPER = replace(purify_preset("cifar10"), batch_norm="tracked")  # 15 epochs, batches of 128
+PAPER = replace(purify_preset("cifar10"), batch_norm="reference")  # 15 epochs, batches of 128
 PAPERS_IMAGES = 2_500
 
 Measure = Callable[[], float]  # runs once and returns the seconds
@@ -214,12 +213,11 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
     compare = cbd.comparison(settings, original, bench.images)
 
     def our_training() -> None:
-        seen = cbd.Views(anchor, positive, third, found=third)
+        seen = cbd.Views(pixels, positive, third, found=third)
         terms = cbd.loss_terms(ours, original, seen, settings, compare)
         optimizers["ours"].zero_grad()
         cbd.weighted_sum(terms, settings).backward()
         optimizers["ours"].step()
-        track(ours, pixels)
 
     def plain_training(habits: Habits) -> None:
         plain.train(theirs, original, optimizers["plain"], views, settings, habits)

@@ -2,7 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from unbackdoor.batchnorm import batch_norms, batch_statistics, reestimate, track
+from unbackdoor.batchnorm import (
+    batch_norms,
+    batch_statistics,
+    reestimate,
+    reference_statistics,
+)
 
 
 @pytest.fixture
@@ -28,12 +33,52 @@ def test_reestimated_statistics_are_those_of_all_batches(network, images):
     assert not norm.training
 
 
-def test_tracking_takes_one_step_and_leaves_everything_in_eval_mode(network, images):
+def test_reference_images_move_the_running_statistics_by_one_step(network, images):
     norm, start = network[1], network[1].running_mean.clone()
-    track(network, images)
-    expected = 0.9 * start + 0.1 * network[0](images).mean((0, 2, 3))
-    torch.testing.assert_close(norm.running_mean, expected)
+    first = network[0](images[:30])
+    with reference_statistics(network, 30):
+        network(images)
+    torch.testing.assert_close(norm.running_mean, 0.9 * start + 0.1 * first.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * first.var((0, 2, 3)))
     assert not any(module.training for module in network.modules())
+
+
+def test_all_images_are_normalized_by_the_running_statistics(network, images):
+    with reference_statistics(network, 30):
+        features = network(images)
+    torch.testing.assert_close(features, network(images))
+
+
+def test_gradients_are_those_of_the_reference_images_own_statistics(network, images):
+    norm = network[1]
+    norm.weight.data.uniform_()
+    norm.momentum = 1.0  # so that the values are the images' own, too
+    with reference_statistics(network, 30):
+        network(images)[30:].square().sum().backward()
+    gradients = [weight.grad.clone() for weight in network.parameters()]
+    network.zero_grad()
+    convolved = network[0](images)
+    first = convolved[:30]
+    mean, variance = first.mean((0, 2, 3), keepdim=True), first.var((0, 2, 3), keepdim=True)
+    scale, shift = norm.weight.view(-1, 1, 1), norm.bias.view(-1, 1, 1)
+    normal = (convolved - mean) / (variance + norm.eps).sqrt() * scale + shift
+    normal[30:].square().sum().backward()
+    for gradient, weight in zip(gradients, network.parameters(), strict=True):
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_a_layer_without_running_statistics_normalizes_as_ever(images):
+    network = nn.BatchNorm2d(3, track_running_stats=False)
+    with reference_statistics(network, 30):
+        features = network(images)
+    assert torch.equal(features, network(images))
+
+
+def test_bfloat16_images_are_normalized_in_float32(network, images):
+    with torch.autocast("cpu", torch.bfloat16), reference_statistics(network, 30):
+        features = network(images)
+    assert features.dtype == torch.bfloat16
+    torch.testing.assert_close(features.float(), network(images), atol=0.1, rtol=0.02)
 
 
 def test_batch_statistics_normalize_and_need_not_move(network, images):

@@ -30,7 +30,7 @@ from unbackdoor.settings import (
 OURS = PurifySettings(epochs=2, batch_size=16, changes=ChangeSettings(2, additions=1, steps=2))
 QUICK = replace(
     purify_preset("cifar10"),
-    batch_norm="tracked",
+    batch_norm="reference",
     epochs=2,
     batch_size=16,
     search=SearchSettings(kind="image", steps=2),
@@ -195,7 +195,7 @@ def test_a_step_has_its_length_in_each_unit(unit, length):
     ids=[
         "default",
         "fewer images than changes",
-        "paper-but-tracked",
+        "paper-but-reference",
         "contrastive",
         "paper",
         "joint",
@@ -282,7 +282,7 @@ def test_a_head_inside_the_module_is_carried_through_bit_equal(images):
     assert not torch.equal(clean.body[0].weight, network.body[0].weight)
 
 
-def test_tracked_statistics_are_those_of_plain_images(network, images):
+def test_delivered_statistics_are_those_of_plain_images(network, images):
     settings = replace(QUICK, batch_size=20)
     clean = purify(network, images, settings).backbone
     convolved = clean[0](as_unit(images))

@@ -49,7 +49,7 @@ CASES = {  # name -> with batch norm, settings
     "last batch": (False, replace(QUICK, last_batch="keep", views=ViewSettings(blur=0.5))),
     "projection": (False, replace(QUICK, projection=ProjectionSettings(width=4, epochs=1))),
     "frozen": (True, replace(QUICK, batch_norm="frozen")),
-    "tracked": (True, replace(QUICK, batch_norm="tracked")),
+    "reference": (True, replace(QUICK, batch_norm="reference")),
     "batch": (True, replace(QUICK, batch_norm="batch", search=SearchSettings("image", steps=1))),
     "joint": (
         True,
@@ -269,7 +269,7 @@ def inputs(tmp_path):
         *("purify", str(tmp_path / "victim.safetensors"), "--arch", f"{tmp_path}/net.py:Slow"),
         *("--images", str(tmp_path / "photos"), "--device", "cpu"),
         # not our search: Adam's steps amplify the rounding of float32
-        *("--preset", "cifar10", "--batch-norm", "tracked", "--search.steps", "1"),
+        *("--preset", "cifar10", "--batch-norm", "reference", "--search.steps", "1"),
         *("--epochs", "12", "--batch-size", "10"),
     ]
 

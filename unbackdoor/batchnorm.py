@@ -4,14 +4,19 @@ Statistics that moved to augmented and perturbed views mask a trigger until some
 them, so whoever tunes or scores a network has to say which statistics were in use.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
-from unbackdoor.ranks import ALONE, Ranks, WholeBatchNorm
+from unbackdoor.ranks import ALONE, Ranks, gather
 from unbackdoor.types import Images
 
 
@@ -53,7 +58,8 @@ def batch_statistics(
         if not moving:
             layer.momentum = 0.0
     try:
-        with WholeBatchNorm(ranks) if batch and ranks.count > 1 else nullcontext():
+        whole = partial(whole_batch_norm, ranks=ranks)
+        with BatchNormBy(whole) if batch and ranks.count > 1 else nullcontext():
             yield
     finally:
         for layer, (mode, momentum) in zip(layers, before, strict=True):
@@ -61,12 +67,20 @@ def batch_statistics(
             layer.momentum = momentum
 
 
-@torch.no_grad()
-def track(module: nn.Module, images: Images, *, ranks: Ranks = ALONE) -> None:
-    """Let the running statistics of ``module`` take one step towards those of ``images``."""
-    if batch_norms(module):
-        with batch_statistics(module, batch=True, ranks=ranks):
-            module(images)
+@contextmanager
+def reference_statistics(module: nn.Module, rows: int, *, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Let the first ``rows`` images of a batch normalize all of it while inside.
+
+    The running statistics take one step towards those images' and then normalize the batch, with
+    the gradient that the images' own statistics have.
+
+    Args:
+        rows: Of this rank's part of the batch.
+        ranks: The statistics are those of all of them together.
+    """
+    by_reference = partial(reference_batch_norm, rows=rows, ranks=ranks)
+    with batch_statistics(module, batch=True), BatchNormBy(by_reference):
+        yield
 
 
 @torch.no_grad()
@@ -92,3 +106,110 @@ def reestimate(module: nn.Module, batches: Iterable[Images], *, ranks: Ranks = A
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
+
+
+class BatchNormBy(TorchFunctionMode):
+    """While inside, ``F.batch_norm``, in which every batch-norm layer ends, is another function."""
+
+    def __init__(self, batch_norm: Callable[..., Tensor]):
+        super().__init__()
+        self.batch_norm = batch_norm
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the other function in its place."""
+        return (self.batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
+
+
+def whole_batch_norm(
+    images: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    ranks: Ranks,
+) -> Tensor:
+    """Do what ``F.batch_norm`` does, with statistics of all ranks' batches; differentiable."""
+    if not training:
+        return F.batch_norm(
+            images, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    moments = _moments(images, ranks)
+    if running_mean is not None and running_var is not None:
+        _move(running_mean, running_var, moments, momentum)
+    return _normalized(images, moments.mean, moments.variance, weight, bias, eps)
+
+
+def reference_batch_norm(
+    images: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    rows: int,
+    ranks: Ranks = ALONE,
+) -> Tensor:
+    """Do what :func:`reference_statistics` says in one layer; one without statistics is as ever."""
+    if not training or running_mean is None or running_var is None:
+        return F.batch_norm(
+            images, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    moments = _moments(images[:rows], ranks)
+    _move(running_mean, running_var, moments, momentum)
+    mean = running_mean + (moments.mean - moments.mean.detach())
+    variance = running_var + (moments.unbiased - moments.unbiased.detach())
+    return _normalized(images, mean, variance, weight, bias, eps)
+
+
+class _Moments(NamedTuple):
+    """Of every channel, over all ranks."""
+
+    mean: Float[Tensor, " c"]
+    variance: Float[Tensor, " c"]
+    unbiased: Float[Tensor, " c"]  # estimate of the variance, as running statistics hold it
+
+
+def _moments(images: Tensor, ranks: Ranks) -> _Moments:
+    axes, shape = _channels(images)
+    exact = images.to(torch.promote_types(images.dtype, torch.float32))
+    count = ranks.count * exact.numel() // exact.shape[1]
+    mean = gather(exact.sum(axes)[None], ranks).sum(0) / count
+    squares = (exact - mean.view(shape)).square().sum(axes)
+    total = gather(squares[None], ranks).sum(0)
+    return _Moments(mean, total / count, total / (count - 1))
+
+
+@torch.no_grad()
+def _move(running_mean: Tensor, running_var: Tensor, moments: _Moments, momentum: float) -> None:
+    """Move running statistics as ``F.batch_norm`` does."""
+    running_mean.lerp_(moments.mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(moments.unbiased.to(running_var.dtype), momentum)
+
+
+def _normalized(
+    images: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    _, shape = _channels(images)
+    scale = (variance + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return torch.addcmul(shift.view(shape), images, scale.view(shape)).to(images.dtype)
+
+
+def _channels(images: Tensor) -> tuple[list[int], list[int]]:
+    """Return all axes but the channels', and the shape in which channels meet ``images``."""
+    return [axis for axis in range(images.ndim) if axis != 1], [1, -1] + [1] * (images.ndim - 2)

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from unbackdoor.batchnorm import (
     batch_statistics,
     reestimate,
-    track,
+    reference_statistics,
     without_running_statistics,
 )
 from unbackdoor.changes import Pool, learn_changes
@@ -45,7 +45,7 @@ Comparison = Callable[[Features, Features], Scalar]
 class Views(NamedTuple):
     """What one step makes of a batch."""
 
-    anchor: Images
+    anchor: Images  # the plain images where their statistics normalize all views
     positive: Images  # another view, for the align term
     clean: Images  # a third
     found: Images  # what the search made of the third
@@ -121,7 +121,7 @@ def purify(
 
     Differs from the paper: by default, the search is for changes of all images at once, what
     it finds is brought back to the original's features by squared distance, and batch norm uses
-    running statistics that follow the tuned weights on plain images. docs/method.md has the
+    running statistics of plain images, through which gradients pass. docs/method.md has the
     reasons; the presets are the paper's. Nothing but batch norm ever leaves eval mode.
     """
     device = torch.device(device)
@@ -173,6 +173,8 @@ def purify(
                     random_views(plain, settings.views, generator=generator, ranks=ranks)
                     for _ in range(3)
                 )
+                if settings.batch_norm == "reference":
+                    anchor = plain
                 found = clean
                 if pool is not None:
                     pool.advance(embed, clean, ranks=ranks)
@@ -190,9 +192,6 @@ def purify(
                 if settings.clip > 0:
                     nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
                 optimizer.step()
-                if settings.batch_norm == "tracked":
-                    track(network, plain, ranks=ranks)
-
                 step += 1
                 losses.append(torch.stack([*terms, loss]).detach())
                 add_up(losses[-1:], ranks)
@@ -207,7 +206,7 @@ def purify(
             history = (*history, EpochLosses(pull, distill, align, mean, seconds))
             if on_epoch is not None:
                 on_epoch(_state(student, optimizer, history))
-        if settings.batch_norm == "tracked":
+        if settings.batch_norm == "reference":
             plain_batches = _plain_batches(source, settings, device, ranks)
             reestimate(network, plain_batches, ranks=ranks)
     student.to(memory_format=torch.contiguous_format)
@@ -345,8 +344,14 @@ def _embed_views(
         with batch_statistics(embed, batch=True, ranks=ranks):
             features = [embed(view) for view in wanted]
     else:
-        with batch_statistics(embed, batch=settings.batch_norm == "joint", ranks=ranks):
-            features = list(embed(torch.cat(wanted)).split(len(views.anchor)))
+        rows = len(views.anchor)
+        if settings.batch_norm == "reference":
+            normalizing = reference_statistics(embed, rows, ranks=ranks)
+        else:
+            joint = settings.batch_norm == "joint"
+            normalizing = batch_statistics(embed, batch=joint, ranks=ranks)
+        with normalizing:
+            features = list(embed(torch.cat(wanted)).split(rows))
     anchor = features[0]
     rest = iter(features[1:])
     positive, found = (next(rest) if use else anchor for use in used[1:])

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
-from torch.overrides import TorchFunctionMode
 
 from unbackdoor.errors import SettingsError
 
@@ -138,56 +136,3 @@ def gather_names(names: list[str], ranks: Ranks) -> list[str]:
     lists: list[list[str]] = [[]] * ranks.count
     dist.all_gather_object(lists, names)
     return sorted(set().union(*lists))
-
-
-class WholeBatchNorm(TorchFunctionMode):
-    """While inside, batch statistics are those of all ranks' batches together, on any device."""
-
-    def __init__(self, ranks: Ranks):
-        super().__init__()
-        self.ranks = ranks
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Replace ``F.batch_norm``, which every batch-norm layer ends in."""
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
-            return whole_batch_norm(*args, **kwargs, ranks=self.ranks)
-        return func(*args, **kwargs)
-
-
-def whole_batch_norm(
-    images: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
-    ranks: Ranks,
-) -> Tensor:
-    """Do what ``F.batch_norm`` does, with statistics of the whole batch; differentiable."""
-    if not training:
-        return F.batch_norm(
-            images, running_mean, running_var, weight, bias, training, momentum, eps
-        )
-    axes = [axis for axis in range(images.ndim) if axis != 1]
-    shape = [1, -1] + [1] * (images.ndim - 2)
-    exact = images.to(torch.promote_types(images.dtype, torch.float32))
-    count = ranks.count * exact.numel() // exact.shape[1]
-    mean = gather(exact.sum(axes)[None], ranks).sum(0) / count
-    centred = exact - mean.view(shape)
-    variance = gather(centred.square().sum(axes)[None], ranks).sum(0) / count
-    with torch.no_grad():
-        if running_mean is not None:
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        if running_var is not None:
-            unbiased = variance * (count / (count - 1))
-            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-    normal = centred * (variance + eps).rsqrt().view(shape)
-    normal = normal if weight is None else normal * weight.view(shape)
-    normal = normal if bias is None else normal + bias.view(shape)
-    return normal.to(images.dtype)

@@ -201,7 +201,8 @@ class PurifySettings:
         schedule: How the learning rate falls over the whole run.
         batch_norm: What normalizes while tuning. ``batch``: every view's own batch statistics;
             ``joint``: those of all views together; ``frozen``: the original's running statistics;
-            ``tracked``: running statistics that follow the tuned weights on plain images.
+            ``reference``: running statistics that follow the tuned weights on plain images, with
+            the gradient of the plain images' own; those images are then the anchor.
         seed: Of batch order, views and starts of the search.
         search: See :class:`SearchSettings`.
         changes: See :class:`ChangeSettings`.
@@ -223,7 +224,7 @@ class PurifySettings:
     weight_decay: float = 5e-4
     clip: float = 1.0
     schedule: Literal["constant", "cosine"] = "cosine"
-    batch_norm: Literal["batch", "joint", "frozen", "tracked"] = "tracked"
+    batch_norm: Literal["batch", "joint", "frozen", "reference"] = "reference"
     seed: Whole = 0
     search: SearchSettings = field(default_factory=SearchSettings)
     changes: ChangeSettings = field(default_factory=ChangeSettings)

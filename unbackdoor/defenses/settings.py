@@ -244,7 +244,7 @@ class ContrastiveSettings:
     batch_size: int = 128
     learning_rate: float = 0.02
     temperature: float = 0.5
-    batch_norm: Literal["batch", "joint", "frozen", "tracked"] = "tracked"
+    batch_norm: Literal["batch", "joint", "frozen", "reference"] = "reference"
     seed: int = 0
 
 
