@@ -127,8 +127,8 @@ class ChangeSettings:
     additions: Whole = 3
     amplitude: Ratio = 7 / 255
     fade: float = 0.3
-    warps: Whole = 3
-    pixels: float = 1.0
+    warps: Whole = 6
+    pixels: float = 0.3
     steps: Whole = 40
     group: Whole = 16
     rate: float = 0.1
