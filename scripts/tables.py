@@ -6,7 +6,8 @@ Each record in `results/demo/` is the `scores.json` of one `unbackdoor demo --se
 has medians; those in `results/victims/` were written by `unbackdoor attack`; those in
 `results/bench/` by `unbackdoor bench run`; `results/searches.json` by
 `scripts/compare_searches.py`; `results/windows.json` by `scripts/scan_windows.py`; the trials in
-`results/development/` by `scripts/try_settings.py`.
+`results/development/` by `scripts/try_settings.py`; `results/images.jsonl` by
+`scripts/try_images.py`.
 """
 
 import argparse
@@ -174,6 +175,29 @@ def trials_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def images_table() -> str:
+    """Return what our default does with other images, below what it does with the usual 2,500."""
+    lines = [
+        f"| victim | images | epochs | {' | '.join(READINGS.values())} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    path = ROOT / "results/images.jsonl"
+    trials = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    usual = {
+        entry.attack: record["scores"]["after"]
+        for entry, record in records_of("table1-cpu")
+        if entry.row == OURS
+    }
+    epochs = PurifySettings().epochs
+    for victim in dict.fromkeys(trial["victim"] for trial in trials):
+        attack = victim.partition("-")[0]
+        lines.append(f"| {attack} | 2,500 | {epochs} | {' | '.join(as_cells(usual[attack]))} |")
+        for trial in (trial for trial in trials if trial["victim"] == victim):
+            words = [attack, trial["images"], trial["settings"]["epochs"]]
+            lines.append(f"| {' | '.join(map(str, [*words, *as_cells(trial['scores'])]))} |")
+    return "\n".join(lines) + "\n"
+
+
 def searches_table() -> str:
     """Return how often each search finds the attacker's class, and how concentrated it is."""
     path = ROOT / "results/searches.json"
@@ -203,6 +227,7 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/changes.md", "results/bench", changes_table),
     ("docs/experiments/changes.md", "results/windows.json", windows_table),
     ("docs/experiments/changes.md", "results/development/trials.jsonl", trials_table),
+    ("docs/experiments/images.md", "results/images.jsonl", images_table),
     *(
         (f"docs/defenses/{name}.md", "results/bench", lambda name=name: defense_table(name))
         for name in DEFENSES
