@@ -158,7 +158,7 @@ def search_flops(network: nn.Module, images: Tensor, steps: int) -> float:
 
 def training_flops(network: nn.Module, images: Tensor) -> float:
     """Return the operations of our training step, likewise; gradients of weights cost as much."""
-    passes = 3 * 3 + 1 + 1  # three views there and back twice, the original, the statistics
+    passes = 3 * 3 + 1  # three views there and back twice, the original
     return flops(network, images[:1]) * len(images) * passes
 
 

@@ -35,8 +35,8 @@ def test_reestimated_statistics_are_those_of_all_batches(network, images):
 
 def test_reference_images_move_the_running_statistics_by_one_step(network, images):
     norm, start = network[1], network[1].running_mean.clone()
-    first = network[0](images[:30])
-    with reference_statistics(network, 30):
+    first = network[0](images[:10])
+    with reference_statistics(network, 4):
         network(images)
     torch.testing.assert_close(norm.running_mean, 0.9 * start + 0.1 * first.mean((0, 2, 3)))
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * first.var((0, 2, 3)))
@@ -44,7 +44,7 @@ def test_reference_images_move_the_running_statistics_by_one_step(network, image
 
 
 def test_all_images_are_normalized_by_the_running_statistics(network, images):
-    with reference_statistics(network, 30):
+    with reference_statistics(network, 4):
         features = network(images)
     torch.testing.assert_close(features, network(images))
 
@@ -53,29 +53,37 @@ def test_gradients_are_those_of_the_reference_images_own_statistics(network, ima
     norm = network[1]
     norm.weight.data.uniform_()
     norm.momentum = 1.0  # so that the values are the images' own, too
-    with reference_statistics(network, 30):
-        network(images)[30:].square().sum().backward()
+    with reference_statistics(network, 4):
+        network(images)[10:].square().sum().backward()
     gradients = [weight.grad.clone() for weight in network.parameters()]
     network.zero_grad()
     convolved = network[0](images)
-    first = convolved[:30]
+    first = convolved[:10]
     mean, variance = first.mean((0, 2, 3), keepdim=True), first.var((0, 2, 3), keepdim=True)
     scale, shift = norm.weight.view(-1, 1, 1), norm.bias.view(-1, 1, 1)
     normal = (convolved - mean) / (variance + norm.eps).sqrt() * scale + shift
-    normal[30:].square().sum().backward()
+    normal[10:].square().sum().backward()
     for gradient, weight in zip(gradients, network.parameters(), strict=True):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-3)
 
 
+def test_rows_may_be_tokens_image_after_image(images):
+    tokens = nn.Sequential(nn.Flatten(2), nn.Flatten(0, 1), nn.BatchNorm1d(25))
+    with reference_statistics(tokens, 4):
+        tokens(images)
+    first = images[:10].flatten(2).flatten(0, 1)
+    torch.testing.assert_close(tokens[2].running_mean, 0.1 * first.mean(0))
+
+
 def test_a_layer_without_running_statistics_normalizes_as_ever(images):
     network = nn.BatchNorm2d(3, track_running_stats=False)
-    with reference_statistics(network, 30):
+    with reference_statistics(network, 4):
         features = network(images)
     assert torch.equal(features, network(images))
 
 
 def test_bfloat16_images_are_normalized_in_float32(network, images):
-    with torch.autocast("cpu", torch.bfloat16), reference_statistics(network, 30):
+    with torch.autocast("cpu", torch.bfloat16), reference_statistics(network, 4):
         features = network(images)
     assert features.dtype == torch.bfloat16
     torch.testing.assert_close(features.float(), network(images), atol=0.1, rtol=0.02)

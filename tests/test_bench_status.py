@@ -59,6 +59,18 @@ def test_a_status_tells_done_running_failed_and_left(tmp_path):
     ]
 
 
+def test_a_victim_that_is_given_needs_no_training(tmp_path):
+    given = tmp_path / "given"
+    given.mkdir()
+    cells = [CELL, replace(CELL, victim=replace(VICTIM, seed=7))]
+    store = open_store(tmp_path)
+    assert status_of(cells, store, str(given)).victims_left == 2
+    (given / "badnets-supervised-seed7.json").touch()
+    assert status_of(cells, store, str(given)).victims_left == 2
+    (given / "badnets-supervised-seed7.safetensors").touch()
+    assert status_of(cells, store, str(given)).victims_left == 1
+
+
 def test_nothing_is_estimated_before_the_first_record(tmp_path):
     status = status_of([CELL], open_store(tmp_path))
     assert as_lines("grid", status)[-1] == "  time left: unknown until the first cell is done"

@@ -27,7 +27,9 @@ from unbackdoor.settings import (
     purify_preset,
 )
 
-OURS = PurifySettings(epochs=2, batch_size=16, changes=ChangeSettings(2, additions=1, steps=2))
+OURS = PurifySettings(
+    epochs=2, batch_size=16, changes=ChangeSettings(2, additions=1, warps=3, steps=2)
+)
 QUICK = replace(
     purify_preset("cifar10"),
     batch_norm="reference",
@@ -112,14 +114,18 @@ def test_pull_moves_no_gradient_into_the_anchor(network, images):
     assert of_found.abs().max() > 0
 
 
-@pytest.mark.parametrize("batch_norm", ["batch", "joint"])
+@pytest.mark.parametrize("batch_norm", ["batch", "joint", "reference"])
 def test_batch_norm_modes_differ_in_whose_statistics_they_use(batch_norm, network, images):
     i, j, k = as_unit(images[:36]).split(12)
     settings = replace(QUICK, batch_norm=batch_norm)
     compare = comparison(settings, network, images)
     terms = loss_terms(copy.deepcopy(network), network, Views(i, j, j, k), settings, compare)
     student = copy.deepcopy(network).train()
-    if batch_norm == "batch":
+    if batch_norm == "reference":
+        student(i)  # moves the running statistics
+        student.eval()
+        anchor, found = student(i), student(k)
+    elif batch_norm == "batch":
         anchor, _, found = student(i), student(j), student(k)
     else:
         anchor, _, found = student(torch.cat([i, j, k])).split(12)
@@ -280,6 +286,18 @@ def test_a_head_inside_the_module_is_carried_through_bit_equal(images):
     clean = purify(network, images, QUICK).backbone
     assert torch.equal(clean.head.weight, network.head.weight)
     assert not torch.equal(clean.body[0].weight, network.body[0].weight)
+
+
+def test_plain_images_are_the_reference_for_changed_ones(network, images):
+    seen = []
+    network.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
+    purify(network, images, replace(OURS, views=ViewSettings(min_area=0.5)))
+    plain = {tuple(image.flatten().tolist()) for image in as_unit(images)}
+    together = [batch for batch in seen if len(batch) == 2 * OURS.batch_size]
+    assert len(together) == 2 * 2
+    for batch in together:
+        is_plain = [tuple(image.flatten().tolist()) in plain for image in batch]
+        assert is_plain == OURS.batch_size * [True] + OURS.batch_size * [False]
 
 
 def test_delivered_statistics_are_those_of_plain_images(network, images):

@@ -14,7 +14,9 @@ from unbackdoor.jobs import Source, dry_run, open_source, plan_outputs, purify_f
 from unbackdoor.ranks import Ranks
 from unbackdoor.settings import ChangeSettings, PurifySettings
 
-QUICK = PurifySettings(epochs=2, batch_size=8, changes=ChangeSettings(1, additions=1, steps=1))
+QUICK = PurifySettings(
+    epochs=2, batch_size=8, changes=ChangeSettings(1, additions=1, warps=3, steps=1)
+)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ CASES = {  # name -> with batch norm, settings
     "default": (True, OURS),
     "more changes than a rank has images": (
         False,
-        replace(OURS, changes=ChangeSettings(3, additions=2, steps=2)),
+        replace(OURS, changes=ChangeSettings(3, additions=2, warps=3, steps=2)),
     ),
     "no batch norm": (False, QUICK),
     "l2": (False, replace(QUICK, search=SearchSettings("image", "l2", epsilon=1, steps=2))),
@@ -223,6 +223,12 @@ def test_batches_that_cannot_be_shared_equally_are_refused():
 def test_a_layer_that_would_normalize_by_its_rank_alone_is_refused():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
     with pytest.raises(SettingsError, match=r"^1 always normalizes by the batch, .* run one"):
+        purify(net, photos(), QUICK, ranks=TWO[0])
+
+
+def test_a_layer_that_synchronizes_by_itself_is_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4))
+    with pytest.raises(SettingsError, match=r"^1 is a SyncBatchNorm, .* with BatchNorm2d"):
         purify(net, photos(), QUICK, ranks=TWO[0])
 
 

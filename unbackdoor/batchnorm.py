@@ -38,6 +38,11 @@ def without_running_statistics(module: nn.Module) -> list[str]:
     ]
 
 
+def synchronized(module: nn.Module) -> list[str]:
+    """Return the names of batch-norm layers that gather statistics of several processes."""
+    return [name for name, layer in module.named_modules() if isinstance(layer, nn.SyncBatchNorm)]
+
+
 @contextmanager
 def batch_statistics(
     module: nn.Module, *, batch: bool, moving: bool = True, ranks: Ranks = ALONE
@@ -68,18 +73,20 @@ def batch_statistics(
 
 
 @contextmanager
-def reference_statistics(module: nn.Module, rows: int, *, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Let the first ``rows`` images of a batch normalize all of it while inside.
+def reference_statistics(module: nn.Module, views: int, *, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Let the first of ``views`` equal parts of a batch normalize all of it while inside.
 
-    The running statistics take one step towards those images' and then normalize the batch, with
-    the gradient that the images' own statistics have.
+    The running statistics take one step towards those of that part's images and then normalize the
+    batch. Gradients pass through the mean and the variance of the part's images.
 
     Args:
-        rows: Of this rank's part of the batch.
         ranks: The statistics are those of all of them together.
     """
-    by_reference = partial(reference_batch_norm, rows=rows, ranks=ranks)
-    with batch_statistics(module, batch=True), BatchNormBy(by_reference):
+    by_reference = BatchNormBy(partial(reference_batch_norm, views=views, ranks=ranks))
+    with (
+        batch_statistics(module, batch=True),
+        by_reference if batch_norms(module) else nullcontext(),
+    ):
         yield
 
 
@@ -155,15 +162,18 @@ def reference_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    rows: int,
+    views: int,
     ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Do what :func:`reference_statistics` says in one layer; one without statistics is as ever."""
+    """Do what :func:`reference_statistics` says in one layer; one without statistics is as ever.
+
+    A layer's rows need not be images: LeViT's are tokens, image after image.
+    """
     if not training or running_mean is None or running_var is None:
         return F.batch_norm(
             images, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    moments = _moments(images[:rows], ranks)
+    moments = _moments(images[: len(images) // views], ranks)
     _move(running_mean, running_var, moments, momentum)
     mean = running_mean + (moments.mean - moments.mean.detach())
     variance = running_var + (moments.unbiased - moments.unbiased.detach())

@@ -19,6 +19,7 @@ from unbackdoor.batchnorm import (
     batch_statistics,
     reestimate,
     reference_statistics,
+    synchronized,
     without_running_statistics,
 )
 from unbackdoor.changes import Pool, learn_changes
@@ -132,6 +133,15 @@ def purify(
             f"{apart[0]} always normalizes by the batch, of which a process has a part; "
             "run one process"
         )
+    if (
+        ranks.count > 1
+        and settings.batch_norm == "reference"
+        and (own_way := synchronized(backbone))
+    ):
+        raise SettingsError(
+            f"{own_way[0]} is a SyncBatchNorm, whose statistics no reference can replace; build "
+            "the network with BatchNorm2d, which several processes share as well"
+        )
     original = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
     if device.type == "cpu":
         original.to(memory_format=torch.channels_last)  # convolutions are a quarter faster
@@ -171,7 +181,7 @@ def purify(
                 plain = _to_unit(raw, device)
                 anchor, positive, clean = (
                     random_views(plain, settings.views, generator=generator, ranks=ranks)
-                    for _ in range(3)
+                    for _ in range(3)  # whether used or not: a seed means the same third view
                 )
                 if settings.batch_norm == "reference":
                     anchor = plain
@@ -226,7 +236,7 @@ def search(
 
     Args:
         embed: Maps images to the features that the losses compare.
-        anchor: Another view of the same images.
+        anchor: Another view of the same images, or the plain ones.
         generator: Draws the starts; on the device of ``images``.
         ranks: Each has an equal part of a batch; negatives come from all of them.
 
@@ -344,14 +354,13 @@ def _embed_views(
         with batch_statistics(embed, batch=True, ranks=ranks):
             features = [embed(view) for view in wanted]
     else:
-        rows = len(views.anchor)
         if settings.batch_norm == "reference":
-            normalizing = reference_statistics(embed, rows, ranks=ranks)
+            normalizing = reference_statistics(embed, len(wanted), ranks=ranks)
         else:
             joint = settings.batch_norm == "joint"
             normalizing = batch_statistics(embed, batch=joint, ranks=ranks)
         with normalizing:
-            features = list(embed(torch.cat(wanted)).split(rows))
+            features = list(embed(torch.cat(wanted)).split(len(views.anchor)))
     anchor = features[0]
     rest = iter(features[1:])
     positive, found = (next(rest) if use else anchor for use in used[1:])

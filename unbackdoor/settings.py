@@ -201,8 +201,8 @@ class PurifySettings:
         schedule: How the learning rate falls over the whole run.
         batch_norm: What normalizes while tuning. ``batch``: every view's own batch statistics;
             ``joint``: those of all views together; ``frozen``: the original's running statistics;
-            ``reference``: running statistics that follow the tuned weights on plain images, with
-            the gradient of the plain images' own; those images are then the anchor.
+            ``reference``: running statistics that follow the tuned weights on plain images, which
+            are then the anchor; gradients pass through the plain images' mean and variance.
         seed: Of batch order, views and starts of the search.
         search: See :class:`SearchSettings`.
         changes: See :class:`ChangeSettings`.

@@ -44,6 +44,11 @@ class Victim:
         """Of everything above."""
         return key_of(asdict(self))
 
+    @property
+    def stem(self) -> str:
+        """What the names of its files begin with."""
+        return f"{self.attack}-{self.training}-seed{self.seed}"
+
 
 @dataclass(frozen=True)
 class Detection:

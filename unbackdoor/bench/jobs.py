@@ -131,7 +131,7 @@ def grids_status(paths: Sequence[Path], results: Path) -> list[str]:
     return [
         line
         for plan in plan_grids(paths)
-        for line in as_lines(plan.grid.name, status_of(plan.cells, store))
+        for line in as_lines(plan.grid.name, status_of(plan.cells, store, plan.grid.victims))
     ]
 
 

@@ -105,12 +105,11 @@ def find_victim(
     """Return the files of a victim that is there: with the package, given, or trained before."""
     if victim.settings is None:
         return _shipped(victim)
-    stem = f"{victim.attack}-{victim.training}-seed{victim.seed}"
     folders = [store.victim_folder(victim.key)]
     if place.victims:
         folders.append(Path(place.victims).expanduser())
     for folder in folders:
-        found = Found(folder / f"{stem}.safetensors", folder / f"{stem}.json")
+        found = Found(folder / f"{victim.stem}.safetensors", folder / f"{victim.stem}.json")
         if not (found.tensors.is_file() and found.record.is_file()):
             continue
         if why := why_not(victim, json.loads(found.record.read_text()), place, load=load):
@@ -167,8 +166,7 @@ def _train(
     if victim.settings is None or victim.data != data_name(place.data):
         raise SettingsError(f"a victim of {victim.data} cannot be trained on {place.data}")
     folder = store.victim_folder(victim.key)
-    stem = f"{victim.attack}-{victim.training}-seed{victim.seed}"
-    state = folder / f"{stem}.state.safetensors"
+    state = folder / f"{victim.stem}.state.safetensors"
 
     def step(done: int, steps: int) -> None:
         beat(store, victim.key)

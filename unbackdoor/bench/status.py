@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from unbackdoor.bench.cells import Cell, Victim, describe
@@ -20,8 +21,12 @@ class Status(NamedTuple):
     guessed: int  # of the cells left, those of kinds that were never measured
 
 
-def status_of(cells: Sequence[Cell], store: Store) -> Status:
-    """Return how far ``cells`` are."""
+def status_of(cells: Sequence[Cell], store: Store, given: str = "") -> Status:
+    """Return how far ``cells`` are.
+
+    Args:
+        given: A folder where victims may lie already.
+    """
     unique = {cell.key: cell for cell in cells}
     records = read_records(store, list(unique))
     failed = {
@@ -31,7 +36,7 @@ def status_of(cells: Sequence[Cell], store: Store) -> Status:
     }
     left = [cell for key, cell in unique.items() if key not in records and key not in failed]
     running = [describe(cell) for cell in left if is_running(store, cell.key)]
-    victims = [victim for victim in _victims(left) if not _is_there(victim, store)]
+    victims = [victim for victim in _victims(left) if not _is_there(victim, store, given)]
     seconds, guessed = estimate(left, victims, list(records.values()))
     return Status(
         len(records),
@@ -101,9 +106,12 @@ def _victims(cells: Sequence[Cell]) -> list[Victim]:
     return list({cell.victim.key: cell.victim for cell in cells}.values())
 
 
-def _is_there(victim: Victim, store: Store) -> bool:
+def _is_there(victim: Victim, store: Store, given: str) -> bool:
     """Tell whether a victim needs no training, as far as one sees without reading images."""
-    folder = store.victim_folder(victim.key)
-    trained = folder.is_dir() and any(folder.glob(f"{victim.attack}-*-seed*.safetensors"))
-    states = {*folder.glob("*.state.safetensors")}
-    return victim.settings is None or (trained and not states)
+    if victim.settings is None:
+        return True
+    folders = [store.victim_folder(victim.key)]
+    if given:
+        folders.append(Path(given).expanduser())
+    names = [f"{victim.stem}{suffix}" for suffix in (".safetensors", ".json")]
+    return any(all((folder / name).is_file() for name in names) for folder in folders)

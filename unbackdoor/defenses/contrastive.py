@@ -21,6 +21,8 @@ def fine_tune_contrastively(
 ) -> Defended:
     """Return a copy of ``backbone`` after training two views of each image to agree.
 
+    With ``reference`` statistics the first of them is the plain image.
+
     A head is carried through unchanged.
 
     Raises:
