@@ -7,7 +7,7 @@ has medians; those in `results/victims/` were written by `unbackdoor attack`; th
 `results/bench/` by `unbackdoor bench run`; `results/searches.json` by
 `scripts/compare_searches.py`; `results/windows.json` by `scripts/scan_windows.py`; the trials in
 `results/development/` by `scripts/try_settings.py`; `results/images.jsonl` by
-`scripts/try_images.py`.
+`scripts/try_images.py`; those in `results/enemies/` by `unbackdoor evaluate`.
 """
 
 import argparse
@@ -198,6 +198,16 @@ def images_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def enemies_table() -> str:
+    """Return the scores of every enemy's victim and of what our default makes of it."""
+    lines = [f"| enemy | backbone | {' | '.join(READINGS.values())} |", "|---|---|---|---|---|---|"]
+    for folder in sorted((ROOT / "results/enemies").iterdir()):
+        for name in ("victim", "purified"):
+            scores = json.loads((folder / f"{name}.json").read_text())["scores"]
+            lines.append(f"| {folder.name} | {name} | {' | '.join(as_cells(scores))} |")
+    return "\n".join(lines) + "\n"
+
+
 def searches_table() -> str:
     """Return how often each search finds the attacker's class, and how concentrated it is."""
     path = ROOT / "results/searches.json"
@@ -228,6 +238,7 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/changes.md", "results/windows.json", windows_table),
     ("docs/experiments/changes.md", "results/development/trials.jsonl", trials_table),
     ("docs/experiments/images.md", "results/images.jsonl", images_table),
+    ("docs/experiments/enemies.md", "results/enemies", enemies_table),
     *(
         (f"docs/defenses/{name}.md", "results/bench", lambda name=name: defense_table(name))
         for name in DEFENSES
