@@ -122,8 +122,9 @@ class AnpSettings:
         momentum: Of the masks' SGD. .9: likewise.
         threshold: Neurons whose mask is not above it are pruned. .2: likewise; their
             ``prune_neuron_cifar.py`` tries all multiples of .05 and leaves the choice to the
-            reader of test scores. Where the held-out accuracy forbids it, the highest lower one.
-        kept: Share of the held-out accuracy that pruning must keep. Ours.
+            reader of test scores.
+        kept: Share of the held-out accuracy that pruning must keep; where the threshold breaks it,
+            the highest lower multiple of .05 that does not is taken. 0: no such rule is published.
         held_out: Share of the images on which it is read. Ours.
         batch_norm: What normalizes in the search: each batch's own statistics, as in the authors'
             ``optimize_mask_cifar.py``, or the running ones.
@@ -138,7 +139,7 @@ class AnpSettings:
     learning_rate: float = 0.2
     momentum: float = 0.9
     threshold: float = 0.2
-    kept: Ratio = 0.9
+    kept: Ratio = 0.0
     held_out: Ratio = 0.2
     batch_norm: Literal["batch", "running"] = "batch"
     seed: int = 0
