@@ -34,7 +34,7 @@ augment = "none"
 [cbd]
 epochs = 30
 batch_size = 8
-changes = {{ patches = 1, steps = 1 }}
+changes = {{ patches = 1, warps = 3, steps = 1 }}
 
 [[rows]]
 name = "No Defense"

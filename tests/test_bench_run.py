@@ -46,7 +46,7 @@ augment = "none"
 [cbd]
 epochs = 3
 batch_size = 8
-changes = {{ patches = 1, steps = 1 }}
+changes = {{ patches = 1, warps = 3, steps = 1 }}
 
 [[rows]]
 name = "No Defense"

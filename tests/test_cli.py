@@ -50,7 +50,17 @@ def inputs(tmp_path):
     ]
 
 
-QUICK = ["--epochs", "1", "--batch-size", "8", "--changes.patches", "1", "--changes.steps", "1"]
+FEW = [
+    "--batch-size",
+    "8",
+    "--changes.patches",
+    "1",
+    "--changes.warps",
+    "3",
+    "--changes.steps",
+    "1",
+]
+QUICK = ["--epochs", "1", *FEW]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["purify", "--help"], ["--version"]])
@@ -200,7 +210,7 @@ def test_a_config_holds_settings_and_nothing_else(text, message, inputs, tmp_pat
 
 
 def test_an_interrupted_run_says_how_to_continue(inputs, tmp_path):
-    words = [*inputs, "--batch-size", "8", "--changes.patches", "1", "--changes.steps", "1"]
+    words = [*inputs, *FEW]
     endless = [*COMMAND, *words, "--epochs", "1000"]
     signal.signal(
         signal.SIGINT, signal.default_int_handler
