@@ -82,7 +82,7 @@ def reference_statistics(module: nn.Module, views: int, *, ranks: Ranks = ALONE)
     Args:
         ranks: The statistics are those of all of them together.
     """
-    by_reference = BatchNormBy(partial(reference_batch_norm, views=views, ranks=ranks))
+    by_reference = BatchNormBy(partial(whole_batch_norm, ranks=ranks, views=views))
     with (
         batch_statistics(module, batch=True),
         by_reference if batch_norms(module) else nullcontext(),
@@ -140,43 +140,24 @@ def whole_batch_norm(
     eps: float = 1e-5,
     *,
     ranks: Ranks,
+    views: int = 0,
 ) -> Tensor:
-    """Do what ``F.batch_norm`` does, with statistics of all ranks' batches; differentiable."""
-    if not training:
+    """Do what ``F.batch_norm`` does, with statistics of all ranks' batches; differentiable.
+
+    With ``views``, do what :func:`reference_statistics` says; a layer without running statistics
+    is then as ever. Its rows need not be images: LeViT's are tokens, image after image.
+    """
+    if not training or (views and running_mean is None):
         return F.batch_norm(
             images, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    moments = _moments(images, ranks)
+    moments = _moments(images[: len(images) // views] if views else images, ranks)
+    mean, variance = moments.mean, moments.variance
     if running_mean is not None and running_var is not None:
         _move(running_mean, running_var, moments, momentum)
-    return _normalized(images, moments.mean, moments.variance, weight, bias, eps)
-
-
-def reference_batch_norm(
-    images: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
-    views: int,
-    ranks: Ranks = ALONE,
-) -> Tensor:
-    """Do what :func:`reference_statistics` says in one layer; one without statistics is as ever.
-
-    A layer's rows need not be images: LeViT's are tokens, image after image.
-    """
-    if not training or running_mean is None or running_var is None:
-        return F.batch_norm(
-            images, running_mean, running_var, weight, bias, training, momentum, eps
-        )
-    moments = _moments(images[: len(images) // views], ranks)
-    _move(running_mean, running_var, moments, momentum)
-    mean = running_mean + (moments.mean - moments.mean.detach())
-    variance = running_var + (moments.unbiased - moments.unbiased.detach())
+        if views:
+            mean = running_mean + (mean - mean.detach())
+            variance = running_var + (moments.unbiased - moments.unbiased.detach())
     return _normalized(images, mean, variance, weight, bias, eps)
 
 
