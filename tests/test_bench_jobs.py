@@ -58,6 +58,12 @@ def test_status_table_and_report_are_made_of_records(results, capsys, tmp_path):
     assert main(["bench", "report", SMOKE, "--results", results, "--out", str(page)]) == 2
 
 
+def test_victims_in_the_grids_folder_need_no_training(tmp_path, capsys):
+    grid = Path(SMOKE).with_name("defenses-cpu.toml")
+    assert main(["bench", "status", str(grid), "--results", str(tmp_path)]) == 0
+    assert " left with 0 victims to train" in capsys.readouterr().out
+
+
 def test_looking_makes_no_folder(tmp_path, capsys):
     assert main(["bench", "status", SMOKE, "--results", str(tmp_path / "none")]) == 0
     assert "4 left with 0 victims to train" in capsys.readouterr().out
