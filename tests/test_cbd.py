@@ -88,7 +88,7 @@ def test_the_terms_are_the_papers_equations_in_their_own_words(network, images):
 def test_by_default_found_images_come_back_to_the_originals_features_of_their_own_view(
     network, images
 ):
-    settings = replace(OURS, pull=0.5, distill=0.3, align=0.2, batch_norm="frozen")
+    settings = replace(OURS, pull=0.5, distill=0.3, align=0.2, trim=0.0, batch_norm="frozen")
     original = copy.deepcopy(network)
     network[0].weight.data.mul_(1.1)
     i, j, k, moved = as_unit(images).split(10)
@@ -102,6 +102,31 @@ def test_by_default_found_images_come_back_to_the_originals_features_of_their_ow
     assert terms.pull.item() == pytest.approx(distance(network(moved), original(k)), rel=1e-5)
     assert terms.distill.item() == pytest.approx(distance(network(i), original(i)), rel=1e-5)
     assert terms.align.item() == pytest.approx(distance(network(i), network(j)), rel=1e-5)
+
+
+def test_images_that_moved_most_from_the_original_take_part_in_no_term(network, images):
+    settings = replace(OURS, trim=0.25, batch_norm="frozen")
+    original = copy.deepcopy(network)
+    network[0].weight.data.mul_(1.1)
+    plain, moved = as_unit(images[:20]).split(10)
+    compare = comparison(settings, original, images)
+    terms = loss_terms(network, original, Views(plain, plain, plain, moved), settings, compare)
+    away = (network(plain) - original(plain)).square().sum(1)
+    kept = away.argsort()[:8]  # of 10 images, 2.5 would be left out
+    variance = original(as_unit(images)).var(0).mean()
+    for term, found in ((terms.distill, plain), (terms.pull, moved)):
+        expected = (network(found) - original(plain))[kept].square().mean() / variance
+        assert term.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_no_image_is_left_out_while_none_has_moved(network, images):
+    settings = replace(OURS, trim=0.25, batch_norm="frozen")
+    plain, moved = as_unit(images[:20]).split(10)
+    compare = comparison(settings, network, images)
+    terms = loss_terms(network, network, Views(plain, plain, plain, moved), settings, compare)
+    variance = network(as_unit(images)).var(0).mean()
+    expected = (network(moved) - network(plain)).square().mean() / variance
+    assert terms.pull.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_pull_moves_no_gradient_into_the_anchor(network, images):
@@ -189,7 +214,7 @@ def test_a_step_has_its_length_in_each_unit(unit, length):
         OURS,
         replace(OURS, last_batch="keep", batch_size=19),
         QUICK,
-        replace(OURS, batch_norm="batch", loss="contrastive"),
+        replace(OURS, batch_norm="batch", loss="contrastive", trim=0.0),
         replace(QUICK, batch_norm="batch"),
         replace(QUICK, batch_norm="joint", schedule="cosine"),
         replace(QUICK, batch_norm="frozen", last_batch="keep"),

@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
@@ -40,7 +41,8 @@ LEARNED_ON = 512  # plain images on which an epoch's changes are learned
 CHECK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
 REESTIMATED = 10_000  # plain images from which the delivered statistics are taken
 
-Comparison = Callable[[Features, Features], Scalar]
+Weights = Float[Tensor, " n"]  # of images; 1 in all, over all ranks
+Comparison = Callable[[Features, Features, Weights], Scalar]
 
 
 class Views(NamedTuple):
@@ -288,18 +290,21 @@ def step_length(options: SearchSettings) -> float:
 def comparison(
     settings: PurifySettings, embed_original: nn.Module, images: RawImages, *, ranks: Ranks = ALONE
 ) -> Comparison:
-    """Return how features are compared: two sets of them to a loss, or a rank's share of it.
+    """Return how features are compared: two sets of them and weights to a loss, or a rank's share.
 
     Args:
         embed_original: The frozen original, up to the features that the losses compare.
         images: Plain ones; ``squared`` is in units of the variance of their features.
+
+    NT-Xent compares every image with all others and has no weights.
     """
     if settings.loss == "contrastive":
-        return partial(nt_xent, temperature=settings.temperature, ranks=ranks)
+        contrastive = partial(nt_xent, temperature=settings.temperature, ranks=ranks)
+        return lambda a, b, weights: contrastive(a, b)
     features = extract(embed_original, images, batch_size=settings.batch_size)
     features = gather(features.to(next(embed_original.parameters()).device), ranks)
     variance = features.var(0).mean().clamp(min=1e-12)
-    return lambda a, b: (a - b).square().mean() / variance / ranks.count
+    return lambda a, b, weights: (a - b).square().mean(1) @ weights / variance
 
 
 def loss_terms(
@@ -321,19 +326,39 @@ def loss_terms(
     """
     anchor, positive, found = _embed_views(embed, views, settings, ranks)
     pull = distill = align = torch.zeros((), device=anchor.device)
-    if settings.pull > 0:
-        home = anchor.detach()
-        if settings.anchor == "original":
-            with torch.no_grad():
-                home = embed_original(views.clean)
-        pull = compare(home, found)
-    if settings.distill > 0:
-        with torch.no_grad():
+    before = home = anchor.detach()
+    with torch.no_grad():
+        if settings.distill > 0 or settings.trim > 0:
             before = embed_original(views.anchor)
-        distill = compare(anchor, before)
+        if settings.pull > 0 and settings.anchor == "original":
+            home = embed_original(views.clean)
+    weights = trimmed_weights(anchor.detach(), before, settings.trim, ranks=ranks)
+    if settings.pull > 0:
+        pull = compare(home, found, weights)
+    if settings.distill > 0:
+        distill = compare(anchor, before, weights)
     if settings.align > 0:
-        align = compare(anchor, positive)
+        align = compare(anchor, positive, weights)
     return LossTerms(pull, distill, align)
+
+
+def trimmed_weights(
+    features: Features, before: Features, share: float, *, ranks: Ranks = ALONE
+) -> Weights:
+    """Return weights of images: 0 for the share of a batch that moved most, the others' are equal.
+
+    An image that carries the trigger is at the attacker's class in the original. As the backdoor
+    goes it moves further than others, and held there it would keep the backdoor.
+
+    Args:
+        features: Under the network under repair.
+        before: Of the same images under the original.
+        share: Of all ranks' images; a part of an image is none.
+    """
+    moved = gather((features - before).square().sum(1), ranks)
+    kept = len(moved) - int(share * len(moved))
+    weights = (moved <= moved.sort().values[kept - 1]).to(moved.dtype)
+    return own(weights / weights.sum(), ranks)
 
 
 def weighted_sum(terms: LossTerms, settings: PurifySettings) -> Scalar:

@@ -190,6 +190,8 @@ class PurifySettings:
         anchor: Where found images are brought back to. ``original``: the original's features of
             the same view, before the search; ``view``: the tuned features of another view, as in
             the paper.
+        trim: Share of each batch that is left out of the squared distances: the images whose plain
+            features have moved most from the original's. It frees those that carry the trigger.
         temperature: Of the contrastive loss.
         epochs: Passes over the images.
         batch_size: Images a step.
@@ -215,6 +217,7 @@ class PurifySettings:
     align: float = 0.0
     loss: Literal["squared", "contrastive"] = "squared"
     anchor: Literal["original", "view"] = "original"
+    trim: float = 0.1
     temperature: float = 0.5
     epochs: Whole = 6
     batch_size: Whole = 64
@@ -245,6 +248,12 @@ class PurifySettings:
                 f"pull + distill + align must be 1, got {self.pull} + {self.distill} + "
                 f"{self.align} = {total:g}"
             )
+        in_range("trim", self.trim, least=0, most=0.5)
+        if self.trim > 0 and self.loss == "contrastive":
+            raise SettingsError(
+                f"trim {self.trim:g}: the contrastive loss compares each image with all others and "
+                "leaves none out; pass --trim 0"
+            )
         learns = self.search.kind == "changes" and self.pull > 0
         if learns and self.batch_size < self.changes.count:
             raise SettingsError(
@@ -263,6 +272,7 @@ _CIFAR10: Mapping[str, Any] = {
     "align": 0.2,
     "loss": "contrastive",
     "anchor": "view",
+    "trim": 0.0,
     "epochs": 15,
     "batch_size": 128,
     "clip": 0.0,
