@@ -156,29 +156,32 @@ def windows_table() -> str:
     return "\n".join(lines)
 
 
+def differences(settings: dict[str, Any]) -> str:
+    """Return which of the flat settings differ from the defaults of ``purify``, in words."""
+    defaults = dict(flatten(asdict(PurifySettings())))
+    differs = {name: value for name, value in settings.items() if value != defaults.get(name)}
+    words = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in differs.items())
+    return ", ".join(words) or "–"
+
+
 def trials_table() -> str:
     """Return the trials on development victims, with the settings that differ from the defaults."""
-    defaults = dict(flatten(asdict(PurifySettings())))
     lines = [
         f"| victim | differs from the defaults | {' | '.join(READINGS.values())} |",
         "|---|---|---|---|---|---|",
     ]
     text = (ROOT / "results/development/trials.jsonl").read_text()
     for trial in sorted(map(json.loads, text.splitlines()), key=lambda trial: trial["victim"]):
-        differs = {k: v for k, v in trial["settings"].items() if v != defaults.get(k)}
-        words = ", ".join(
-            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in differs.items()
-        )
         cells = as_cells(trial["scores"]["after"])
         name = trial["victim"].partition("-")[0]
-        lines.append(f"| {name} | {words or '–'} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {differences(trial['settings'])} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def images_table() -> str:
     """Return what our default does with other images, below what it does with the usual 2,500."""
     lines = [
-        f"| victim | images | epochs | {' | '.join(READINGS.values())} |",
+        f"| victim | images | differs from the defaults | {' | '.join(READINGS.values())} |",
         "|---|---|---|---|---|---|---|",
     ]
     path = ROOT / "results/images.jsonl"
@@ -188,13 +191,12 @@ def images_table() -> str:
         for entry, record in records_of("table1-cpu")
         if entry.row == OURS
     }
-    epochs = PurifySettings().epochs
     for victim in dict.fromkeys(trial["victim"] for trial in trials):
         attack = victim.partition("-")[0]
-        lines.append(f"| {attack} | 2,500 | {epochs} | {' | '.join(as_cells(usual[attack]))} |")
+        lines.append(f"| {attack} | 2,500 | – | {' | '.join(as_cells(usual[attack]))} |")
         for trial in (trial for trial in trials if trial["victim"] == victim):
-            words = [attack, trial["images"], trial["settings"]["epochs"]]
-            lines.append(f"| {' | '.join(map(str, [*words, *as_cells(trial['scores'])]))} |")
+            words = [attack, trial["images"], differences(trial["settings"])]
+            lines.append(f"| {' | '.join([*words, *as_cells(trial['scores'])])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -50,7 +51,7 @@ class Trial(NamedTuple):
 
 
 def trials(split: Split, other: str, attack: Attack, *, size: int) -> list[Trial]:
-    """Return what is tried; small sets also for three times the epochs."""
+    """Return what is tried; small sets also longer, triggered images also without `trim`."""
     own, usual = split.unlabeled, PurifySettings()
     longer = replace(usual, epochs=3 * usual.epochs)
     count = round(TRIGGERED * len(own))
@@ -59,7 +60,10 @@ def trials(split: Split, other: str, attack: Attack, *, size: int) -> list[Trial
     triggered = torch.cat([attack.trigger(own[:count]), own[count:]])
     return [
         *(Trial(f"{few} images", own[:few], s) for few in (500, 250) for s in (usual, longer)),
-        Trial(f"{TRIGGERED:.0%} of them triggered", triggered, usual),
+        *(
+            Trial(f"{TRIGGERED:.0%} of them triggered", triggered, s)
+            for s in (usual, replace(usual, trim=0.0))
+        ),
         Trial(f"{OTHERS:,} images of {Path(other).name}", others.read(range(OTHERS)), usual),
         Trial("Fashion-MNIST", fashion.read(range(len(own))), usual),
     ]
@@ -72,6 +76,7 @@ def main() -> None:
     parser.add_argument("--other", required=True, help="a folder or parquet file of images")
     parser.add_argument("--victims", type=Path, default=Path("results/victims"))
     parser.add_argument("--only", default="*", help="a pattern of victims' names")
+    parser.add_argument("--sets", default="*", help="a pattern of sets' names")
     parser.add_argument("--out", type=Path, default=Path("results/images.jsonl"))
     given = parser.parse_args()
     done = given.out.read_text().splitlines() if given.out.exists() else []
@@ -87,7 +92,7 @@ def main() -> None:
         test = make_test_set(*split.test[:2], attack, classes=len(split.test.classes))
         for trial in trials(split, given.other, attack, size=size):
             key = {"victim": path.stem, **trial.key}
-            if key in there:
+            if key in there or not fnmatch(trial.name, given.sets):
                 continue
             started = time.monotonic()
             repaired, _ = purify(victim, trial.images, trial.settings)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from unbackdoor.cli import app, main
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import PurifySettings, VictimSettings, flatten
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "unbackdoor"]
 
 
@@ -247,3 +250,14 @@ def test_what_processes_cannot_share_is_refused_under_torchrun(monkeypatch, caps
     assert capsys.readouterr().err == (
         "rank 1: error: only purify can be run by torchrun; start this without it\n"
     )
+
+
+def test_output_that_nobody_reads_ends_the_run_without_a_traceback():
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = ["bench", "status", "grids/smoke.toml"]
+    with os.fdopen(writes, "w") as nobody:
+        done = subprocess.run(
+            [*COMMAND, *words], cwd=ROOT, stdout=nobody, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -865,6 +865,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if shared() and "purify" not in words[:1]:
             raise SettingsError("only purify can be run by torchrun; start this without it")
         app(words, exit_on_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads, as in `unbackdoor ... | head`; rich does the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's end fails, too
+        return 1
     except CycloptsError:
         return 2  # cyclopts has printed it
     except UnbackdoorError as error:
