@@ -12,7 +12,9 @@ from unbackdoor.defenses.anp import neuron_layers, prune_by_masks, prune_sensiti
 from unbackdoor.defenses.common import copy_of, split_off
 from unbackdoor.defenses.settings import AnpSettings
 
-SETTINGS = AnpSettings(iterations=4, batch_size=6, batch_norm="running", learning_rate=0.5)
+SETTINGS = AnpSettings(
+    iterations=4, batch_size=6, batch_norm="running", learning_rate=0.5, augment="none"
+)
 
 
 def tiny_backbone():
@@ -41,18 +43,20 @@ def naive_masks(backbone, data, settings):
 
     def loss_of(scale, offset, images, labels):
         x = backbone.body.conv((images - 0.5) / 0.5)
-        mean, var = (v[:, None, None] for v in (norm.running_mean, norm.running_var))
+        if settings.batch_norm == "batch":
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        else:
+            mean, var = norm.running_mean, norm.running_var
+        mean, var = mean[:, None, None], var[:, None, None]
         normalized = (x - mean) / (var + norm.eps).sqrt()
         x = normalized * (scale * weight)[:, None, None] + (offset * shift)[:, None, None]
         return F.cross_entropy(head(x.relu().mean((2, 3))), labels)
 
     draws = torch.Generator().manual_seed(settings.seed)
     order = torch.Generator().manual_seed(settings.seed)
-    mask, velocity, batches = torch.ones(5), torch.zeros(5), []
+    mask, velocity = torch.ones(5), torch.zeros(5)
     for _ in range(settings.iterations):
-        if not batches:
-            batches = [*torch.randperm(len(data.images), generator=order).split(6)]
-        rows = batches.pop(0)
+        rows = torch.randint(len(data.images), (6,), generator=order)
         images, labels = data.images[rows].float() / 255, data.labels[rows]
         delta = (epsilon * (2 * torch.rand(5, generator=draws) - 1)).requires_grad_(True)
         xi = (epsilon * (2 * torch.rand(5, generator=draws) - 1)).requires_grad_(True)
@@ -72,10 +76,12 @@ def naive_masks(backbone, data, settings):
     return mask
 
 
-def test_the_search_for_masks_is_the_papers_algorithm_written_out():
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_the_search_for_masks_is_the_papers_algorithm_written_out(statistics):
     backbone, data = tiny_backbone(), make_data(8, count=12)
-    found = search_masks(backbone, ("bn",), data.images, data.labels, SETTINGS)["bn"]
-    expected = naive_masks(backbone, data, SETTINGS)
+    settings = replace(SETTINGS, batch_norm=statistics)
+    found = search_masks(backbone, ("bn",), data.images, data.labels, settings)["bn"]
+    expected = naive_masks(backbone, data, settings)
     assert expected.min() < 0.99  # else nothing was searched
     torch.testing.assert_close(found, expected)
 
@@ -113,7 +119,7 @@ def test_the_threshold_is_lowered_until_the_held_out_accuracy_is_kept():
     pruned = copy_of(backbone, "cpu")
     log = prune_by_masks(pruned, masks, split, replace(SETTINGS, kept=1.0))
     assert [threshold for threshold, _ in log["tried"]][:3] == [0.2, 0.15, 0.1]
-    assert log["held_out_accuracy_pruned"] == 1
+    assert log["accuracy_pruned"] == 1
     assert log["pruned"] == {}
     torch.testing.assert_close(features(pruned, data), features(backbone, data))
 
@@ -145,6 +151,22 @@ def test_the_adversary_is_what_singles_neurons_out():
 
 
 def test_what_was_chosen_is_in_the_log():
-    log = prune_sensitive(make_backbone("cifar/wrn16_1"), make_data(16), QUICK["anp"]).log
-    assert log["neurons"] == 464
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    log = prune_sensitive(backbone, data, replace(QUICK["anp"], kept=0.9)).log
+    assert log["neurons"] == sum(map(len, log["masks"].values())) == 464
     assert log["held_out"] == 2
+    assert prune_sensitive(backbone, data, QUICK["anp"]).log["held_out"] == 0
+
+
+def test_batches_are_full_drawn_with_replacement_and_augmented():
+    backbone, data, seen = tiny_backbone(), make_data(8, count=4), []
+    backbone.body.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    settings = replace(SETTINGS, batch_size=9, alpha=1.0)
+    for how in ("none", "shift"):
+        options = replace(settings, augment=how)
+        search_masks(backbone, ("bn",), data.images, data.labels, options)
+    plain = ((data.images.float() / 255 - 0.5) / 0.5).flatten(1)
+    there = [(batch.flatten(1)[:, None] == plain).all(2).any(1) for batch in seen]
+    assert [len(batch) for batch in there] == [9] * 8
+    assert all(batch.all() for batch in there[:4])
+    assert not all(batch.all() for batch in there[4:])

@@ -343,9 +343,9 @@ def loss_terms(
 
 
 def trimmed_weights(
-    features: Features, before: Features, share: float, *, ranks: Ranks = ALONE
+    features: Features, before: Features, times: float, *, ranks: Ranks = ALONE
 ) -> Weights:
-    """Return weights of images: 0 for the share of a batch that moved most, the others' are equal.
+    """Return weights of images: 0 for those of a batch that moved much further than most.
 
     An image that carries the trigger is at the attacker's class in the original. As the backdoor
     goes it moves further than others, and held there it would keep the backdoor.
@@ -353,11 +353,13 @@ def trimmed_weights(
     Args:
         features: Under the network under repair.
         before: Of the same images under the original.
-        share: Of all ranks' images; a part of an image is none.
+        times: Squared distances above so many times their median are left out; 0 keeps all.
+        ranks: Each has a part of the batch; the median is over all of it.
     """
     moved = gather((features - before).square().sum(1), ranks)
-    kept = len(moved) - int(share * len(moved))
-    weights = (moved <= moved.sort().values[kept - 1]).to(moved.dtype)
+    weights = torch.ones_like(moved)
+    if times > 0:
+        weights = (moved <= times * moved.sort().values[len(moved) // 2]).to(moved.dtype)
     return own(weights / weights.sum(), ranks)
 
 

@@ -190,8 +190,9 @@ class PurifySettings:
         anchor: Where found images are brought back to. ``original``: the original's features of
             the same view, before the search; ``view``: the tuned features of another view, as in
             the paper.
-        trim: Share of each batch that is left out of the squared distances: the images whose plain
-            features have moved most from the original's. It frees those that carry the trigger.
+        trim: Images of a batch are left out of the squared distances where their plain features
+            have moved further from the original's than most: by more than this times the median
+            squared distance. It frees images that carry the trigger. 0 leaves none out.
         temperature: Of the contrastive loss.
         epochs: Passes over the images.
         batch_size: Images a step.
@@ -217,7 +218,7 @@ class PurifySettings:
     align: float = 0.0
     loss: Literal["squared", "contrastive"] = "squared"
     anchor: Literal["original", "view"] = "original"
-    trim: float = 0.1
+    trim: float = 3.0
     temperature: float = 0.5
     epochs: Whole = 6
     batch_size: Whole = 64
@@ -248,7 +249,11 @@ class PurifySettings:
                 f"pull + distill + align must be 1, got {self.pull} + {self.distill} + "
                 f"{self.align} = {total:g}"
             )
-        in_range("trim", self.trim, least=0, most=0.5)
+        in_range("trim", self.trim, least=0)
+        if 0 < self.trim < 1:
+            raise SettingsError(
+                f"trim {self.trim:g} would leave out most images; pass 1 or more, or 0 for none"
+            )
         if self.trim > 0 and self.loss == "contrastive":
             raise SettingsError(
                 f"trim {self.trim:g}: the contrastive loss compares each image with all others and "

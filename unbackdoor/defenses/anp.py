@@ -18,12 +18,12 @@ from unbackdoor.defenses.common import (
     OnStep,
     Split,
     accuracy,
+    augment,
     check_finite,
     copy_of,
     counter,
     finished,
     labels_of,
-    shuffled,
     split_off,
     to_unit,
     zero_rows,
@@ -66,13 +66,15 @@ def prune_sensitive(
         Wu and Wang 2021, https://arxiv.org/abs/2110.14430.
 
     Differs from the paper: a mask scales both weights and shift of its neuron, so that a pruned
-    neuron emits nothing; and the threshold is lowered where the held-out part of the defender's
-    images asks for it.
+    neuron emits nothing; and with ``kept``, the threshold is lowered where the held-out part of the
+    defender's images asks for it.
     """
     labels = labels_of(backbone, data)
     repaired = copy_of(backbone, device)
     layers = neuron_layers(repaired)
-    split = split_off(data.images, labels, held_out=settings.held_out, seed=settings.seed)
+    split = Split(data.images, labels, data.images, labels)  # a fixed threshold needs none
+    if settings.kept > 0:
+        split = split_off(data.images, labels, held_out=settings.held_out, seed=settings.seed)
     count = counter(settings.iterations, on_step)
     masks = search_masks(repaired, layers, split.images, split.labels, settings, count=count)
     log = prune_by_masks(repaired, masks, split, settings)
@@ -131,10 +133,11 @@ def search_masks(
         for _ in range(settings.iterations):
             raw, truth = next(batches)
             batch, truth = to_unit(raw, backbone.mean), truth.to(device)
-            noise = find_noise(backbone, masks, batch, truth, settings, generator=generator)
-            clean = masked_loss(backbone, masks, None, batch, truth)
-            worst = masked_loss(backbone, masks, noise, batch, truth)
-            loss = settings.alpha * clean + (1 - settings.alpha) * worst
+            loss = settings.alpha * masked_loss(backbone, masks, None, batch, truth)
+            if settings.alpha < 1:
+                noise = find_noise(backbone, masks, batch, truth, settings, generator=generator)
+                worst = masked_loss(backbone, masks, noise, batch, truth)
+                loss = loss + (1 - settings.alpha) * worst
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -237,10 +240,11 @@ def prune_by_masks(
         "threshold": chosen,
         "pruned": pruned,
         "neurons": sum(len(mask) for mask in masks.values()),
-        "held_out": len(split.held_labels),
-        "held_out_accuracy_before": before,
-        "held_out_accuracy_pruned": reached,
+        "held_out": len(split.held_labels) if settings.kept > 0 else 0,
+        "accuracy_before": before,  # of what is held out, or else of all images
+        "accuracy_pruned": reached,
         "tried": tried,
+        "masks": {name: [round(m, 4) for m in mask.tolist()] for name, mask in masks.items()},
     }
 
 
@@ -254,10 +258,11 @@ def _stepped(change: Tensor, gradient: Tensor | None, settings: AnpSettings) -> 
 def _endless(
     images: RawImages, labels: Labels, settings: AnpSettings
 ) -> Iterator[tuple[RawImages, Labels]]:
+    """Yield full batches, drawn with replacement and augmented."""
     generator = torch.Generator().manual_seed(settings.seed)
     while True:
-        for rows in shuffled(len(images), settings.batch_size, generator=generator):
-            yield images[rows], labels[rows]
+        rows = torch.randint(len(images), (settings.batch_size,), generator=generator)
+        yield augment(images[rows], settings.augment, generator=generator), labels[rows]
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +196,7 @@ def tune(
             backbone.train()
             for rows in shuffled(len(images), tuning.batch_size, generator=generator):
                 optimizer.param_groups[0]["lr"] = rate_at(tuning, epoch, step / steps)
-                batch = augment(images[rows], tuning, generator=generator)
+                batch = augment(images[rows], tuning.augment, generator=generator)
                 loss = loss_of(to_unit(batch, backbone.mean), labels[rows].to(device))
                 optimizer.zero_grad()
                 loss.backward()
@@ -215,9 +215,11 @@ def shuffled(count: int, batch_size: int, *, generator: torch.Generator) -> Iter
             yield rows
 
 
-def augment(batch: RawImages, tuning: Tuning, *, generator: torch.Generator) -> RawImages:
-    """Return a batch, augmented as the settings say."""
-    if tuning.augment == "none":
+def augment(
+    batch: RawImages, how: Literal["shift", "none"], *, generator: torch.Generator
+) -> RawImages:
+    """Return a batch, moved by up to an eighth of its side and mirrored at random, or as it is."""
+    if how == "none":
         return batch
     return shift_and_flip(batch, margin=max(1, batch.shape[-1] // 8), generator=generator)
 
