@@ -19,3 +19,16 @@ def test_the_measurement_of_speed_runs_and_times_every_part(tmp_path):
     for part in record["parts"]:
         assert all(min(row["seconds"]) > 0 for row in part["rows"].values())
     assert min(share["share"] for share in record["shares"]) > 0
+
+
+@pytest.mark.slow
+def test_the_measurement_of_costs_runs_and_draws_its_curves(tmp_path):
+    out, plot = tmp_path / "curves.json", tmp_path / "curves.svg"
+    command = [sys.executable, str(ROOT / "benchmarks/curves.py"), "--quick", "--timed", "2"]
+    subprocess.run([*command, "--out", str(out), "--plot", str(plot)], check=True, timeout=300)
+    points = json.loads(out.read_text())["points"]
+    assert [(point["curve"], point["value"]) for point in points] == [("images", 200), ("size", 16)]
+    for point in points:
+        assert 0 < point["step"] < point["start"] < point["epoch"]
+        assert point["memory"] > 2**27
+    assert plot.read_text().count("<svg") == 1
