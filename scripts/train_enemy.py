@@ -23,6 +23,7 @@ from unbackdoor.attacks.named import attack_record, named_attack
 from unbackdoor.attacks.poisoning import Attack, poison
 from unbackdoor.backbones import Backbone, build, network_state
 from unbackdoor.bench.obtain import Found, open_victim
+from unbackdoor.cbd import LEARNED_ON
 from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import LabeledImages, load_labeled
@@ -34,7 +35,6 @@ from unbackdoor.victims import augmented, train_supervised
 
 ARCH, SIZE, SEED = "cifar/wrn16_1", 32, 0
 VICTIM = Path("results/victims/badnets-supervised-seed0.safetensors")
-LEARNED_ON = 512  # images on which an epoch's changes are learned, as in `purify`
 
 
 class Hardening(NamedTuple):
