@@ -20,7 +20,7 @@ DETECTION = Detection("bccd", "trainval", "test", (), DetectionSettings())
 def test_a_key_stays_what_it_is_for_records_are_found_by_it():
     assert VICTIM.key == key_of(asdict(VICTIM))
     assert CELL.key == "15220807a147dcd9e10d"
-    assert "detection" not in as_record(CELL)  # which cells did not have then
+    assert not {"detection", "code"} & as_record(CELL).keys()  # which cells did not have then
 
 
 def test_a_key_does_not_depend_on_the_order_of_a_table():
@@ -44,6 +44,7 @@ def test_each_part_of_a_cell_and_of_its_victim_is_part_of_the_key():
         replace(CELL, victim=replace(VICTIM, seed=1)),
         replace(CELL, victim=replace(VICTIM, settings=VictimSettings())),
         replace(CELL, victim=replace(VICTIM, settings=VictimSettings(epochs=1))),
+        replace(CELL, code="1a2b"),
         replace(CELL, detection=DETECTION),
         replace(CELL, detection=replace(DETECTION, data="VOC2007")),
         replace(CELL, detection=replace(DETECTION, train="train")),

@@ -1,3 +1,4 @@
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from unbackdoor.bench.grid import (
     data_name,
     describe_schedule,
     entries,
+    find_own,
     read_grid,
     settings_of,
     unique_cells,
@@ -196,6 +198,94 @@ def test_what_detectors_cannot_be_trained_on_is_refused(write, old, new, message
 def test_detection_is_a_table(write):
     with pytest.raises(SettingsError, match="detection is a table, got 'voc:bccd'"):
         read_grid(write("seeds =", 'detection = "voc:bccd"\nseeds ='))
+
+
+OWN = """
+from dataclasses import dataclass
+from unbackdoor.errors import SettingsError
+
+@dataclass(frozen=True)
+class Settings:
+    factor: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.factor < 0:
+            raise SettingsError("factor is at least 0")
+
+def shrink(backbone, data, settings: Settings, *, device="cpu", on_step=None):
+    pass
+
+def plain(backbone, data, settings, *, device="cpu", on_step=None):
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A file with two defenses, in a folder beside the grid's."""
+    path = tmp_path / "mine" / "own.py"
+    path.parent.mkdir()
+    path.write_text(OWN)
+    return path
+
+
+def test_a_row_may_be_a_defense_in_a_file_beside_the_grid(write, own):
+    path = write('defense = "anp"', 'defense = "mine/own.py:shrink"')
+    path = write("iterations = 50, epsilon", "factor", text=path.read_text())
+    grid = read_grid(path)
+    cells = {entry.cell.seed: entry.cell for entry in entries(grid) if entry.row == "ANP"}
+    cell = cells[1]
+    assert cell.defense == "own.py:shrink"  # no place on this machine
+    assert cell.code == hashlib.sha256(OWN.encode()).hexdigest()
+    assert cell.settings == (("factor", 0.25), ("seed", 1))
+    assert (cell.labels, cell.share) == ("none", 0.05)  # it is told what the row says, like others
+    assert find_own(cell, (str(own) + ":plain", str(own) + ":shrink")) == f"{own}:shrink"
+
+    own.write_text(OWN + "# another\n")
+    changed_cells = [entry.cell for entry in entries(grid) if entry.row == "ANP"]
+    assert not {c.key for c in changed_cells} & {c.key for c in cells.values()}
+    with pytest.raises(SettingsError, match=r"own\.py:shrink is not what it was when the grid"):
+        find_own(cell, (f"{own}:shrink",))
+    own.write_text(OWN.replace("factor: float = 0.5", "factor: float = 0.5\n    more: int = 3"))
+    again = [entry.cell for entry in entries(grid) if entry.row == "ANP"]
+    assert ("more", 3) in again[0].settings  # the changed file was read again
+
+
+def test_a_file_moved_elsewhere_is_the_same_cell(write, own, tmp_path):
+    row = 'defense = "mine/own.py:plain"\nlabels = "pseudo"'
+    text = write('settings = { iterations = 50, epsilon = "1/4" }', "").read_text()
+    first = entries(read_grid(write('defense = "anp"', row, text=text)))
+    own.rename(tmp_path / "own.py")
+    moved = entries(read_grid(write('defense = "anp"', row.replace("mine/", ""), text=text)))
+    assert [entry.cell.key for entry in first] == [entry.cell.key for entry in moved]
+    cells = {entry.row: entry.cell for entry in moved}
+    assert (cells["ANP"].labels, cells["ANP"].share) == ("pseudo", 0.05)
+    assert cells["ANP"].settings == ()
+
+
+@pytest.mark.parametrize(
+    ("defense", "settings", "message"),
+    [
+        (
+            "mine/none.py:shrink",
+            "",
+            "row 'ANP': .*none.py: no such file; defense is a name or path",
+        ),
+        ("mine/own.py:shrin", "", "row 'ANP': .*own.py has no function 'shrin'; it has .*shrink"),
+        ("mine/own.py", "", "defense 'mine/own.py' is unknown; .*path/to/file.py:function"),
+        ("mine/own.py:shrink", "facto = 2", "setting 'facto' is unknown; did you mean 'factor'"),
+        ("mine/own.py:shrink", "factor = true", "row 'ANP': factor is of type float, got True"),
+        ("mine/own.py:shrink", "factor = -1", "row 'ANP': factor is at least 0"),
+        ("mine/own.py:plain", "factor = 1", "setting 'factor' is unknown"),
+    ],
+)
+def test_a_file_without_the_defense_or_the_setting_is_refused(
+    write, own, defense, settings, message
+):
+    text = write('iterations = 50, epsilon = "1/4"', settings).read_text()
+    with pytest.raises(SettingsError, match=message):
+        read_grid(write('defense = "anp"', f'defense = "{defense}"', text=text))
 
 
 def test_a_path_is_relative_to_the_grid_file(write, tmp_path):

@@ -20,6 +20,7 @@ from unbackdoor.bench.run import (
     run_cells,
 )
 from unbackdoor.bench.store import forget_failures, is_running, open_store, read_record
+from unbackdoor.cli import main
 from unbackdoor.data import load_labeled
 from unbackdoor.defense_jobs import load_pool
 from unbackdoor.errors import DataError
@@ -154,6 +155,78 @@ def test_a_grid_runs_and_each_record_says_all(run, store, cells):
     assert clean.shape == (6, 3, 8, 8)
     assert (clean != triggered).any()
     assert not any((store.folder / "running").iterdir())
+
+
+OWN = """
+import copy
+from dataclasses import dataclass
+import torch
+from unbackdoor.defenses.common import Defended
+
+@dataclass(frozen=True)
+class Settings:
+    factor: float = 0.5
+
+def shrink(backbone, data, settings: Settings, *, device="cpu", on_step=None):
+    repaired = copy.deepcopy(backbone)
+    with torch.no_grad():
+        repaired.body.conv1.weight.mul_(settings.factor)
+    return Defended(repaired, {"factor": settings.factor, "told": data.labels is not None})
+
+def returns_nothing(backbone, data, settings, *, device="cpu", on_step=None):
+    pass
+"""
+ROWS = """
+[[rows]]
+name = "No Defense"
+defense = "none"
+
+[[rows]]
+name = "mine"
+defense = "mine.py:shrink"
+labels = "given"
+settings = { factor = 0 }
+
+[[rows]]
+name = "mine, as it is"
+defense = "mine.py:shrink"
+settings = { factor = 1 }
+
+[[rows]]
+name = "broken"
+defense = "mine.py:returns_nothing"
+"""
+
+
+def test_a_defense_in_a_file_is_run_and_scored_like_ours(data, tmp_path, capsys):
+    text = GRID.format(data=data, victims=tmp_path / "given").partition("[[rows]]")[0]
+    path, results = tmp_path / "grid.toml", tmp_path / "results"
+    path.write_text(f"{text.replace('[victim]', 'clean = false' + chr(10) + '[victim]')}{ROWS}")
+    (tmp_path / "mine.py").write_text(OWN)
+    command = ["bench", "run", str(path), "--results", str(results), "--device", "cpu"]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert "mine.py:returns_nothing returned a NoneType; a defense returns Defended" in said.out
+    assert "1 cells failed" in said.err
+
+    cells = {entry.row: entry.cell for entry in entries(read_grid(path))}
+    store = open_store(results)
+    records = {row: record_of(store, cells[row]) for row in ("No Defense", "mine")}
+    mine = records["mine"]
+    assert mine["cell"]["code"] == cells["mine"].code
+    assert mine["log"] == {"factor": 0.0, "told": True}
+    assert mine["told"]["labels"] == "given"
+    assert mine["flags"] == records["No Defense"]["flags"]
+    same = record_of(store, cells["mine, as it is"])
+    assert same["log"] == {"factor": 1.0, "told": False}
+    assert same["scores"]["after"] == records["No Defense"]["scores"]["after"]
+    assert mine["scores"]["after"]["head"]["acc"] == 0.5  # it sees nothing: one of two classes
+    assert str(tmp_path) not in json.dumps(mine)
+
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write("# another\n")
+    assert main(["bench", "status", str(path), "--results", str(results)]) == 0
+    assert "1 done, 0 running, 0 failed, 3 left" in capsys.readouterr().out
 
 
 def test_a_clean_victim_is_scored_under_the_attack_and_trained_once(run, store, cells):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import safetensors
@@ -93,6 +94,7 @@ def test_the_three_files_are_those_of_purify_and_tell_what_was_done(victim, phot
     page = outputs.report.read_text()
     assert page.startswith("<!DOCTYPE html>")
     assert "Defended by fine-tuning" in page
+    assert "pseudo-labels" not in page
     assert str(tmp_path) not in outputs.record.read_text() + page
     assert not outputs.state.exists()
 
@@ -102,6 +104,10 @@ def test_pseudo_labels_are_scored_where_the_truth_is_known(victim, photos, tmp_p
     labels = json.loads(outputs.record.read_text())["labels"]
     assert labels["kind"] == "pseudo"
     assert 0.2 < labels["pseudo_label_accuracy"] < 0.8  # an untrained network guesses
+    page = outputs.report.read_text()
+    assert re.search(
+        rf"pseudo-labels that are right.*{labels['pseudo_label_accuracy']:.1%}", page, re.DOTALL
+    )
 
 
 def test_a_label_free_defense_takes_a_folder_without_classes(victim, photos, tmp_path):
@@ -221,6 +227,24 @@ def test_settings_are_read_as_what_they_are():
 def test_the_seed_is_the_defenses_too_unless_it_is_set():
     assert find_defense("nad", seed=5).settings.seed == 5
     assert find_defense("nad", ["seed=2"], seed=5).settings.seed == 2
+
+
+def test_the_command_line_runs_a_defense_of_ones_own(victim, photos, own, tmp_path, capsys):
+    out = tmp_path / "clean.safetensors"
+    words = ["defend", f"{own}:shrink", str(victim), "--arch", "cifar/wrn16_1", "--size", "16"]
+    words += ["--data", photos, "--device", "cpu", "--out", str(out), "--share", "1/10"]
+    assert main([*words, "--labels", "pseudo", "--set", "factor=1/4"]) == 0
+    assert re.search(r"pseudo-labels are right for \d+\.\d% of them", capsys.readouterr().out)
+    torch.testing.assert_close(
+        load_file(out)["conv1.weight"], load_file(victim)["conv1.weight"] / 4
+    )
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["log"] == {"seed": 0, "labels": True}
+    assert main([*words, "--force", "--set", "facto=1"]) == 2
+    assert "Settings has no setting 'facto'; did you mean 'factor'" in capsys.readouterr().err
+    words[1] = f"{own}:shrin"
+    assert main([*words, "--force"]) == 2
+    assert "mine.py has no function 'shrin'" in capsys.readouterr().err
 
 
 def test_the_command_line_runs_a_defense_and_says_what_is_wrong(victim, photos, tmp_path, capsys):

@@ -303,7 +303,10 @@ def report_of(record: Mapping[str, Any]) -> str:
         f"{after['cosine']:.3f} to the original and {after['neighbours']:.0%} of their nearest "
         "neighbours. None of this says that the file was, or is no longer, backdoored."
     )
-    log = tuple((name, str(value)) for name, value in flatten(record["log"]))
+    log = [(name, str(value)) for name, value in flatten(record["log"])]
+    agreement = record["labels"]["pseudo_label_accuracy"]
+    if agreement is not None:
+        log.insert(0, ("pseudo-labels that are right", f"{agreement:.1%}"))
     return render_report(
         f"Defended by {record['defense']}: {source['name']}",
         summary,

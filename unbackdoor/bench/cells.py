@@ -79,13 +79,14 @@ class Cell:
         victim: See :class:`Victim`; tables share these as well.
         attack: What the backbone is scored under: the victim's own attack, or, for a clean victim,
             any.
-        defense: ``none``, ``cbd``, or a name in ``DEFENSES``.
+        defense: ``none``, ``cbd``, a name in ``DEFENSES``, or ``file.py:function``, no folder.
         settings: All of the defense's as sorted pairs of a dotted name and a value; without
             ``changes.*`` where no changes are learned.
         labels: What the defense is told beside the images.
         share: Of the training images, that the defense has.
         seed: Of the split and of the defense.
         detection: The detector that follows; ``None`` for the scores of the backbone alone.
+        code: SHA-256 of the file that holds the defense, where a file does.
     """
 
     victim: Victim
@@ -96,6 +97,7 @@ class Cell:
     share: float
     seed: int
     detection: Detection | None = None
+    code: str = ""
 
     @property
     def key(self) -> str:
@@ -104,8 +106,10 @@ class Cell:
 
 
 def as_record(cell: Cell) -> dict[str, Any]:
-    """Return all that makes the key of a cell; one without a detector does not mention any."""
+    """Return all that makes the key of a cell; without a detector or a file, none is mentioned."""
     values = asdict(cell)
+    if not cell.code:
+        del values["code"]
     if cell.detection is None:
         del values["detection"]
     return values

@@ -32,16 +32,18 @@
 """
 
 import difflib
+import hashlib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from unbackdoor.bench.cells import CBD, CLEAN, DEMO, NO_DEFENSE, Cell, Detection, Labels, Victim
 from unbackdoor.defenses import DEFENSES
-from unbackdoor.errors import SettingsError
+from unbackdoor.errors import ArchitectureError, SettingsError
 from unbackdoor.settings import (
     PRESETS,
     DetectionSettings,
@@ -56,6 +58,7 @@ Tier = Literal["paper", "h200", "cpu", "smoke"]
 SHARES: Mapping[str, float] = {"given": 0.01, "pseudo": 0.05, "none": 0.05}  # the paper's
 CLEAN_ROW = "Clean victim"
 ATTACKS = ("badnets", "blend", "sig", "wanet", "cla")  # names only: this module loads no torch
+OWN = "path/to/file.py:function"
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ class Row:
 
     Attributes:
         name: In the table, and in the paper's where that has it.
-        defense: ``none``, ``cbd``, or a name in ``DEFENSES``.
-        labels: What the defense is told; by default, given where it needs any.
+        defense: ``none``, ``cbd``, a name in ``DEFENSES``, or ``path/to/file.py:function``, as
+            ``unbackdoor defend`` takes it.
+        labels: What the defense is told; by default, given where it needs any, and none to a file.
         share: Of the training images; the paper's by default.
         settings: What differs from the defense's defaults.
         oracle: Why a choice in it could not have been made by a defender; a flag in the table.
@@ -152,11 +156,11 @@ class Entry(NamedTuple):
 
 
 def read_grid(path: Path) -> Grid:
-    """Read a grid file.
+    """Read a grid file; files that hold the defense of a row are run.
 
     Raises:
         SettingsError: If it cannot be read, lacks a key, or holds an unknown key, defense, attack
-            or setting; the nearest name is given.
+            or setting; the nearest name is given. Or if the file of a defense fails.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -165,7 +169,13 @@ def read_grid(path: Path) -> Grid:
     rows = table.pop("rows", [])
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise SettingsError(f"{path}: has no rows; a row is a table [[rows]]")
-    made = tuple(_make(Row, row, f"{path.name}, a row") for row in rows)
+    made: tuple[Row, ...] = tuple(_make(Row, row, f"{path.name}, a row") for row in rows)
+    made = tuple(
+        replace(row, defense=str((path.parent / row.defense).resolve()))
+        if is_own(row.defense)
+        else row
+        for row in made
+    )
     if "detection" in table:
         table["detection"] = _task(path, table["detection"])
     grid: Grid = _make(Grid, {**table, "name": path.stem, "rows": made}, path.name)
@@ -237,12 +247,13 @@ def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> C
     return Cell(
         victim=victim,
         attack=attack,
-        defense=row.defense,
+        defense=Path(row.defense).name,
         settings=tuple(sorted(flatten(values))),
         labels=labels if row.defense != NO_DEFENSE else "none",
         share=(row.share or SHARES[labels]) if row.defense != NO_DEFENSE else 0.0,
         seed=seed,
         detection=make_detection(grid, seed),
+        code=hash_of(row.defense),
     )
 
 
@@ -278,14 +289,46 @@ def row_settings(grid: Grid, row: Row, seed: int) -> Any:
         if preset not in PRESETS:
             raise SettingsError(f"{where}: {_unknown('preset', preset, PRESETS)}")
         return replace(changed(purify_preset(preset), table, where), seed=seed)
-    settings = changed(DEFENSES[row.defense].settings(), row.settings, where)
+    own = is_own(row.defense)
+    defaults = _own_defaults(row.defense, where) if own else DEFENSES[row.defense].settings()
+    settings = changed(defaults, row.settings, where)
     has_seed = any(item.name == "seed" for item in fields(settings))
     return replace(settings, seed=seed) if has_seed else settings
 
 
-def settings_of(cell: Cell) -> Any:
-    """Return the settings dataclass that ``cell`` holds as pairs."""
-    defaults = PurifySettings() if cell.defense == CBD else DEFENSES[cell.defense].settings()
+def is_own(defense: str) -> bool:
+    """Return whether a row's defense is a function in a file."""
+    return defense.rpartition(":")[0].endswith(".py")
+
+
+def hash_of(defense: str) -> str:
+    """Return the SHA-256 of the file that holds a defense; nothing if none does."""
+    path = Path(defense.rpartition(":")[0])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def find_own(cell: Cell, places: Iterable[str]) -> str:
+    """Return the one of ``places`` that has the defense of a cell, or a name as it is.
+
+    Raises:
+        SettingsError: If the file is no longer there, or no longer the same.
+    """
+    if not cell.code:
+        return cell.defense
+    for place in places:
+        if Path(place).name == cell.defense and hash_of(place) == cell.code:
+            return place
+    raise SettingsError(f"{cell.defense} is not what it was when the grid was read; start again")
+
+
+def settings_of(cell: Cell, defaults: Any = None) -> Any:
+    """Return the settings dataclass that ``cell`` holds as pairs.
+
+    Args:
+        defaults: Of a defense that is a function in a file.
+    """
+    if defaults is None:
+        defaults = PurifySettings() if cell.defense == CBD else DEFENSES[cell.defense].settings()
     table: dict[str, Any] = {}
     for name, value in cell.settings:
         *outer, last = name.split(".")
@@ -418,7 +461,11 @@ def _check(grid: Grid) -> None:
     drawn = () if grid.detection is None else grid.detection.pictures
     for name, value, known in (
         *(("attack", attack, ATTACKS) for attack in grid.attacks),
-        *(("defense", row.defense, (NO_DEFENSE, CBD, *DEFENSES)) for row in grid.rows),
+        *(
+            ("defense", row.defense, (NO_DEFENSE, CBD, *DEFENSES, OWN))
+            for row in grid.rows
+            if not is_own(row.defense)
+        ),
         *(("features", name, [row.name for row in grid.rows]) for name in grid.features),
         *(("pictures", name, [CLEAN_ROW, *(row.name for row in grid.rows)]) for name in drawn),
     ):
@@ -432,6 +479,26 @@ def _check(grid: Grid) -> None:
             raise SettingsError(f"{grid.name}: {row.name} needs labels, given or pseudo")
     if not grid.seeds or min(grid.seeds) < 0:
         raise SettingsError(f"{grid.name}: seeds are whole numbers from 0, got {grid.seeds}")
+
+
+def _own_defaults(defense: str, where: str) -> Any:
+    """Return the default settings of a defense that is a function in a file."""
+    code = hash_of(defense)
+    if not code:
+        file = defense.rpartition(":")[0]
+        raise SettingsError(f"{where}: {file}: no such file; defense is a name or {OWN}")
+    try:
+        return _run_own(defense, code)
+    except ArchitectureError as error:
+        raise SettingsError(f"{where}: {error}") from error
+
+
+@cache
+def _run_own(defense: str, code: str) -> Any:
+    """Run a file once for each hash of it."""
+    from unbackdoor.defense_jobs import find_defense  # imports torch, so not before it is needed
+
+    return find_defense(defense).settings
 
 
 def _beside(path: Path, place: str) -> str:

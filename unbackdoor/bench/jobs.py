@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from unbackdoor.bench.backends import run_local, run_ray
 from unbackdoor.bench.cells import Cell
 from unbackdoor.bench.detection import check_detectors
-from unbackdoor.bench.grid import Entry, Grid, entries, read_grid, unique_cells
+from unbackdoor.bench.grid import Entry, Grid, entries, is_own, read_grid, unique_cells
 from unbackdoor.bench.obtain import Place
 from unbackdoor.bench.report import report_of
 from unbackdoor.bench.run import pending
@@ -108,6 +108,7 @@ def run_grids(
             features=tuple(e.cell.key for e in plan.found if e.row in plan.grid.features),
             detection=_detection_data(plan.grid),
             pictures=pictured(plan),
+            own=tuple(row.defense for row in plan.grid.rows if is_own(row.defense)),
         )
         common: dict[str, Any] = {"workers": workers, "say": say}
         if backend == "ray":

@@ -39,6 +39,7 @@ class Place(NamedTuple):
     detection: str = ""  # see ``load_voc``; for cells with a detector
     pictures: tuple[str, ...] = ()  # keys of cells whose detections shall be kept for the report
     seconds_between_states: float = SECONDS_BETWEEN_STATES  # of a detector; least time
+    own: tuple[str, ...] = ()  # defenses that are functions in files, as path/to/file.py:function
 
 
 class Sets(NamedTuple):

@@ -19,7 +19,7 @@ from unbackdoor.backbones import Backbone, Loaded, network_state
 from unbackdoor.bench.cells import CBD, CLEAN, NO_DEFENSE, Cell, Victim, as_record, describe
 from unbackdoor.bench.detection import detect_cell
 from unbackdoor.bench.features import cell_features
-from unbackdoor.bench.grid import data_name, settings_of
+from unbackdoor.bench.grid import data_name, find_own, settings_of
 from unbackdoor.bench.obtain import (
     Found,
     OnStep,
@@ -255,7 +255,7 @@ def defend_cell(
     attack = attack_of(cell, found, size=loaded.size)
     delivered = shared.before(found, cell.attack, cell.victim, cell.seed, place, shared.load)
     defended = time.monotonic()
-    alike = (cell.defense, cell.settings, cell.labels, cell.share, cell.seed)
+    alike = (cell.defense, cell.code, cell.settings, cell.labels, cell.share, cell.seed)
     if alike not in shared.repairs:
         shared.repairs[alike] = repair(cell, loaded, sets.train, store, place, on_step=on_step)
     repaired = shared.repairs[alike]
@@ -357,8 +357,9 @@ def repair(
         labels = predict(backbone, pool.images)
         told["pseudo_label_accuracy"] = (labels == pool.labels).float().mean().item()
         data = DefenseData(pool.images, labels)
-    chosen = find_defense(cell.defense, seed=cell.seed)
-    result = chosen.function(backbone, data, settings_of(cell), device=device, on_step=on_step)
+    chosen = find_defense(find_own(cell, place.own), seed=cell.seed)
+    settings = settings_of(cell, chosen.settings)
+    result = chosen.function(backbone, data, settings, device=device, on_step=on_step)
     check_result(result, backbone, cell.defense)
     return Repaired(result.backbone, result.log, [], told)
 

@@ -48,6 +48,7 @@ def cleanse(
     Differs from the paper: by default, features are distilled instead of soft labels, so that a
     backbone needs no head; a head is then kept as it is. The layers' groups are counted in a pass
     instead of named: in a ResNet-18 they are the stem and the four stages, up to a layer.
+    A head's bias is kept, which the authors' code draws anew by the head's share.
     """
     if len(data.images) < 2:
         raise DataError(f"a defense needs two images or more, got {len(data.images)}")
