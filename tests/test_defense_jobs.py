@@ -110,6 +110,16 @@ def test_pseudo_labels_are_scored_where_the_truth_is_known(victim, photos, tmp_p
     )
 
 
+def test_masks_are_whole_in_the_record_and_cut_short_in_the_report(victim, photos, tmp_path):
+    options = ["iterations=1", "batch_size=4"]
+    outputs = run("anp", victim, photos, tmp_path / "clean.pt", labels="given", values=options)
+    masks = json.loads(outputs.record.read_text())["log"]["masks"]
+    assert sum(map(len, masks.values())) == 464
+    page = outputs.report.read_text()
+    assert "(the JSON has all of it)" in page
+    assert str(masks["bn1"]) not in page
+
+
 def test_a_label_free_defense_takes_a_folder_without_classes(victim, photos, tmp_path):
     flat = tmp_path / "photos" / "class0"
     outputs = run("clp", victim, str(flat), tmp_path / "clean.pt", labels="pseudo", share=0.5)

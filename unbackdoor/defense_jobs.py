@@ -36,6 +36,7 @@ from unbackdoor.settings import PurifySettings, flatten
 from unbackdoor.types import Labels, RawImages
 
 UNLABELED, PROBE = 0.05, 0.01  # shares of the training images, as `evaluate` splits them
+SHOWN = 300  # characters of a value in the report
 SHARES = {"given": 0.01, "pseudo": 0.05, "none": 0.05}  # that a defense takes, the CBD paper's
 
 LabelKind = Literal["given", "pseudo", "none"]
@@ -289,6 +290,12 @@ def heads_equal(one: Backbone, other: Backbone) -> bool:
     return all(value.cpu().equal(second[key].cpu()) for key, value in first.items())
 
 
+def in_short(value: object) -> str:
+    """Return a value as the page shows it; a long list is whole in the record only."""
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} … (the JSON has all of it)"
+
+
 def report_of(record: Mapping[str, Any]) -> str:
     """Return the report of one finished defense as an HTML page."""
     after, source, kind = record["evidence"]["after"], record["input"], record["labels"]["kind"]
@@ -303,7 +310,7 @@ def report_of(record: Mapping[str, Any]) -> str:
         f"{after['cosine']:.3f} to the original and {after['neighbours']:.0%} of their nearest "
         "neighbours. None of this says that the file was, or is no longer, backdoored."
     )
-    log = [(name, str(value)) for name, value in flatten(record["log"])]
+    log = [(name, in_short(value)) for name, value in flatten(record["log"])]
     agreement = record["labels"]["pseudo_label_accuracy"]
     if agreement is not None:
         log.insert(0, ("pseudo-labels that are right", f"{agreement:.1%}"))
