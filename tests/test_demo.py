@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from unbackdoor import demo
 from unbackdoor.cli import app
-from unbackdoor.data import load_images
+from unbackdoor.data import LabeledImages, load_images
 from unbackdoor.demo import SETTINGS, UNLABELED, command_line, run_demo, split_images
 from unbackdoor.errors import OutputError
+from unbackdoor.evaluation import Split
 from unbackdoor.jobs import Source
 
 
@@ -55,14 +57,23 @@ def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
     assert (given["images"], given["limit"], given["device"]) == ("fashion-mnist", 2500, "cpu")
 
 
-@pytest.mark.timeout(300)  # a minute on an idle machine
-def test_the_demo_prints_scores_and_writes_one_self_contained_page(tmp_path):
+def test_the_demo_prints_scores_and_writes_one_self_contained_page(tmp_path, monkeypatch):
+    def few_images(seed):  # a minute otherwise
+        unlabeled, probe, test, *_ = split_images(seed)
+        probe, test = (
+            LabeledImages(some.images[:count], some.labels[:count], some.classes)
+            for some, count in ((probe, 90), (test, 300))
+        )
+        return Split(unlabeled[:300], probe, test)
+
+    monkeypatch.setattr(demo, "split_images", few_images)
+    monkeypatch.setattr(demo, "UNLABELED", 300)
     lines = []
     quick = replace(SETTINGS, epochs=1, changes=replace(SETTINGS.changes, steps=1))
     result = run_demo(tmp_path, settings=quick, say=lines.append)
     assert result.victim.head.asr >= 0.95
     text = "\n".join(lines)
-    for word in ("probe ASR", "head ASR", "victim", "fine-tuned with 500 labels", "Does it last?"):
+    for word in ("probe ASR", "head ASR", "victim", "fine-tuned with 90 labels", "Does it last?"):
         assert word in text
     page = (tmp_path / "report.html").read_text()
     assert len(page) < 2_000_000
