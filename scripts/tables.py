@@ -7,7 +7,8 @@ has medians; those in `results/victims/` were written by `unbackdoor attack`; th
 `results/bench/` by `unbackdoor bench run`; `results/searches.json` by
 `scripts/compare_searches.py`; `results/windows.json` by `scripts/scan_windows.py`; the trials in
 `results/development/` by `scripts/try_settings.py`; `results/images.jsonl` by
-`scripts/try_images.py`; those in `results/enemies/` by `unbackdoor evaluate`.
+`scripts/try_images.py`; `results/anp-thresholds.json` by `scripts/anp_thresholds.py`; those in
+`results/enemies/` by `unbackdoor evaluate`.
 """
 
 import argparse
@@ -231,6 +232,19 @@ def read_folder(folder: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((ROOT / folder).glob("*.json"))]
 
 
+def thresholds_table() -> str:
+    """Return what ANP's masks give at the threshold that an oracle would pick."""
+    lines = [
+        f"| masks of | threshold picked | {' | '.join(READINGS.values())} |",
+        "|---|---|---|---|---|---|",
+    ]
+    found = json.loads((ROOT / "results/anp-thresholds.json").read_text())
+    for row, oracle in found.items():
+        cells = as_cells(oracle["scores"])
+        lines.append(f"| {row} | {oracle['picked']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 Table = tuple[str, str, Callable[[], str]]  # file, mark in it, what makes the table
 TABLES: tuple[Table, ...] = (
     ("README.md", "results/demo", lambda: demo_table(read_folder("results/demo"))),
@@ -241,6 +255,7 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/changes.md", "results/development/trials.jsonl", trials_table),
     ("docs/experiments/images.md", "results/images.jsonl", images_table),
     ("docs/experiments/enemies.md", "results/enemies", enemies_table),
+    ("docs/defenses/anp.md", "results/anp-thresholds.json", thresholds_table),
     *(
         (f"docs/defenses/{name}.md", "results/bench", lambda name=name: defense_table(name))
         for name in DEFENSES
