@@ -290,6 +290,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         assert one[:4] == other[:4]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks, and hides it
+@pytest.mark.parametrize("settings", [OURS, QUICK])
+def test_a_search_on_a_compiled_network_ends_where_the_plain_one_does(settings, network, images):
+    plain, compiled = (
+        purify(network, images, settings, compiled=choice) for choice in (False, True)
+    )
+    for one, other in zip(plain.history, compiled.history, strict=True):
+        assert one.pull == pytest.approx(other.pull, rel=0.01)
+    for name, value in compiled.backbone.state_dict().items():
+        torch.testing.assert_close(value, plain.backbone.state_dict()[name], rtol=0.01, atol=1e-3)
+
+
 def test_a_state_with_more_epochs_than_asked_for_is_refused(network, images):
     states = []
     purify(network, images, QUICK, on_epoch=states.append)

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from unbackdoor.devices import (
+    compiled_for_search,
     flops,
     in_precision,
     matrix_limit,
@@ -11,6 +12,7 @@ from unbackdoor.devices import (
     pick_precision,
 )
 from unbackdoor.errors import SettingsError
+from unbackdoor.networks import SMALL_NETWORKS
 
 CPU = torch.device("cpu")
 
@@ -70,3 +72,32 @@ def test_the_matrix_limit_is_more_than_one_small_product_reaches():
     device = torch.device("cpu")
     limit = matrix_limit(device, "fp32", size=512)
     assert 1e8 < limit < 1e15
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_the_gradients_of_the_network_whose_weights_it_shares():
+    network = SMALL_NETWORKS["wrn16_1"](10).eval()
+    images = torch.rand(4, 3, 16, 16)
+    compiled = compiled_for_search(network, images)
+
+    def gradient(net):
+        tried = images.clone().requires_grad_(True)
+        return torch.autograd.grad(net(tried).square().sum(), tried)[0]
+
+    first = gradient(network)
+    torch.testing.assert_close(gradient(compiled), first, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(1.5)
+    assert not gradient(network).allclose(first)
+    torch.testing.assert_close(gradient(compiled), gradient(network), rtol=1e-3, atol=1e-5)
+    assert not any(weight.requires_grad for weight in compiled.parameters())
+
+
+def test_a_network_that_cannot_be_compiled_is_one_message(monkeypatch):
+    def fail(self, **options):
+        self.forward = lambda images: 1 / 0
+
+    monkeypatch.setattr(nn.Module, "compile", fail)
+    with pytest.raises(SettingsError, match=r"cannot be compiled here \(division by zero\)"):
+        compiled_for_search(nn.Linear(2, 1), torch.ones(1, 2))

@@ -32,6 +32,7 @@ NO_SETTINGS = {  # arguments that belong on the command line, and our own comman
     *(
         "device",
         "precision",
+        "compile",
         "resume",
         "force",
         "dry_run",
@@ -182,6 +183,7 @@ def purify(
     max_broken: float = 0.01,
     device: Device = "auto",
     precision: Precision = "auto",
+    compiled: Annotated[bool, Parameter(name="--compile", negative="")] = False,
     resume: Switch = False,
     dry_run: Switch = False,
     force: Switch = False,
@@ -207,6 +209,9 @@ def purify(
         Share of the images that may be broken.
     precision
         bf16 runs the networks in bfloat16; auto does where the device computes it.
+    compiled
+        Search on a compiled network: faster after half a minute, equal up to rounding. Needs a C++
+        compiler.
     resume
         Continue an interrupted run.
     dry_run
@@ -222,6 +227,7 @@ def purify(
         "max_broken": max_broken,
         "device": device,
         "precision": precision,
+        "compiled": compiled,
     }
     try:
         with (

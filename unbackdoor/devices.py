@@ -1,6 +1,7 @@
 """Where to compute, in which precision, and how much memory it took."""
 
 import contextlib
+import copy
 import resource
 import sys
 import time
@@ -61,6 +62,38 @@ class InBfloat16(nn.Module):
 def in_precision(network: nn.Module, precision: Precision) -> nn.Module:
     """Return ``network``, to be run in ``precision``; both share their weights."""
     return network if precision == "fp32" else InBfloat16(network)
+
+
+def compiled_for_search(network: nn.Module, images: Tensor) -> nn.Module:
+    """Return a compiled twin of ``network`` that shares its tensors, for gradients to images alone.
+
+    Weights that an optimizer moves in place are moved in both. Those of the twin ask for no
+    gradient: the compiler would compute it, wanted or not.
+
+    Args:
+        images: A batch to try it on, of a shape to come.
+
+    Raises:
+        SettingsError: If PyTorch cannot compile the network here.
+    """
+    shared: dict[int, Tensor] = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False)
+        for weight in network.parameters()
+    }
+    shared |= {id(buffer): buffer for buffer in network.buffers()}
+    twin = copy.deepcopy(network, shared)
+    twin.compile(dynamic=False)
+    tried = images.detach().requires_grad_(True)
+    try:
+        torch.autograd.grad(twin(tried).sum(), tried)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler of this machine fails with
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SettingsError(
+            f"this network cannot be compiled here ({reason}); run it without --compile"
+        ) from error
+    return twin
 
 
 @contextlib.contextmanager

@@ -17,7 +17,13 @@ from unbackdoor.cbd import LEARNED_ON, EpochLosses, PurifyState, purify, steps_p
 from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import ImageSource, load_images
-from unbackdoor.devices import in_precision, peak_memory, pick_device, pick_precision
+from unbackdoor.devices import (
+    compiled_for_search,
+    in_precision,
+    peak_memory,
+    pick_device,
+    pick_precision,
+)
 from unbackdoor.diagnostics import Evidence, measure
 from unbackdoor.errors import DeviceError, DivergedError, OutputError
 from unbackdoor.matching import describe_match, flat_tree, replace_tensors, state_dicts_apart
@@ -107,6 +113,7 @@ def purify_file(
     max_broken: float = 0.01,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    compiled: bool = False,
     ranks: Ranks = ALONE,
     overwrite: bool = False,
     resume: bool = False,
@@ -123,6 +130,7 @@ def purify_file(
         out: ``.safetensors``: the matched state dict, flat, under its own keys; ``.pt``, ``.pth``
             or ``.bin``: all tensors of the input in its own nesting.
         limit: Take this many of the images, drawn by the seed.
+        compiled: See :func:`purify`.
         ranks: Purify together with other processes, which call this with the same arguments. The
             first of them writes, and may still be at it when the others return.
         overwrite: Replace existing outputs and the state of an earlier run.
@@ -142,6 +150,7 @@ def purify_file(
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=photos.fingerprint)
     of |= describe_network(source, loaded)
     of |= {"device": str(where), "precision": how, "processes": str(ranks.count)}
+    of |= {"compiled": str(compiled)}
     state = load_state(outputs.state, of) if resume else None
     if state is not None:
         say(f"resuming after epoch {len(state.history)} of {settings.epochs}")
@@ -161,6 +170,7 @@ def purify_file(
                 settings,
                 device=where,
                 precision=how,
+                compiled=compiled,
                 ranks=ranks,
                 state=state,
                 on_step=on_step,
@@ -187,6 +197,7 @@ def purify_file(
     record = make_record(source, loaded, images, photos, settings, history, evidence)
     record["images"]["broken"] = broken
     record |= {"device": str(where), "precision": how, "processes": ranks.count}
+    record |= {"compiled": compiled}
     record |= {"output": outputs.tensors.name}
     write_outputs(
         outputs,
@@ -210,6 +221,7 @@ def dry_run(
     max_broken: float = 0.01,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    compiled: bool = False,
     ranks: Ranks = ALONE,
     say: Say = print,
 ) -> Estimate:
@@ -238,6 +250,7 @@ def dry_run(
             replace(settings, epochs=1, batch_size=size, changes=few),
             device=where,
             precision=pick_precision(precision, where),
+            compiled=compiled,
             ranks=ranks,
             on_step=on_step,
         )
@@ -246,6 +259,8 @@ def dry_run(
             network = in_precision(loaded.backbone.to(where), pick_precision(precision, where))
             generator = torch.Generator(where).manual_seed(settings.seed)
             raw = photos.read(range(min(LEARNED_ON, len(photos))))
+            if compiled:
+                network = compiled_for_search(network, raw[:size].to(where).float() / 255)
             moments = []
             for done in (0, few.steps):
                 started, some = time.monotonic(), replace(few, steps=done)
@@ -458,7 +473,7 @@ def write_outputs(
             say(f"not in {outputs.tensors.name}, which is flat: {apart}")
         tree = {**flat_tree(loaded.match, tree)}
     kept = ("unbackdoor", "input", "arch", "images", "settings", "versions", "device", "precision")
-    more = ("processes", "defense", "labels")
+    more = ("compiled", "processes", "defense", "labels")
     provenance = {name: record[name] for name in (*kept, *more) if name in record}
     metadata = {"format": "pt", "unbackdoor": json.dumps(provenance)}  # others ask for a format
     write_text(outputs.record, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
