@@ -171,6 +171,10 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
     original = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
     students = {who: copy.deepcopy(original).requires_grad_(True) for who in ("ours", "plain")}
     ours, theirs = students.values()
+    our_original = copy.deepcopy(original)
+    if device.type == "cpu":  # as purify does
+        for network in (ours, our_original):
+            network.to(memory_format=torch.channels_last)
     generator = torch.Generator(device).manual_seed(0)
     batch = bench.images[:size]
     pixels = batch.to(device).float() / 255
@@ -216,7 +220,7 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
 
     def our_training() -> None:
         seen = cbd.Views(pixels, positive, third, found=third)
-        terms = cbd.loss_terms(ours, original, seen, settings, compare)
+        terms = cbd.loss_terms(ours, our_original, seen, settings, compare)
         optimizers["ours"].zero_grad()
         cbd.weighted_sum(terms, settings).backward()
         optimizers["ours"].step()
@@ -249,8 +253,8 @@ def each_habit() -> dict[str, Habits]:
 
 
 def compare_whole(bench: Bench, arch: str, original: nn.Module) -> None:
-    """Compare one epoch of the whole purification."""
-    settings = replace(bench.settings, epochs=1)
+    """Compare one epoch of the whole purification, with as many search steps as the paper's."""
+    settings = replace(bench.settings, epochs=1, search=PAPER.search)
 
     def ours(variant: Variant) -> Callable[[], Any]:
         network = copy.deepcopy(original).to(memory_format=variant.layout)
@@ -279,8 +283,10 @@ def compare_whole(bench: Bench, arch: str, original: nn.Module) -> None:
 
 def variants(bench: Bench) -> list[Variant]:
     """Return the ways to run ours that this device is for; plain float32 comes first."""
+    if bench.device.type != "cuda":
+        return [Variant("fp32", torch.channels_last)]  # purify itself lays weights out so
     layouts = (torch.contiguous_format, torch.channels_last)
-    precisions: list[Precision] = ["fp32", "bf16"] if bench.device.type == "cuda" else ["fp32"]
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
     return [Variant(precision, layout) for precision in precisions for layout in layouts]
 
 
@@ -288,6 +294,8 @@ def searching_variants(bench: Bench) -> list[Variant]:
     """Return the ways to run our search: those of everything, and compiled ones."""
     plain = variants(bench)
     last = [variant for variant in plain if variant.layout == torch.channels_last]
+    if bench.device.type != "cuda":
+        plain = [Variant("fp32", torch.contiguous_format), *plain]
     return [*plain, *(variant._replace(compiled=True) for variant in last)]
 
 
@@ -544,7 +552,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--networks", nargs="+", help="architectures; by default WRN and ResNet")
     parser.add_argument(
-        "--budget", type=float, default=480, help="seconds; what no longer fits is left out"
+        "--budget", type=float, default=540, help="seconds; what no longer fits is left out"
     )
     parser.add_argument("--batch-size", type=int, help="by default 128 on CUDA and 32 elsewhere")
     parser.add_argument("--steps", type=int, help="of a search; 20 on CUDA and 4 elsewhere")

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from unbackdoor import attack_jobs
 from unbackdoor.attack_jobs import attack_options, make_victim, plan_files, show_attacks
@@ -101,6 +102,40 @@ def test_a_simclr_victim_has_no_head_and_poisons_the_target_class(make):
     assert "180 of 600 images are poisoned (30.00%), 60.00% of those labeled as class 1" in said
     assert record["attack"]["trigger"]["position"] == "center"
     assert not any("fc" in key for key in weights(files))
+
+
+@pytest.mark.parametrize("training", ["supervised", "simclr"])
+def test_a_victim_may_be_trained_on_from_a_checkpoint(training, make, tmp_path):
+    first, *_ = make("clean")
+    start = first.tensors.rename(tmp_path / "start.safetensors")
+    still = replace(QUICK, epochs=1, augment="views", batch_size=40, learning_rate=1e-12)
+    files, record, _ = make("badnets", still, training=training, start=start)
+    assert record["start"] == sha256_of(start)
+    begun, ended = load_file(start), load_file(files.tensors)
+    for name in ended:
+        if name.startswith("fc"):
+            assert not ended[name].allclose(begun[name])
+        elif "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(ended[name], begun[name], rtol=0, atol=1e-6)
+    assert any(name.startswith("fc") for name in ended) == (training == "supervised")
+
+
+def test_a_training_resumes_only_from_where_it_started(make, monkeypatch, tmp_path):
+    first, *_ = make("clean")
+    start = first.tensors.rename(tmp_path / "start.safetensors")
+    monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(attack_jobs, "score_victim", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make("badnets", start=start)
+    with pytest.raises(OutputError, match="start was"):
+        make("badnets", resume=True)
+
+
+def test_a_start_of_another_architecture_is_refused_before_anything_is_written(make, tmp_path):
+    torch.save({"conv1.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "other.pt")
+    with pytest.raises(MismatchError):
+        make("badnets", start=tmp_path / "other.pt")
+    assert not (tmp_path / "out").exists()
 
 
 def test_wanet_is_redrawn_in_every_batch(make):

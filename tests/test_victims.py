@@ -52,6 +52,18 @@ def test_training_learns_reports_its_epochs_and_ends_in_eval_mode(task):
     assert not trained.training
 
 
+@pytest.mark.parametrize("train", [train_supervised, train_simclr])
+def test_training_begins_with_the_tensors_that_it_is_given(train, task):
+    still = replace(SIMCLR, epochs=1, learning_rate=1e-12)
+    given = {"0.weight": torch.full((4, 3, 3, 3), 0.01)}
+    data = task if train is train_supervised else task[:1]
+    network = classifier() if train is train_supervised else backbone()
+    trained = train(network, *data, still, start=given)
+    torch.testing.assert_close(trained[0].weight.detach(), given["0.weight"])
+    with pytest.raises(ValueError, match="the network has no 9.weight"):
+        train(network, *data, still, start={"9.weight": torch.zeros(1)})
+
+
 @pytest.mark.parametrize("augment", ["shift", "views", "none"])
 def test_a_seed_gives_one_network_whatever_its_first_weights(augment, task):
     settings = replace(QUICK, epochs=1, augment=augment)

@@ -102,6 +102,7 @@ class Plan(NamedTuple):
     rows: Tensor  # their numbers in the training set
     split: Split  # to score with
     surrogate: Backbone | None  # a clean classifier, if one was given
+    start: Backbone | None  # to train on, in place of new weights
     target: int  # of the attacks that a clean victim is scored under, too
 
 
@@ -116,6 +117,7 @@ def make_victim(
     options: Mapping[str, Any] | None = None,
     trigger: Mapping[str, str] | None = None,
     surrogate: Path | None = None,
+    start: Path | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     size: int | None = None,
@@ -139,6 +141,8 @@ def make_victim(
         trigger: Attributes of its trigger to replace, as texts.
         surrogate: CLA's clean network, of the same architecture; without it one is made first, as
             a victim of its own in ``out``.
+        start: A checkpoint of the same architecture, whose features are trained on in place of new
+            weights. Heads are new.
         mean: Of the pixels, on the [0, 1] scale; the architecture's by default.
         std: Likewise.
         size: Side of the images in pixels; the architecture's by default.
@@ -163,6 +167,7 @@ def make_victim(
         options=options,
         trigger=trigger,
         surrogate=surrogate,
+        start=start,
         mean=mean,
         std=std,
         size=size,
@@ -227,6 +232,7 @@ def make_victim(
             "sha256": from_tensor(plan.data.images).fingerprint,
         },
         "surrogate": None if surrogate is None else sha256_of(surrogate),
+        "start": None if start is None else sha256_of(start),
         "device": describe_device(where),
         "precision": how,
         "peak_memory": peak_memory(where),
@@ -308,6 +314,7 @@ def plan_victim(
     options: Mapping[str, Any] | None = None,
     trigger: Mapping[str, str] | None = None,
     surrogate: Path | None = None,
+    start: Path | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     size: int | None = None,
@@ -356,8 +363,9 @@ def plan_victim(
             f"{arch} has no head that is known: call its last layer fc, linear, head or "
             "classifier, or pass --simclr"
         )
+    begun = None if start is None else open_source(Source(start, arch, *pixels)).backbone
     plan = Plan(
-        name, attack, training, arch, architecture, pixels, taken, rows, split, None, target
+        name, attack, training, arch, architecture, pixels, taken, rows, split, None, begun, target
     )
     if surrogate is None:
         return plan
@@ -416,6 +424,9 @@ def train(
     network, heads = plan.architecture.network, plan.architecture.heads
     mean, std, _ = plan.pixels
     images = poisoned.images.to(device)
+    start = None
+    if plan.start is not None:
+        start = {f"body.{name}": value for name, value in plan.start.body.state_dict().items()}
     if plan.training == "simclr":
         for name in heads:
             network.set_submodule(name, nn.Identity())
@@ -424,6 +435,7 @@ def train(
             backbone,
             images,
             settings,
+            start=start,
             precision=precision,
             state=state,
             on_step=on_step,
@@ -438,6 +450,7 @@ def train(
         settings,
         attack=redrawn,
         classes=len(plan.data.classes),
+        start=start,
         precision=precision,
         state=state,
         on_step=on_step,
@@ -476,6 +489,7 @@ def train_with_state(
         "images": from_tensor(poisoned.images).fingerprint,
         "labels": hashlib.sha256(poisoned.labels.numpy().data).hexdigest(),
         "attack": json.dumps(None if plan.attack is None else attack_record(plan.attack)),
+        "start": _hash_of(plan.start),
         **as_texts(settings),
     }
     state = _load(path, of) if resume else None
@@ -732,6 +746,14 @@ def _make_surrogate(
         on_step=on_step,
     )
     return files.tensors, resumed
+
+
+def _hash_of(backbone: Backbone | None) -> str:
+    digest = hashlib.sha256()
+    for name, value in () if backbone is None else backbone.body.state_dict().items():
+        data = value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(name.encode() + data)
+    return digest.hexdigest()
 
 
 def _save(path: Path, state: TrainingState, of: dict[str, str]) -> None:

@@ -42,7 +42,8 @@ NO_SETTINGS = {  # arguments that belong on the command line, and our own comman
         "show",
         "target",
     ),
-    *("share", "share_of_target", "all_to_all", "noise", "trigger", "surrogate", "durable"),
+    *("share", "share_of_target", "all_to_all", "noise", "trigger", "surrogate", "start"),
+    "durable",
     *("defend", "labels", "set", "bench"),
     *("detect", "transfer", "backbone", "classes", "stages", "measure", "report"),
 }
@@ -272,6 +273,7 @@ def attack(
     noise: float | None = None,
     trigger: dict[str, str] | None = None,
     surrogate: Path | None = None,
+    start: Path | None = None,
     mean: Mean = None,
     std: Std = None,
     size: Size = None,
@@ -317,6 +319,8 @@ def attack(
         Options of the trigger, such as --trigger.size 8 or --trigger.ratio 0.1.
     surrogate
         CLA: a clean checkpoint of the same architecture; without it, one is trained first.
+    start
+        A checkpoint of the same architecture to train on, in place of new weights; heads are new.
     precision
         bf16 runs the networks in bfloat16; auto does where the device computes it.
     show
@@ -355,6 +359,7 @@ def attack(
             options=options,
             trigger=trigger,
             surrogate=surrogate,
+            start=start,
             mean=mean,
             std=std,
             size=size,

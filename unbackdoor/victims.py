@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ def train_supervised(
     *,
     attack: Attack | None = None,
     classes: int | None = None,
+    start: Mapping[str, Tensor] | None = None,
     precision: Precision = "fp32",
     state: TrainingState | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -58,6 +59,7 @@ def train_supervised(
         labels: On the same device.
         attack: Poisons every batch anew, before it is augmented.
         classes: Number of classes; needed with ``attack``.
+        start: Tensors of the network to begin with, by name; only the others are drawn anew.
         precision: ``bf16`` runs the network in bfloat16.
         state: Continue after its last epoch.
         on_step: Called after every step with the number of steps done and of all steps.
@@ -79,6 +81,7 @@ def train_supervised(
         return F.cross_entropy(run(_laid_out(plain, settings)), truth)
 
     initialize(network, generator=torch.Generator().manual_seed(settings.seed))
+    _begin_with(network, start)
     run = in_precision(network, precision)
     trained = _train(
         network,
@@ -99,6 +102,7 @@ def train_simclr(
     images: RawImages,
     settings: VictimSettings,
     *,
+    start: Mapping[str, Tensor] | None = None,
     precision: Precision = "fp32",
     state: TrainingState | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -122,6 +126,7 @@ def train_simclr(
         width = backbone.eval()(images[:2].cpu().float() / 255).shape[1]
     draws = torch.Generator().manual_seed(settings.seed)
     initialize(backbone, generator=draws)
+    _begin_with(backbone, start)
     first, last = nn.Linear(width, width), nn.Linear(width, settings.projection)
     for layer in (first, last):
         nn.init.kaiming_normal_(layer.weight, generator=draws)
@@ -168,6 +173,12 @@ def rate_at(settings: VictimSettings, progress: float) -> float:
         return settings.learning_rate * progress / settings.warmup
     share = (progress - settings.warmup) / max(settings.epochs - settings.warmup, 1)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(share, 1)))
+
+
+def _begin_with(network: nn.Module, start: Mapping[str, Tensor] | None) -> None:
+    if unknown := set(start or ()) - set(network.state_dict()):
+        raise ValueError(f"the network has no {min(unknown)}")
+    network.load_state_dict(start or {}, strict=False)
 
 
 def _train(

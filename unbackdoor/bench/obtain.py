@@ -130,6 +130,8 @@ def why_not(
     wanted = json.loads(json.dumps({"kind": victim.training, **asdict(settings)}))
     if made.get("training") != wanted:
         return "it was trained with other settings"
+    if made.get("start") is not None:
+        return "it was not trained from new weights"
     if made.get("arch") != victim.arch or (victim.size and made.get("size") != victim.size):
         return "it is another network"
     attack = made.get("attack") or {"name": CLEAN, "target": victim.target}
