@@ -66,7 +66,7 @@ class Point(NamedTuple):
 
 POINTS = (
     *(Point("images", images=count) for count in (2_500, 25_000, 250_000, 1_000_000)),
-    *(Point("size", arch="timm/resnet18", size=side) for side in (32, 64, 128, 224)),
+    *(Point("size", arch="timm/resnet18", size=side, steps=4) for side in (32, 64, 128, 224)),
     *(Point("batch", batch_size=count) for count in (16, 32, 64, 128, 256)),
     *(Point("steps of learning", steps=count) for count in (10, 20, 40, 80)),
 )

@@ -245,6 +245,37 @@ def thresholds_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed_table() -> str:
+    """Return the rates of all candidates, and their times relative to ours."""
+    record = json.loads((ROOT / "results/speed.json").read_text())
+    lines = [
+        "| network: what | candidate | rate | time relative to the first | rounds |",
+        "|---|---|---|---|---|",
+    ]
+    for part in record["parts"]:
+        for name, row in part["rows"].items():
+            middle, low, high = row["ratio"]
+            rate = f"{row['rate']:,.0f} {row['unit']}"
+            times = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            rounds = len(row["seconds"])
+            lines.append(f"| {part['title']} | {name} | {rate} | {times} | {rounds} |")
+    return "\n".join(lines) + "\n"
+
+
+def curves_table() -> str:
+    """Return what ``purify`` costs along every curve."""
+    lines = [
+        "| along | value | index, s | start of an epoch, s | step, s | epoch, s | peak memory, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for point in json.loads((ROOT / "results/curves.json").read_text())["points"]:
+        seconds = (f"{point['index']:.1f}", f"{point['start']:.1f}", f"{point['step']:.2f}")
+        ends = (f"{point['epoch']:,.0f}", f"{point['memory'] / 2**20:,.0f}")
+        cells = " | ".join((f"{point['value']:,}", *seconds, *ends))
+        lines.append(f"| {point['curve']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
 Table = tuple[str, str, Callable[[], str]]  # file, mark in it, what makes the table
 TABLES: tuple[Table, ...] = (
     ("README.md", "results/demo", lambda: demo_table(read_folder("results/demo"))),
@@ -255,6 +286,8 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/changes.md", "results/development/trials.jsonl", trials_table),
     ("docs/experiments/images.md", "results/images.jsonl", images_table),
     ("docs/experiments/enemies.md", "results/enemies", enemies_table),
+    ("docs/speed.md", "results/speed.json", speed_table),
+    ("docs/speed.md", "results/curves.json", curves_table),
     ("docs/defenses/anp.md", "results/anp-thresholds.json", thresholds_table),
     *(
         (f"docs/defenses/{name}.md", "results/bench", lambda name=name: defense_table(name))
