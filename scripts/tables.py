@@ -265,7 +265,7 @@ def speed_table() -> str:
 def curves_table() -> str:
     """Return what ``purify`` costs along every curve."""
     lines = [
-        "| along | value | index, s | start of an epoch, s | step, s | epoch, s | peak memory, MiB |",
+        "| along | value | index, s | start of an epoch | step | whole epoch | peak memory, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for point in json.loads((ROOT / "results/curves.json").read_text())["points"]:

@@ -173,6 +173,20 @@ def test_a_grid_may_say_what_detectors_are_trained_on(write, tmp_path):
     assert not {cell.key for cell in cells.values()} & {cell.key for cell in plain}
 
 
+def test_all_victims_of_a_grid_may_be_trained_on_from_a_file(write, tmp_path):
+    (tmp_path / "begun.safetensors").write_bytes(b"weights")
+    plain = {entry.cell.victim.key for entry in entries(read_grid(write()))}
+    grid = read_grid(write("seeds =", 'start = "begun.safetensors"\nseeds ='))
+    victims = {entry.cell.victim for entry in entries(grid)}
+    assert {victim.start for victim in victims} == {hashlib.sha256(b"weights").hexdigest()}
+    assert not {victim.key for victim in victims} & plain
+    assert "victims: preset cpu, epochs 3, trained on from begun.safetensors" in describe_schedule(
+        grid
+    )
+    with pytest.raises(SettingsError, match=r"start: .*none\.pt: no such file"):
+        read_grid(write("seeds =", 'start = "none.pt"\nseeds ='))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -20,6 +20,7 @@ from unbackdoor.bench.run import (
     run_cells,
 )
 from unbackdoor.bench.store import forget_failures, is_running, open_store, read_record
+from unbackdoor.checkpoint import sha256_of
 from unbackdoor.cli import main
 from unbackdoor.data import load_labeled
 from unbackdoor.defense_jobs import load_pool
@@ -227,6 +228,29 @@ def test_a_defense_in_a_file_is_run_and_scored_like_ours(data, tmp_path, capsys)
         file.write("# another\n")
     assert main(["bench", "status", str(path), "--results", str(results)]) == 0
     assert "1 done, 0 running, 0 failed, 3 left" in capsys.readouterr().out
+
+
+def test_a_victim_is_trained_on_from_the_grids_file_and_no_other_is_taken_for_it(data, tmp_path):
+    text = GRID.format(data=data, victims=tmp_path / "given").partition("[[rows]]")[0]
+    path, lines = tmp_path / "grid.toml", []
+    path.write_text(text + ROWS.partition('[[rows]]\nname = "mine"')[0])
+    plain, store = read_grid(path), open_store(tmp_path / "results")
+
+    def made(grid):
+        place = Place(grid.data, grid.victims, "cpu", "fp32", start=grid.start)
+        run_cells(unique_cells(entries(grid)), store, place, say=lines.append)
+        cell = next(e.cell for e in entries(grid) if e.row == "No Defense")
+        folder = store.victim_folder(cell.victim.key)
+        return json.loads((folder / f"{cell.victim.stem}.json").read_text()), folder
+
+    record, folder = made(plain)
+    assert record["start"] is None
+    start = next(folder.glob("*.safetensors"))
+    path.write_text(f'start = "{start}"\n' + path.read_text())
+    grid = replace(read_grid(path), victims=str(folder))
+    record, _ = made(grid)
+    assert record["start"] == sha256_of(start)
+    assert any("not used, for it was trained on from other weights" in line for line in lines)
 
 
 def test_a_clean_victim_is_scored_under_the_attack_and_trained_once(run, store, cells):

@@ -60,7 +60,7 @@ def test_training_begins_with_the_tensors_that_it_is_given(train, task):
     network = classifier() if train is train_supervised else backbone()
     trained = train(network, *data, still, start=given)
     torch.testing.assert_close(trained[0].weight.detach(), given["0.weight"])
-    with pytest.raises(ValueError, match="the network has no 9.weight"):
+    with pytest.raises(ValueError, match=r"the network has no 9\.weight"):
         train(network, *data, still, start={"9.weight": torch.zeros(1)})
 
 

@@ -28,6 +28,7 @@ class Victim:
         target: The attacker's class.
         seed: Of its training.
         settings: Of its training; ``None`` for one that comes with the package.
+        start: SHA-256 of the checkpoint that it was trained on from, where there is one.
     """
 
     attack: str
@@ -38,11 +39,12 @@ class Victim:
     target: int
     seed: int
     settings: VictimSettings | None
+    start: str = ""
 
     @property
     def key(self) -> str:
         """Of everything above."""
-        return key_of(asdict(self))
+        return key_of(_victim_record(self))
 
     @property
     def stem(self) -> str:
@@ -107,11 +109,18 @@ class Cell:
 
 def as_record(cell: Cell) -> dict[str, Any]:
     """Return all that makes the key of a cell; without a detector or a file, none is mentioned."""
-    values = asdict(cell)
+    values = asdict(cell) | {"victim": _victim_record(cell.victim)}
     if not cell.code:
         del values["code"]
     if cell.detection is None:
         del values["detection"]
+    return values
+
+
+def _victim_record(victim: Victim) -> dict[str, Any]:
+    values = asdict(victim)
+    if not victim.start:
+        del values["start"]
     return values
 
 

@@ -9,6 +9,7 @@
     training = "supervised"
     preset = "cpu"                    # of the victims
     victims = "../results/victims"    # where they may lie already; the others are trained
+    start = "clean.safetensors"       # from which they are trained on, or else from new weights
     attacks = ["badnets", "blend"]
     seeds = [0, 1, 2]
 
@@ -116,6 +117,7 @@ class Grid:
         title: Above the table; the paper's by default.
         target: The attacker's class.
         size: Side of the images in pixels; 0 is the architecture's.
+        start: A checkpoint that all victims are trained on from, in place of new weights.
         clean: Whether a clean victim is a row.
         features: Rows whose features the report draws, before and after.
         detection: What detectors are trained on; ``None`` for a table without any.
@@ -135,6 +137,7 @@ class Grid:
     victims: str = ""
     target: int = 6
     size: int = 0
+    start: str = ""
     clean: bool = True
     victim: Mapping[str, Any] = field(default_factory=dict)
     cbd: Mapping[str, Any] = field(default_factory=dict)
@@ -179,7 +182,12 @@ def read_grid(path: Path) -> Grid:
     if "detection" in table:
         table["detection"] = _task(path, table["detection"])
     grid: Grid = _make(Grid, {**table, "name": path.stem, "rows": made}, path.name)
-    grid = replace(grid, data=_beside(path, grid.data), victims=_beside(path, grid.victims))
+    grid = replace(
+        grid,
+        data=_beside(path, grid.data),
+        victims=_beside(path, grid.victims),
+        start=str(path.parent / grid.start) if grid.start else "",
+    )
     _check(grid)
     entries(replace(grid, seeds=grid.seeds[:1]))  # refuses unknown settings before anything runs
     return grid
@@ -233,6 +241,7 @@ def make_victim(grid: Grid, attack: str, seed: int) -> Victim:
         target=grid.target,
         seed=0 if settings is None else seed,
         settings=settings,
+        start=file_hash(grid.start),
     )
 
 
@@ -303,8 +312,12 @@ def is_own(defense: str) -> bool:
 
 def hash_of(defense: str) -> str:
     """Return the SHA-256 of the file that holds a defense; nothing if none does."""
-    path = Path(defense.rpartition(":")[0])
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return file_hash(defense.rpartition(":")[0])
+
+
+def file_hash(path: str) -> str:
+    """Return the SHA-256 of a file; nothing if there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
 
 
 def find_own(cell: Cell, places: Iterable[str]) -> str:
@@ -375,7 +388,8 @@ def data_name(data: str) -> str:
 
 def describe_schedule(grid: Grid) -> str:
     """Return in words what a grid fixes beside the defaults; stands above its table."""
-    parts = [f"victims: preset {grid.preset}{_differences(grid.victim)}"]
+    begun = f", trained on from {Path(grid.start).name}" if grid.start else ""
+    parts = [f"victims: preset {grid.preset}{_differences(grid.victim)}{begun}"]
     if grid.cbd and any(row.defense == CBD for row in grid.rows):
         parts.append(f"cbd:{_differences(grid.cbd).removeprefix(',')}")
     parts += [
@@ -458,6 +472,8 @@ def _key(hint: Any, value: Any, name: str, where: str) -> Any:
 
 
 def _check(grid: Grid) -> None:
+    if grid.start and not Path(grid.start).is_file():
+        raise SettingsError(f"{grid.name}: start: {grid.start}: no such file")
     drawn = () if grid.detection is None else grid.detection.pictures
     for name, value, known in (
         *(("attack", attack, ATTACKS) for attack in grid.attacks),

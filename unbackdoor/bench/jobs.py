@@ -108,6 +108,7 @@ def run_grids(
             features=tuple(e.cell.key for e in plan.found if e.row in plan.grid.features),
             detection=_detection_data(plan.grid),
             pictures=pictured(plan),
+            start=plan.grid.start,
             own=tuple(row.defense for row in plan.grid.rows if is_own(row.defense)),
         )
         common: dict[str, Any] = {"workers": workers, "say": say}

@@ -13,7 +13,7 @@ import torch
 from unbackdoor.attack_jobs import make_victim
 from unbackdoor.backbones import Loaded
 from unbackdoor.bench.cells import CLEAN, DEMO, Victim
-from unbackdoor.bench.grid import data_name
+from unbackdoor.bench.grid import data_name, file_hash
 from unbackdoor.bench.store import Store, beat, claimed
 from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_labeled
 from unbackdoor.detection.training import SECONDS_BETWEEN_STATES
@@ -39,6 +39,7 @@ class Place(NamedTuple):
     detection: str = ""  # see ``load_voc``; for cells with a detector
     pictures: tuple[str, ...] = ()  # keys of cells whose detections shall be kept for the report
     seconds_between_states: float = SECONDS_BETWEEN_STATES  # of a detector; least time
+    start: str = ""  # the checkpoint that victims are trained on from
     own: tuple[str, ...] = ()  # defenses that are functions in files, as path/to/file.py:function
 
 
@@ -130,8 +131,8 @@ def why_not(
     wanted = json.loads(json.dumps({"kind": victim.training, **asdict(settings)}))
     if made.get("training") != wanted:
         return "it was trained with other settings"
-    if made.get("start") is not None:
-        return "it was not trained from new weights"
+    if (made.get("start") or "") != victim.start:
+        return "it was trained on from other weights"
     if made.get("arch") != victim.arch or (victim.size and made.get("size") != victim.size):
         return "it is another network"
     attack = made.get("attack") or {"name": CLEAN, "target": victim.target}
@@ -168,6 +169,8 @@ def _train(
 ) -> None:
     if victim.settings is None or victim.data != data_name(place.data):
         raise SettingsError(f"a victim of {victim.data} cannot be trained on {place.data}")
+    if victim.start and file_hash(place.start) != victim.start:
+        raise SettingsError(f"{place.start} is not what it was when the grid was read; start again")
     folder = store.victim_folder(victim.key)
     state = folder / f"{victim.stem}.state.safetensors"
 
@@ -185,6 +188,7 @@ def _train(
             training=victim.training,
             options={"target": victim.target},
             surrogate=surrogate,
+            start=Path(place.start) if victim.start else None,
             size=victim.size or None,
             device=place.device,
             precision=place.precision,
