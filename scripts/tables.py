@@ -7,8 +7,8 @@ has medians; those in `results/victims/` were written by `unbackdoor attack`; th
 `results/bench/` by `unbackdoor bench run`; `results/searches.json` by
 `scripts/compare_searches.py`; `results/windows.json` by `scripts/scan_windows.py`; the trials in
 `results/development/` by `scripts/try_settings.py`; `results/images.jsonl` by
-`scripts/try_images.py`; `results/anp-thresholds.json` by `scripts/anp_thresholds.py`; those in
-`results/enemies/` by `unbackdoor evaluate`.
+`scripts/try_images.py`; `results/speed.json` by `benchmarks/run.py`; those in `results/enemies/` by
+`unbackdoor evaluate`.
 """
 
 import argparse
@@ -232,19 +232,6 @@ def read_folder(folder: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((ROOT / folder).glob("*.json"))]
 
 
-def thresholds_table() -> str:
-    """Return what ANP's masks give at the threshold that an oracle would pick."""
-    lines = [
-        f"| masks of | threshold picked | {' | '.join(READINGS.values())} |",
-        "|---|---|---|---|---|---|",
-    ]
-    found = json.loads((ROOT / "results/anp-thresholds.json").read_text())
-    for row, oracle in found.items():
-        cells = as_cells(oracle["scores"])
-        lines.append(f"| {row} | {oracle['picked']:g} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def speed_table() -> str:
     """Return the rates of all candidates, and their times relative to ours."""
     record = json.loads((ROOT / "results/speed.json").read_text())
@@ -262,20 +249,6 @@ def speed_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def curves_table() -> str:
-    """Return what ``purify`` costs along every curve."""
-    lines = [
-        "| along | value | index, s | start of an epoch | step | whole epoch | peak memory, MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for point in json.loads((ROOT / "results/curves.json").read_text())["points"]:
-        seconds = (f"{point['index']:.1f}", f"{point['start']:.1f}", f"{point['step']:.2f}")
-        ends = (f"{point['epoch']:,.0f}", f"{point['memory'] / 2**20:,.0f}")
-        cells = " | ".join((f"{point['value']:,}", *seconds, *ends))
-        lines.append(f"| {point['curve']} | {cells} |")
-    return "\n".join(lines) + "\n"
-
-
 Table = tuple[str, str, Callable[[], str]]  # file, mark in it, what makes the table
 TABLES: tuple[Table, ...] = (
     ("README.md", "results/demo", lambda: demo_table(read_folder("results/demo"))),
@@ -287,8 +260,6 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/images.md", "results/images.jsonl", images_table),
     ("docs/experiments/enemies.md", "results/enemies", enemies_table),
     ("docs/speed.md", "results/speed.json", speed_table),
-    ("docs/speed.md", "results/curves.json", curves_table),
-    ("docs/defenses/anp.md", "results/anp-thresholds.json", thresholds_table),
     *(
         (f"docs/defenses/{name}.md", "results/bench", lambda name=name: defense_table(name))
         for name in DEFENSES

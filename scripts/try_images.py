@@ -51,7 +51,7 @@ class Trial(NamedTuple):
 
 
 def trials(split: Split, other: str, attack: Attack, *, size: int) -> list[Trial]:
-    """Return what is tried; small sets also longer, triggered images also without `trim`."""
+    """Return what is tried; small sets also longer, triggered images also trimmed."""
     own, usual = split.unlabeled, PurifySettings()
     longer = replace(usual, epochs=3 * usual.epochs)
     count = round(TRIGGERED * len(own))
@@ -62,7 +62,7 @@ def trials(split: Split, other: str, attack: Attack, *, size: int) -> list[Trial
         *(Trial(f"{few} images", own[:few], s) for few in (500, 250) for s in (usual, longer)),
         *(
             Trial(f"{TRIGGERED:.0%} of them triggered", triggered, s)
-            for s in (usual, replace(usual, trim=0.0))
+            for s in (usual, replace(usual, trim=3.0))
         ),
         Trial(f"{OTHERS:,} images of {Path(other).name}", others.read(range(OTHERS)), usual),
         Trial("Fashion-MNIST", fashion.read(range(len(own))), usual),

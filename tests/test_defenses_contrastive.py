@@ -16,7 +16,6 @@ def test_it_is_purify_with_its_third_term_alone():
         distill=0.0,
         align=1.0,
         loss="contrastive",
-        trim=0.0,
         clip=0.0,
         schedule="constant",
         views=ViewSettings(),

@@ -218,7 +218,7 @@ class PurifySettings:
     align: float = 0.0
     loss: Literal["squared", "contrastive"] = "squared"
     anchor: Literal["original", "view"] = "original"
-    trim: float = 3.0
+    trim: float = 0.0
     temperature: float = 0.5
     epochs: Whole = 6
     batch_size: Whole = 64
@@ -277,7 +277,6 @@ _CIFAR10: Mapping[str, Any] = {
     "align": 0.2,
     "loss": "contrastive",
     "anchor": "view",
-    "trim": 0.0,
     "epochs": 15,
     "batch_size": 128,
     "clip": 0.0,

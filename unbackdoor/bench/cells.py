@@ -83,7 +83,7 @@ class Cell:
             any.
         defense: ``none``, ``cbd``, a name in ``DEFENSES``, or ``file.py:function``, no folder.
         settings: All of the defense's as sorted pairs of a dotted name and a value; without
-            ``changes.*`` where no changes are learned.
+            ``changes.*`` where no changes are learned, and ``trim`` where nothing is trimmed.
         labels: What the defense is told beside the images.
         share: Of the training images, that the defense has.
         seed: Of the split and of the defense.

@@ -253,6 +253,8 @@ def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> C
     values = _as_table(settings) if settings else {}
     if row.defense == CBD and settings.search.kind != "changes":
         del values["changes"]  # of no effect
+    if row.defense == CBD and not settings.trim:
+        del values["trim"]  # likewise; which cells did not have before there was that setting
     return Cell(
         victim=victim,
         attack=attack,

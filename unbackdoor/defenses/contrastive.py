@@ -41,7 +41,6 @@ def fine_tune_contrastively(
             distill=0.0,
             align=1.0,
             loss="contrastive",
-            trim=0.0,
             temperature=settings.temperature,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
