@@ -5,7 +5,7 @@
 
 Every point is a process of its own, so that its peak memory is its own. It purifies with the
 defaults, changed in one thing, and stops after some steps. Images are noise in JPEG files, in a
-parquet file on disk. docs/speed.md has the table.
+parquet file on disk.
 """
 
 import argparse

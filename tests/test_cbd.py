@@ -88,7 +88,7 @@ def test_the_terms_are_the_papers_equations_in_their_own_words(network, images):
 def test_by_default_found_images_come_back_to_the_originals_features_of_their_own_view(
     network, images
 ):
-    settings = replace(OURS, pull=0.5, distill=0.3, align=0.2, trim=0.0, batch_norm="frozen")
+    settings = replace(OURS, pull=0.5, distill=0.3, align=0.2, batch_norm="frozen")
     original = copy.deepcopy(network)
     network[0].weight.data.mul_(1.1)
     i, j, k, moved = as_unit(images).split(10)
@@ -215,7 +215,7 @@ def test_a_step_has_its_length_in_each_unit(unit, length):
         OURS,
         replace(OURS, last_batch="keep", batch_size=19),
         QUICK,
-        replace(OURS, batch_norm="batch", loss="contrastive", trim=0.0),
+        replace(OURS, batch_norm="batch", loss="contrastive"),
         replace(QUICK, batch_norm="batch"),
         replace(QUICK, batch_norm="joint", schedule="cosine"),
         replace(QUICK, batch_norm="frozen", last_batch="keep"),

@@ -24,6 +24,7 @@ from unbackdoor.backbones import (
     Architecture,
     Backbone,
     Classifier,
+    Loaded,
     Pixels,
     build,
     network_state,
@@ -102,7 +103,7 @@ class Plan(NamedTuple):
     rows: Tensor  # their numbers in the training set
     split: Split  # to score with
     surrogate: Backbone | None  # a clean classifier, if one was given
-    start: Backbone | None  # to train on, in place of new weights
+    start: Loaded | None  # to train on, in place of new weights
     target: int  # of the attacks that a clean victim is scored under, too
 
 
@@ -232,7 +233,7 @@ def make_victim(
             "sha256": from_tensor(plan.data.images).fingerprint,
         },
         "surrogate": None if surrogate is None else sha256_of(surrogate),
-        "start": None if start is None else sha256_of(start),
+        "start": None if plan.start is None else plan.start.checkpoint.sha256,
         "device": describe_device(where),
         "precision": how,
         "peak_memory": peak_memory(where),
@@ -363,7 +364,7 @@ def plan_victim(
             f"{arch} has no head that is known: call its last layer fc, linear, head or "
             "classifier, or pass --simclr"
         )
-    begun = None if start is None else open_source(Source(start, arch, *pixels)).backbone
+    begun = None if start is None else open_source(Source(start, arch, *pixels))
     plan = Plan(
         name, attack, training, arch, architecture, pixels, taken, rows, split, None, begun, target
     )
@@ -426,7 +427,8 @@ def train(
     images = poisoned.images.to(device)
     start = None
     if plan.start is not None:
-        start = {f"body.{name}": value for name, value in plan.start.body.state_dict().items()}
+        body = plan.start.backbone.body
+        start = {f"body.{name}": value for name, value in body.state_dict().items()}
     if plan.training == "simclr":
         for name in heads:
             network.set_submodule(name, nn.Identity())
@@ -489,7 +491,7 @@ def train_with_state(
         "images": from_tensor(poisoned.images).fingerprint,
         "labels": hashlib.sha256(poisoned.labels.numpy().data).hexdigest(),
         "attack": json.dumps(None if plan.attack is None else attack_record(plan.attack)),
-        "start": _hash_of(plan.start),
+        "start": "" if plan.start is None else plan.start.checkpoint.sha256,
         **as_texts(settings),
     }
     state = _load(path, of) if resume else None
@@ -746,14 +748,6 @@ def _make_surrogate(
         on_step=on_step,
     )
     return files.tensors, resumed
-
-
-def _hash_of(backbone: Backbone | None) -> str:
-    digest = hashlib.sha256()
-    for name, value in () if backbone is None else backbone.body.state_dict().items():
-        data = value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-        digest.update(name.encode() + data)
-    return digest.hexdigest()
 
 
 def _save(path: Path, state: TrainingState, of: dict[str, str]) -> None:

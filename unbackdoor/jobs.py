@@ -149,8 +149,8 @@ def purify_file(
     how = pick_precision(precision, where)
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=photos.fingerprint)
     of |= describe_network(source, loaded)
-    of |= {"device": str(where), "precision": how, "processes": str(ranks.count)}
-    of |= {"compiled": str(compiled)}
+    of |= {"device": str(where), "precision": how, "compiled": str(compiled)}
+    of |= {"processes": str(ranks.count)}
     state = load_state(outputs.state, of) if resume else None
     if state is not None:
         say(f"resuming after epoch {len(state.history)} of {settings.epochs}")
