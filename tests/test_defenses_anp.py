@@ -158,6 +158,16 @@ def test_what_was_chosen_is_in_the_log():
     assert prune_sensitive(backbone, data, QUICK["anp"]).log["held_out"] == 0
 
 
+def test_without_a_rule_to_keep_accuracy_masks_are_learned_on_all_images():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    options = replace(QUICK["anp"], iterations=3, learning_rate=5.0)
+    layers = neuron_layers(backbone)
+    masks = search_masks(copy_of(backbone, "cpu"), layers, data.images, data.labels, options)
+    on_all = {name: [round(m, 4) for m in mask.tolist()] for name, mask in masks.items()}
+    assert prune_sensitive(backbone, data, options).log["masks"] == on_all
+    assert prune_sensitive(backbone, data, replace(options, kept=0.9)).log["masks"] != on_all
+
+
 def test_batches_are_full_drawn_with_replacement_and_augmented():
     backbone, data, seen = tiny_backbone(), make_data(8, count=4), []
     backbone.body.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
