@@ -187,6 +187,19 @@ def test_all_victims_of_a_grid_may_be_trained_on_from_a_file(write, tmp_path):
         read_grid(write("seeds =", 'start = "none.pt"\nseeds ='))
 
 
+def test_seeds_may_share_one_victim(write):
+    grid = read_grid(write("seeds = [0, 1]", "seeds = [0, 1]\nvictim_seed = 1"))
+    found = entries(grid)
+    assert {entry.cell.seed for entry in found} == {0, 1}
+    assert {entry.cell.victim.seed for entry in found} == {1}
+    assert {entry.cell.victim.settings.seed for entry in found} == {1}
+    own = {entry.cell.key for entry in entries(read_grid(write())) if entry.cell.seed == 1}
+    assert {entry.cell.key for entry in found if entry.cell.seed == 1} == own
+    assert ", all of seed 1" in describe_schedule(grid)
+    with pytest.raises(SettingsError, match="victim_seed is 0 or more, got -1"):
+        read_grid(write("seeds =", "victim_seed = -1\nseeds ="))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

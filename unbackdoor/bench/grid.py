@@ -10,6 +10,7 @@
     preset = "cpu"                    # of the victims
     victims = "../results/victims"    # where they may lie already; the others are trained
     start = "clean.safetensors"       # from which they are trained on, or else from new weights
+    victim_seed = 0                   # one victim of each attack for all seeds, or else one each
     attacks = ["badnets", "blend"]
     seeds = [0, 1, 2]
 
@@ -118,6 +119,7 @@ class Grid:
         target: The attacker's class.
         size: Side of the images in pixels; 0 is the architecture's.
         start: A checkpoint that all victims are trained on from, in place of new weights.
+        victim_seed: Of the one victim of each attack that all seeds share, where they do.
         clean: Whether a clean victim is a row.
         features: Rows whose features the report draws, before and after.
         detection: What detectors are trained on; ``None`` for a table without any.
@@ -138,6 +140,7 @@ class Grid:
     target: int = 6
     size: int = 0
     start: str = ""
+    victim_seed: int | None = None
     clean: bool = True
     victim: Mapping[str, Any] = field(default_factory=dict)
     cbd: Mapping[str, Any] = field(default_factory=dict)
@@ -227,6 +230,7 @@ def unique_cells(found: Iterable[Entry]) -> list[Cell]:
 def make_victim(grid: Grid, attack: str, seed: int) -> Victim:
     """Return the victim of ``attack``; of the package itself, there is one for all seeds."""
     settings = None
+    seed = seed if grid.victim_seed is None else grid.victim_seed
     if grid.preset != DEMO:
         preset = victim_preset(grid.preset, training=grid.training, attack=attack)
         settings = changed(VictimSettings(), preset, "preset")
@@ -391,7 +395,8 @@ def data_name(data: str) -> str:
 def describe_schedule(grid: Grid) -> str:
     """Return in words what a grid fixes beside the defaults; stands above its table."""
     begun = f", trained on from {Path(grid.start).name}" if grid.start else ""
-    parts = [f"victims: preset {grid.preset}{_differences(grid.victim)}{begun}"]
+    shared = "" if grid.victim_seed is None else f", all of seed {grid.victim_seed}"
+    parts = [f"victims: preset {grid.preset}{_differences(grid.victim)}{begun}{shared}"]
     if grid.cbd and any(row.defense == CBD for row in grid.rows):
         parts.append(f"cbd:{_differences(grid.cbd).removeprefix(',')}")
     parts += [
@@ -497,6 +502,8 @@ def _check(grid: Grid) -> None:
             raise SettingsError(f"{grid.name}: {row.name} needs labels, given or pseudo")
     if not grid.seeds or min(grid.seeds) < 0:
         raise SettingsError(f"{grid.name}: seeds are whole numbers from 0, got {grid.seeds}")
+    if grid.victim_seed is not None and grid.victim_seed < 0:
+        raise SettingsError(f"{grid.name}: victim_seed is 0 or more, got {grid.victim_seed}")
 
 
 def _own_defaults(defense: str, where: str) -> Any:
