@@ -305,6 +305,21 @@ def test_what_cannot_be_scored_is_refused_before_the_training(left, make, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["badnets", "clean"])
+def test_test_images_of_the_target_alone_are_refused_before_the_training(name, make, tmp_path):
+    for path in (tmp_path / "data/test/bright").glob("*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match="every test image is of the target class 1"):
+        make(name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_too_small_for_a_patch_are_refused_for_a_clean_victim_too(make, tmp_path):
+    with pytest.raises(DataError, match="patch is 3 pixels wide, the images are 2"):
+        make("clean", size=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_of_a_part_are_numbered_as_in_the_whole(make):
     _, record, _ = make("badnets", replace(QUICK, limit=100))
     rows = [int(row) for row in record["poisoned"]["rows"].split()]
@@ -352,8 +367,11 @@ def test_options_go_under_their_names_in_the_attack():
         attack_options(**{**nothing, "share": 0.1, "share_of_target": 0.5}, all_to_all=False)
 
 
-def test_a_folder_that_is_a_file_and_contradicting_flags_are_refused(tmp_path):
+def test_a_folder_that_is_a_file_and_contradicting_flags_are_refused(data, tmp_path):
     (tmp_path / "out").touch()
+    below = tmp_path / "out/victims"
+    with pytest.raises(OutputError, match="cannot be made: Not a directory"):
+        make_victim("clean", data, "cifar/wrn16_1", below, QUICK, size=8, options={"target": 1})
     options = {"overwrite": False, "resume": False}
     with pytest.raises(OutputError, match="is a file; --out takes a folder"):
         plan_files("badnets", tmp_path / "out", "supervised", QUICK, **options)
@@ -363,10 +381,21 @@ def test_a_folder_that_is_a_file_and_contradicting_flags_are_refused(tmp_path):
 
 def test_the_picture_shows_every_trigger(data, tmp_path):
     page = show_attacks(data, tmp_path / "a.html", size=32).read_text()
-    for name in ("badnets", "blend", "sig", "wanet"):
+    for name in ("badnets", "blend", "sig", "wanet", "badnets, SimCLR"):
         assert f"<h2>{name}</h2>" in page or f">{name}<" in page
     with pytest.raises(OutputError, match="exists already"):
         show_attacks(data, tmp_path / "a.html", size=32)
+
+
+def test_one_trigger_is_drawn_with_its_options(data, tmp_path):
+    options = {"size": 32, "name": "badnets", "training": "simclr", "trigger": {"size": "5"}}
+    page = show_attacks(data, tmp_path / "a.html", **options).read_text()
+    assert "BadNets(size=5, cell=1, position=&#x27;center&#x27;)" in page
+    assert "wanet" not in page
+    for wrong, message in (({"name": "nosuch"}, "'nosuch' is unknown"), ({"name": None}, "name")):
+        with pytest.raises(SettingsError, match=message):
+            show_attacks(data, tmp_path / "b.html", **{**options, **wrong})
+    assert not (tmp_path / "b.html").exists()
 
 
 def test_presets_follow_the_paper():

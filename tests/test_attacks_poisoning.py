@@ -132,9 +132,12 @@ def test_a_set_that_cannot_be_attacked_is_refused(labels, attack, message):
 
 
 def test_too_few_images_for_the_noise_mode_are_refused(dataset, generator):
-    message = "160 images for the noise mode, but only 120 are not poisoned: .* at most 0.333333"
+    message = "160 images for the noise mode, but only 120 are not poisoned: .* at most 0.33$"
     with pytest.raises(DataError, match=message):
         poison(*dataset, replace(WARP, share=0.4), classes=4, generator=generator)
+    with pytest.raises(DataError, match=r"pass a share from 0.005 to 0.33$"):
+        count_poisoned(dataset[1], replace(WARP, share=0.9), classes=4)
+    assert count_poisoned(dataset[1], replace(WARP, share=0.33), classes=4) == 66
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,8 @@ def test_too_few_images_for_the_noise_mode_are_refused(dataset, generator):
         ({"share": 0}, r"a poisoned share lies in \(0, 1\], got 0"),
         ({"noise": 1.0}, "only WaNet has a noise mode"),
         ({"noise": -1.0}, "at least 0, got -1"),
+        ({"noise": float("nan")}, "at least 0, got nan"),
+        ({"noise": float("inf")}, "at least 0, got inf"),
         ({"goal": "all-to-all", "poisons": "target"}, "all-to-all changes labels"),
         ({"redrawn": True, "poisons": "target"}, "redrawn in every batch changes labels"),
     ],

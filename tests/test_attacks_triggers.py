@@ -106,7 +106,10 @@ def test_an_image_smaller_than_the_patch_is_refused():
         (Sig, {"amplitude": float("nan")}, "trigger.amplitude must be a number, got nan"),
         (WaNet, {"strength": float("inf")}, "trigger.strength must be a number, got inf"),
         (Sig, {"ratio": 0}, r"trigger.ratio is a share in \(0, 1\], got 0"),
-        (WaNet, {"points": 1}, "trigger.points is at least 2, got 1"),
+        (WaNet, {"points": 1}, "trigger.points is 2 to 4096, got 1"),
+        (WaNet, {"points": 10**9}, "trigger.points is 2 to 4096, got 1000000000"),
+        (WaNet, {"seed": 2**32}, "trigger.seed is 0 to 4294967295, .* got 4294967296"),
+        (Blend, {"seed": -1}, "trigger.seed is 0 to 4294967295, .* got -1"),
     ],
 )
 def test_an_option_out_of_range_is_refused(trigger, options, message):

@@ -7,7 +7,7 @@ from torch import nn
 
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.data import LabeledImages
-from unbackdoor.errors import DataError
+from unbackdoor.errors import CheckpointError, DataError
 from unbackdoor.metrics import Reading, Scores, fine_tune, make_test_set, read, score
 
 
@@ -40,6 +40,16 @@ def test_scores_are_those_counted_by_hand():
     test = make_test_set(images, labels, Attack(trigger, target=0), classes=4)
     scores = score(ReadsOnePixel(), {"own": nn.Identity()}, test)["own"]
     assert dataclasses.astuple(scores) == pytest.approx((0.8, 0.5, 0.25, 5, 4))
+
+
+def test_a_head_that_yields_nan_is_not_scored():
+    test = make_test_set(
+        pixels([0, 1]), torch.tensor([0, 1]), Attack(torch.clone, target=0), classes=4
+    )
+    damaged = nn.Linear(4, 4)
+    nn.init.constant_(damaged.weight, float("nan"))
+    with pytest.raises(CheckpointError, match="own: yields NaN"):
+        score(ReadsOnePixel(), {"own": damaged}, test)
 
 
 def test_all_to_all_counts_the_next_class_on_every_image():

@@ -43,6 +43,7 @@ from unbackdoor.devices import (
 )
 from unbackdoor.errors import DataError, MismatchError, OutputError, SettingsError
 from unbackdoor.evaluation import (
+    DEFINITIONS,
     Known,
     Split,
     divide,
@@ -51,9 +52,10 @@ from unbackdoor.evaluation import (
     read_record,
     reading_record,
     scores_table,
+    unread_head,
 )
 from unbackdoor.jobs import Source, open_source, refuse_existing, told_of_memory, versions
-from unbackdoor.metrics import Reading, make_test_set, read
+from unbackdoor.metrics import Reading, make_test_set, read, rows_to_trigger
 from unbackdoor.report import (
     Picture,
     amplified_difference,
@@ -102,9 +104,9 @@ class Plan(NamedTuple):
     data: LabeledImages  # to train on
     rows: Tensor  # their numbers in the training set
     split: Split  # to score with
+    scored: Mapping[str, Attack]  # by name, what the victim is scored under
     surrogate: Backbone | None  # a clean classifier, if one was given
     start: Loaded | None  # to train on, in place of new weights
-    target: int  # of the attacks that a clean victim is scored under, too
 
 
 def make_victim(
@@ -174,7 +176,10 @@ def make_victim(
         size=size,
     )
     say(describe_plan(plan))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be made: {error.strerror}") from error
     if plan.attack is not None and plan.attack.adversarial and plan.surrogate is None:
         surrogate, resumed = _make_surrogate(
             plan,
@@ -214,7 +219,8 @@ def make_victim(
         readings = score_victim(backbone, plan)
     for attack, reading in readings.items():
         say("\n".join(as_text(scores_table(reading, title=f"Scores under {attack}, percent"))))
-    flags = [] if plan.attack is None else victim_doubts(plan, readings[name])
+    say(f"{DEFINITIONS} Probe and neighbours: {len(plan.split.probe.labels)} labeled images.")
+    flags = [] if plan.attack is None else victim_doubts(plan, backbone, readings[name])
     for flag in flags:
         say(f"doubt: {flag}")
     records = {attack: reading_record(reading) for attack, reading in readings.items()}
@@ -327,7 +333,7 @@ def plan_victim(
         ArchitectureError: See ``build``.
         MismatchError: If the surrogate is of other classes.
         DataError: See ``load_labeled``, ``divide`` and ``count_poisoned``; or if the images are too
-            small for the trigger.
+            small for a trigger.
     """
     if name != CLEAN and name not in ATTACKS:
         named_attack(name, size=32, training=training)  # says what is wrong before data are read
@@ -353,12 +359,12 @@ def plan_victim(
         architecture = architecture._replace(network=build(arch, classes=classes).network)
     if attack is not None:
         count_poisoned(taken.labels, attack, classes=classes)
-        attack.trigger(train.images[:1])
-        target = attack.target
+        scored = {name: attack}
     else:
-        target = (options or {}).get("target", Attack.target)
-        as_attacked = named_attack("sig", size=side, training=training, options={"target": target})
-        count_poisoned(taken.labels, as_attacked, classes=classes)
+        scored = attacks_of_clean(side, training, **(options or {}))
+    for each in scored.values():
+        rows_to_trigger(test.labels, each, classes=classes)
+        each.trigger(test.images[:1])
     if training == "supervised" and not architecture.heads:
         raise SettingsError(
             f"{arch} has no head that is known: call its last layer fc, linear, head or "
@@ -366,7 +372,7 @@ def plan_victim(
         )
     begun = None if start is None else open_source(Source(start, arch, *pixels))
     plan = Plan(
-        name, attack, training, arch, architecture, pixels, taken, rows, split, None, begun, target
+        name, attack, training, arch, architecture, pixels, taken, rows, split, scored, None, begun
     )
     if surrogate is None:
         return plan
@@ -525,38 +531,44 @@ def train_with_state(
     return backbone, history
 
 
-def score_victim(backbone: Backbone, plan: Plan) -> dict[str, Reading]:
-    """Return the scores of a victim under its attack; of a clean one under every attack.
+def attacks_of_clean(
+    size: int, training: Training, *, target: int = Attack.target
+) -> dict[str, Attack]:
+    """Return what a clean victim is scored under: every attack.
 
-    The latter are the ceiling that a repaired victim's PA and ASR are read against.
+    Its scores are the ceiling that a repaired victim's PA and ASR are read against.
     """
+    return {
+        name: named_attack(name, size=size, training=training, options={"target": target})
+        for name in ATTACKS
+        if name != "cla"  # its trigger is that of BadNets
+    }
+
+
+def score_victim(backbone: Backbone, plan: Plan) -> dict[str, Reading]:
+    """Return the scores of a victim under its attack; of a clean one under every attack."""
     images, labels, classes = plan.split.test
     head = own_head(backbone, classes=len(classes))
-    attacks = {} if plan.attack is None else {plan.name: plan.attack}
-    if plan.attack is None:
-        attacks = {
-            name: named_attack(
-                name,
-                size=plan.pixels.size,
-                training=plan.training,
-                options={"target": plan.target},
-            )
-            for name in ATTACKS
-            if name != "cla"  # its trigger is that of BadNets
-        }
     tests = {
         name: make_test_set(images, labels, attack, classes=len(classes))
-        for name, attack in attacks.items()
+        for name, attack in plan.scored.items()
     }
     return {name: read(backbone, head, plan.split.probe, test) for name, test in tests.items()}
 
 
-def victim_doubts(plan: Plan, reading: Reading) -> list[str]:
+def victim_doubts(plan: Plan, backbone: Backbone, reading: Reading) -> list[str]:
     """Return why this victim may be none."""
     if plan.attack is None:
         return []
-    asr = None if reading.head is None else reading.head.asr
-    return doubts(Known(plan.attack, plan.name, asr, plan.training == "supervised"), reading)
+    known = Known(
+        plan.attack,
+        plan.name,
+        plan.training == "supervised",
+        None if reading.head is None else reading.head.asr,
+        reading.probe.acc - reading.probe.pa,
+    )
+    unread = unread_head(backbone, reading, classes=len(plan.data.classes))
+    return unread + doubts(known, reading)
 
 
 def describe_plan(plan: Plan) -> str:
@@ -605,7 +617,7 @@ def count_shares(plan: Plan, poisoned: PoisonedSet) -> dict[str, Any]:
             "share_of_target_class": _redrawn_share_of_target(plan),
             "redrawn": True,
         }
-    rows = plan.rows[poisoned.is_poisoned].tolist()
+    rows, noisy = (plan.rows[which].tolist() for which in (poisoned.is_poisoned, poisoned.is_noise))
     of_target = None
     if attack.goal == "all-to-one":
         of_target = len(rows) / int((labels == attack.target).sum())
@@ -613,8 +625,9 @@ def count_shares(plan: Plan, poisoned: PoisonedSet) -> dict[str, Any]:
         "images": len(rows),
         "share_of_data": len(rows) / len(labels),
         "share_of_target_class": of_target,
-        "noise_images": int(poisoned.is_noise.sum()),
+        "noise_images": len(noisy),
         "rows": " ".join(map(str, rows)),
+        **({"noise_rows": " ".join(map(str, noisy))} if noisy else {}),
     }
 
 
@@ -658,25 +671,41 @@ def describe_device(device: torch.device) -> str:
 
 
 def show_attacks(
-    data: str, out: Path, *, size: int, training: Training = "supervised", overwrite: bool = False
+    data: str,
+    out: Path,
+    *,
+    size: int,
+    name: str | None = None,
+    training: Training = "supervised",
+    trigger: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Draw every trigger on images of ``data`` and write them to ``out``, an HTML page.
+    """Draw triggers on images of ``data`` and write them to ``out``, an HTML page.
+
+    Args:
+        name: Of one attack; without it every trigger is drawn, as in the paper's Figure 2.
+        training: Of a victim of that attack.
+        trigger: Attributes of its trigger to replace, as texts.
 
     Raises:
+        SettingsError: If there is no such attack, or a trigger's option has no attack.
         DataError: See ``load_labeled``.
         OutputError: If ``out`` exists and must not be replaced.
     """
+    if name is not None:
+        attack = named_attack(name, size=size, training=training, trigger=trigger)
+        shown = {name: attack}
+    elif trigger:
+        raise SettingsError("options of a trigger need the name of an attack")
+    else:
+        shown = attacks_of_clean(size, "supervised")
+        shown["badnets, SimCLR"] = named_attack("badnets", size=size, training="simclr")
     images = load_labeled(data, split="test", size=size).images[:SHOWN]
-    pictures = []
-    for name in ATTACKS:
-        if name != "cla":
-            attack = named_attack(name, size=size, training=training)
-            pictures.append(_picture(name, attack, images))
     page = render_report(
         "The attacks",
-        "Every trigger on the same images, and what it changes. CLA has BadNets' trigger; the "
+        "Triggers on the same images, and what they change. CLA has BadNets' trigger; the "
         "images that it poisons are perturbed before.",
-        pictures,
+        [_picture(title, attack, images) for title, attack in sorted(shown.items())],
     )
     write_text(out, page, overwrite=overwrite)
     return out
@@ -737,7 +766,7 @@ def _make_surrogate(
         plan.arch,
         out,
         settings,
-        options={"target": plan.target},
+        options={} if plan.attack is None else {"target": plan.attack.target},
         mean=plan.pixels.mean,
         std=plan.pixels.std,
         size=plan.pixels.size,

@@ -324,7 +324,8 @@ def attack(
     precision
         bf16 runs the networks in bfloat16; auto does where the device computes it.
     show
-        Only draw every trigger on images of DATA, into the HTML file OUT.
+        Only draw the trigger of NAME, or without a name every one, on images of DATA, into the
+        HTML file OUT.
     resume
         Continue an interrupted run.
     force
@@ -334,7 +335,15 @@ def attack(
 
     training: Literal["supervised", "simclr"] = "simclr" if simclr else "supervised"
     if show:
-        attack_jobs.show_attacks(data, out, size=size or 32, training=training, overwrite=force)
+        attack_jobs.show_attacks(
+            data,
+            out,
+            size=size or 32,
+            name=name,
+            training=training,
+            trigger=trigger,
+            overwrite=force,
+        )
         print(f"wrote {out}")
         return
     if name is None or arch is None:
@@ -423,7 +432,7 @@ def evaluate(
         attack,
         seed=seed,
         durable=durable,
-        training="simclr" if simclr else "supervised",
+        training="simclr" if simclr else None,
         target=target,
         device=device,
         out=out,
@@ -480,7 +489,7 @@ def transfer(
         attack,
         labels=labels,
         seed=seed,
-        training="simclr" if simclr else "supervised",
+        training="simclr" if simclr else None,
         device=device,
         out=out,
         overwrite=force,
@@ -709,7 +718,7 @@ def detect_evaluate(
             data,
             name=split,
             attack=attack,
-            training="simclr" if simclr else "supervised",
+            training="simclr" if simclr else None,
             arch=arch,
             measure=measure,
             device=device,

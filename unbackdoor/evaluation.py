@@ -17,7 +17,7 @@ from unbackdoor.backbones import Backbone, public_name
 from unbackdoor.checkpoint import write_text
 from unbackdoor.data import LabeledImages, load_labeled, split_rows
 from unbackdoor.devices import pick_device
-from unbackdoor.errors import CheckpointError, DataError, OutputError
+from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
 from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Reading, Scores, make_test_set, read
 from unbackdoor.report import Table, as_text
@@ -26,6 +26,7 @@ from unbackdoor.types import RawImages
 UNLABELED, PROBE = 0.05, 0.01  # shares of the training images: the paper's
 VALIDATION = 0.05  # to choose settings by
 TOOK = 0.9  # own-head ASR from which a supervised victim counts as backdoored
+LOST = 0.1  # accuracy on triggered images that a SimCLR victim that counts so has lost
 FEW = 200  # triggered images, fewer of which make ASR coarse
 DEFINITIONS = (
     "ACC: clean test images taken for their true class. ASR: triggered ones, of other classes than "
@@ -48,8 +49,9 @@ class Known(NamedTuple):
 
     attack: Attack
     name: str
-    victim_asr: float | None  # through the victim's own head
     supervised: bool
+    victim_asr: float | None = None  # through the victim's own head
+    victim_loss: float | None = None  # its ACC minus its PA, through a probe
 
 
 def evaluate_file(
@@ -59,7 +61,7 @@ def evaluate_file(
     *,
     seed: int = 0,
     durable: bool = False,
-    training: Literal["supervised", "simclr"] = "supervised",
+    training: Literal["supervised", "simclr"] | None = None,
     target: int | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     out: Path | None = None,
@@ -73,7 +75,8 @@ def evaluate_file(
         attack: A victim's record, or the name of one of the paper's attacks.
         seed: Of the split into unlabeled and probe images, those of ``purify --seed``.
         durable: Read again after re-estimation and after a clean fine-tuning.
-        training: Of the victim, where ``attack`` is a name: it decides where the patch is.
+        training: Of the victim, where ``attack`` is a name: it decides where the patch is;
+            supervised by default.
         target: The attacker's class, where ``attack`` is a name.
         out: Where to write the scores as JSON; nowhere by default.
 
@@ -86,6 +89,8 @@ def evaluate_file(
     started = time.monotonic()
     if out is not None and out.exists() and not overwrite:
         raise OutputError(f"{out}: exists already; pass --force to replace it")
+    if out is not None and not out.parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {out.parent}")
     source = like_victim(source, attack)
     loaded = open_source(source)
     known = find_attack(attack, size=loaded.size, training=training, target=target)
@@ -93,17 +98,17 @@ def evaluate_file(
     classes = len(split.test.classes)
     test = make_test_set(split.test.images, split.test.labels, known.attack, classes=classes)
     where = pick_device(device)
-    say(f"{source.checkpoint}: {known.name}, {known.attack.trigger}")
+    goal = f"class {known.attack.target}"
+    if known.attack.goal == "all-to-all":
+        goal = "each class plus one"
+    say(f"{source.checkpoint}: {known.name}, {known.attack.trigger}, to {goal}")
     say(f"{len(test.labels)} test images, {len(test.truth)} of them triggered as well")
     backbone = loaded.backbone.to(where).to(memory_format=torch.channels_last)
     plain = split.unlabeled if durable else None
     head = own_head(backbone, classes=classes)
     with told_of_memory(where):
         reading = read(backbone, head, split.probe, test, plain=plain)
-    flags = doubts(known, reading)
-    if head is None and backbone.heads:
-        names = ", ".join(backbone.head_names)
-        flags.append(f"the own head ({names}) is not one linear layer of {classes} classes: unread")
+    flags = unread_head(backbone, reading, classes=classes) + doubts(known, reading)
     record = {
         "schema": 1,
         "checkpoint": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
@@ -145,6 +150,8 @@ def divide(train: LabeledImages, test: LabeledImages, *, seed: int) -> Split:
             "as folders of these names"
         )
     count = len(train.labels)
+    if len(train.labels.unique()) < 2:
+        raise DataError(f"all {count} training images are of one class; two or more are needed")
     unlabeled, probe, validation = (round(s * count) for s in (UNLABELED, PROBE, VALIDATION))
     rows = split_rows(count, unlabeled=unlabeled, probe=probe, seed=seed)
     if len(train.labels[rows.probe].unique()) < 2:
@@ -204,20 +211,28 @@ def find_attack(
     attack: str,
     *,
     size: int,
-    training: Literal["supervised", "simclr"] = "supervised",
+    training: Literal["supervised", "simclr"] | None = None,
     target: int | None = None,
 ) -> Known:
     """Return the attack that a victim's record, or a name, stands for.
 
     Raises:
-        SettingsError: If there is no such attack, or the record is of another kind.
-        CheckpointError: If the file is no JSON object.
+        SettingsError: If there is no such attack, the record is of another kind, or something is
+            given that a record says.
+        CheckpointError: If the file is absent or no JSON object.
         DataError: If the record is of a clean victim.
     """
-    if attack in ATTACKS or not Path(attack).is_file():
+    is_path = attack.endswith(".json") or Path(attack).name != attack
+    if attack in ATTACKS or not (is_path or Path(attack).is_file()):
+        training = training or "supervised"
         options = {} if target is None else {"target": target}
         found = named_attack(attack, size=size, training=training, options=options)
-        return Known(found, attack, None, training == "supervised")
+        return Known(found, attack, training == "supervised")
+    if training is not None or target is not None:
+        raise SettingsError(
+            f"{attack} says how the victim was trained and what its target is: pass no --simclr "
+            "and no --target"
+        )
     record = read_record(attack)
     described = record.get("attack")
     if not isinstance(described, dict):
@@ -226,16 +241,24 @@ def find_attack(
             f"{', '.join(ATTACKS)}"
         )
     found = attack_from_record({key: value for key, value in described.items() if key != "name"})
-    asr = _inside(record, "scores", "head", "asr")
-    supervised = _inside(record, "training", "kind") != "simclr"
-    name = str(described.get("name"))
-    return Known(found, name, asr if isinstance(asr, int | float) else None, supervised)
+    acc, asr, pa = (
+        _number(record, "scores", *names)
+        for names in (("probe", "acc"), ("head", "asr"), ("probe", "pa"))
+    )
+    lost = None if acc is None or pa is None else acc - pa
+    kind = _inside(record, "training", "kind")
+    return Known(found, str(described.get("name")), kind != "simclr", asr, lost)
 
 
 def _inside(record: Any, *names: str) -> Any:
     for name in names:
         record = record.get(name) if isinstance(record, dict) else None
     return record
+
+
+def _number(record: Any, *names: str) -> float | None:
+    value = _inside(record, *names)
+    return value if isinstance(value, int | float) else None
 
 
 def own_head(backbone: Backbone, *, classes: int) -> nn.Module | None:
@@ -248,6 +271,14 @@ def own_head(backbone: Backbone, *, classes: int) -> nn.Module | None:
     return head
 
 
+def unread_head(backbone: Backbone, reading: Reading, *, classes: int) -> list[str]:
+    """Return a doubt where a backbone has heads of its own and none was read."""
+    if reading.head is not None or not backbone.heads:
+        return []
+    names = ", ".join(backbone.head_names)
+    return [f"the own head ({names}) is not one linear layer of {classes} classes: unread"]
+
+
 def doubts(known: Known, reading: Reading) -> list[str]:
     """Return why these scores should be read with care."""
     found = []
@@ -255,6 +286,11 @@ def doubts(known: Known, reading: Reading) -> list[str]:
         found.append(
             f"the victim's own ASR was {100 * known.victim_asr:.1f} %, below {100 * TOOK:.0f} %: "
             "the attack did not take"
+        )
+    if not known.supervised and known.victim_loss is not None and known.victim_loss < LOST:
+        found.append(
+            f"the victim lost {100 * known.victim_loss:.1f} points on triggered images, less than "
+            f"{100 * LOST:.0f}: the attack did not take"
         )
     if reading.probe.triggered < FEW:
         found.append(f"only {reading.probe.triggered} triggered images")

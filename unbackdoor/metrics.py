@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.attacks.poisoning import PART, Attack, goal_labels
 from unbackdoor.batchnorm import reestimate
 from unbackdoor.data import LabeledImages
-from unbackdoor.errors import DataError
+from unbackdoor.errors import CheckpointError, DataError
 from unbackdoor.probe import NearestNeighbours, extract, linear_probe
 from unbackdoor.types import Labels, RawImages
 
@@ -85,8 +85,10 @@ class Reading(NamedTuple):
         return max(self.durable.values(), key=lambda scores: scores.asr)
 
 
-def make_test_set(images: RawImages, labels: Labels, attack: Attack, *, classes: int) -> TestSet:
-    """Return a test set with every image triggered whose class is not already the goal.
+def rows_to_trigger(
+    labels: Labels, attack: Attack, *, classes: int
+) -> tuple[Labels, Bool[Tensor, " n"]]:
+    """Return the goal of every test image, and which are not already of that class.
 
     All-to-one, these are the images of other classes than the target; all-to-all, every image.
 
@@ -101,6 +103,16 @@ def make_test_set(images: RawImages, labels: Labels, attack: Attack, *, classes:
         raise DataError(
             f"every test image is of the target class {attack.target}; ASR is undefined"
         )
+    return goals, others
+
+
+def make_test_set(images: RawImages, labels: Labels, attack: Attack, *, classes: int) -> TestSet:
+    """Return a test set with every image triggered whose class is not already the goal.
+
+    Raises:
+        DataError: See :func:`rows_to_trigger`; or if the images are too small for the trigger.
+    """
+    goals, others = rows_to_trigger(labels, attack, classes=classes)
     parts = images[others].split(PART)
     triggered = torch.cat([attack.trigger(part) for part in parts])
     return TestSet(images, labels, triggered, labels[others], goals[others])
@@ -113,12 +125,18 @@ def score(
 
     Args:
         classifiers: By name; each maps features ``(n, d)`` to one number a class.
+
+    Raises:
+        CheckpointError: If a classifier yields NaN, which no class is the largest of.
     """
     clean, triggered = extract(backbone, test.images), extract(backbone, test.triggered)
-    return {
-        name: count_hits(classify(clean).argmax(1).cpu(), classify(triggered).argmax(1).cpu(), test)
-        for name, classify in classifiers.items()
-    }
+    found = {}
+    for name, classify in classifiers.items():
+        of_clean, of_triggered = classify(clean), classify(triggered)
+        if of_clean.isnan().any() or of_triggered.isnan().any():
+            raise CheckpointError(f"{name}: yields NaN; its weights are damaged")
+        found[name] = count_hits(of_clean.argmax(1).cpu(), of_triggered.argmax(1).cpu(), test)
+    return found
 
 
 def count_hits(clean: Labels, triggered: OtherLabels, test: TestSet) -> Scores:

@@ -48,7 +48,7 @@ def transfer_file(
     *,
     labels: int = 5_000,
     seed: int = 0,
-    training: Literal["supervised", "simclr"] = "supervised",
+    training: Literal["supervised", "simclr"] | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     out: Path | None = None,
     overwrite: bool = False,
@@ -63,7 +63,8 @@ def transfer_file(
         attack: A victim's record, or the name of one of the paper's attacks.
         labels: Training images for probe and neighbours.
         seed: Of their draw.
-        training: Of the victim, where ``attack`` is a name: it decides where the patch is.
+        training: Of the victim, where ``attack`` is a name: it decides where the patch is;
+            supervised by default.
         out: Where to write the scores as JSON; nowhere by default.
 
     Returns:

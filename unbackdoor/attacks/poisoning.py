@@ -1,5 +1,6 @@
 """Plant a trigger in a training set: which rows, with which label, once or in every batch anew."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -52,7 +53,7 @@ class Attack:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise SettingsError(f"a poisoned share lies in (0, 1], got {self.share}")
-        if self.noise < 0:
+        if not 0 <= self.noise < math.inf:
             raise SettingsError(f"noise images for each poisoned one: at least 0, got {self.noise}")
         if self.noise > 0 and not isinstance(self.trigger, WaNet):
             raise SettingsError(f"only WaNet has a noise mode, {self.trigger} has none")
@@ -113,6 +114,7 @@ def count_poisoned(labels: Labels, attack: Attack, *, classes: int) -> int:
     possible = int(candidates(labels, attack).sum())
     whole = len(labels) if attack.share_of == "data" else int((labels == attack.target).sum())
     count = round(attack.share * whole)
+    largest = min(possible, int(len(labels) / (1 + attack.noise)))
     if attack.goal == "all-to-all":
         which = "there are"
     else:
@@ -120,14 +122,13 @@ def count_poisoned(labels: Labels, attack: Attack, *, classes: int) -> int:
     if not 0 < count <= possible:
         raise DataError(
             f"a share of {attack.share:g} is {count} of {whole} images, but {possible} {which}: "
-            f"pass a share from {1 / whole:.2g} to {possible / whole:.6g}"
+            f"pass a share from {1 / whole:.2g} to {largest / whole:.6g}"
         )
     noise, left = round(attack.noise * count), len(labels) - count
     if noise > left:
-        largest = len(labels) / whole / (1 + attack.noise)
         raise DataError(
             f"{noise} images for the noise mode, but only {left} are not poisoned: pass a share of "
-            f"at most {largest:.6g}"
+            f"at most {largest / whole:.6g}"
         )
     return count
 

@@ -109,6 +109,7 @@ class Blend:
                 f"trigger.height and trigger.width are 1 to {LARGEST} pixels, got {self.height}, "
                 f"{self.width}"
             )
+        _check_seed(self.seed)
 
     def __call__(self, images: RawImages) -> RawImages:
         """Return a triggered copy of ``images``, of 1 or 3 channels."""
@@ -167,8 +168,9 @@ class WaNet:
 
     def __post_init__(self) -> None:
         _check_finite("strength", self.strength)
-        if self.points < 2:
-            raise SettingsError(f"trigger.points is at least 2, got {self.points}")
+        if not 2 <= self.points <= LARGEST:
+            raise SettingsError(f"trigger.points is 2 to {LARGEST}, got {self.points}")
+        _check_seed(self.seed)
 
     def __call__(self, images: RawImages) -> RawImages:
         """Return a triggered copy of ``images``."""
@@ -224,6 +226,11 @@ def trigger_scaled(trigger: Trigger, images: RawImages, *, side: int) -> RawImag
 def _check_finite(name: str, value: float) -> None:
     if not math.isfinite(value):
         raise SettingsError(f"trigger.{name} must be a number, got {value}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise SettingsError(f"trigger.seed is 0 to {2**32 - 1}, as numpy takes it, got {seed}")
 
 
 def _check_ratio(ratio: float) -> None:

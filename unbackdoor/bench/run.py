@@ -229,7 +229,7 @@ def run_cell(
         write_json(store.defended_path(cell.key), record)
     source = source_of(store.backbone_path(cell.key), made)
     attack = attack_of(cell, found, size=open_victim(found, made).size)
-    known = Known(attack, cell.attack, None, cell.victim.training == "supervised")
+    known = Known(attack, cell.attack, cell.victim.training == "supervised")
     detection = detect_cell(cell, source, known, store, place, say=say, on_step=on_step)
     detection["revision"] = revision()
     seconds = record["seconds"]

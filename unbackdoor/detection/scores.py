@@ -78,7 +78,7 @@ def evaluate_detector(
     *,
     name: str = "test",
     attack: str | None = None,
-    training: Literal["supervised", "simclr"] = "supervised",
+    training: Literal["supervised", "simclr"] | None = None,
     arch: str | None = None,
     measure: Measure = "both",
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -95,7 +95,8 @@ def evaluate_detector(
         data: ``voc:DIR``, see ``load_voc``; its classes are the detector's.
         name: The set to score on.
         attack: A victim's record, or the name of one of the paper's attacks; without it, AP alone.
-        training: Of the victim, where ``attack`` is a name: it decides where the patch is.
+        training: Of the victim, where ``attack`` is a name: it decides where the patch is;
+            supervised by default.
         arch: See ``open_detector``.
         measure: Which AP.
         out: Where to write the scores as JSON; nowhere by default.
