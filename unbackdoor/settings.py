@@ -66,8 +66,8 @@ class SearchSettings:
 
     Attributes:
         kind: ``image``: in a ball around each view, every image on its own, as in the paper;
-            ``batch``: one perturbation in that ball for all images of a batch; ``changes``: as
-            :class:`ChangeSettings` says, and nothing below counts.
+            ``batch``: one perturbation in that ball for all images of a batch; ``changes``: small
+            changes of all images, for which ``changes`` counts and nothing below.
         norm: Of the ball: every pixel within epsilon, or the whole image.
         epsilon: Radius on the [0, 1] scale: 8/255 is 8 grey levels. For L2, 1024/255 is the paper's
             1024.
