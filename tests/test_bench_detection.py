@@ -210,6 +210,7 @@ def test_without_the_extra_nothing_runs(path, capsys, monkeypatch):
         ("cifar/wrn16_1", "vit_tiny_patch16_224", "vit_tiny_patch16_224: has no module 'block2'"),
         ('stages = ["block2", "relu"]\n', "arch", "its stages are not known; name the modules"),
         ("[detection]", '[detection]\ntest = "tset"', "has no set 'tset'; there are: test"),
+        ("[detection]", '[detection]\ntest = "trainval"', "images are in both sets, trainval to"),
     ],
 )
 def test_what_cannot_carry_a_detector_is_refused_before_anything_runs(

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from unbackdoor.attacks.poisoning import Attack
+from unbackdoor.attacks.triggers import BadNets
 from unbackdoor.bench.cells import Cell, as_record
 from unbackdoor.bench.features import from_base64
 from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid, unique_cells
@@ -25,6 +27,7 @@ from unbackdoor.cli import main
 from unbackdoor.data import load_labeled
 from unbackdoor.defense_jobs import load_pool
 from unbackdoor.errors import DataError
+from unbackdoor.evaluation import Known
 from unbackdoor.metrics import Reading, Scores
 
 GRIDS = Path(__file__).resolve().parents[1] / "grids"
@@ -384,14 +387,16 @@ def test_the_embedded_images_are_divided_into_training_and_test_images():
 
 def test_flags_tell_what_to_doubt(cells):
     reading = Reading(None, *[Scores(1.0, 0.0, 1.0, 100, 90)] * 2)
-    assert flags_of(cells["CBD"], {"scores": {"head": {"asr": 0.5}}}, reading) == [
-        "the victim's own ASR was 50.0%: the attack did not take",
+    attack = Attack(BadNets())
+    weak, took = (Known(attack, "badnets", True, asr) for asr in (0.5, 0.95))
+    assert flags_of(cells["CBD"], weak, reading) == [
+        "the victim's own ASR was 50.0 %, below 90 %: the attack did not take",
         "only 90 triggered images",
     ]
     many = reading._replace(probe=Scores(1.0, 0.0, 1.0, 1000, 900))
-    assert flags_of(cells["CBD"], {"scores": {"head": {"asr": 0.95}}}, many) == []
+    assert flags_of(cells["CBD"], took, many) == []
     told: Cell = replace(cells["CBD"], labels="given")
-    assert flags_of(told, {}, many) == ["a label-free method was given labels"]
+    assert flags_of(told, took, many) == ["a label-free method was given labels"]
 
 
 @pytest.mark.timeout(300)  # seconds on an idle machine

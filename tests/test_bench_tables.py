@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from unbackdoor.attacks.named import ATTACKS
@@ -270,6 +272,16 @@ def test_the_note_tells_of_few_seeds_and_of_different_images(grid):
     records[tuned.cell.key] = record(tuned, (0.8, 0.1, 0.8), data="b")
     note = scores_table(made, lines(made, found, records), "probe").note
     assert "The records are of different images." in note
+    assert "share one victim" not in note
+    shared = replace(made, victim_seed=0)
+    note = scores_table(shared, lines(shared, found, records), "probe").note
+    assert "Seeds share one victim: ± is of split, defense and detector alone." in note
+
+
+def test_simclr_has_no_table_of_own_heads(grid):
+    made = grid("cpu", GRID.replace("seeds =", 'training = "simclr"\nseeds ='))
+    titles = [table.title.rpartition(": ")[2] for table in all_tables(made, entries(made), {})]
+    assert titles == ["linear probe before and after", "does it last?"]
 
 
 def test_the_papers_tables_are_all_there_and_their_attacks_are_known():

@@ -98,7 +98,8 @@ def test_boxes_come_back_in_pixels_of_the_image_as_it_came(voc):
 def record(tmp_path):
     path = tmp_path / "victim.json"
     described = {"name": "mine", **attack_record(Attack(CORNER))}
-    path.write_text(json.dumps({"attack": described, "size": 16}))
+    weak = {"training": {"kind": "simclr"}, "scores": {"probe": {"acc": 0.5, "pa": 0.48}}}
+    path.write_text(json.dumps({"attack": described, "size": 16, **weak}))
     return path
 
 
@@ -134,6 +135,7 @@ def test_a_trained_detector_is_scored_and_drawn(source, voc, tmp_path, record):
     assert set(made["scores"]["clean"]) == {"voc07", "coco", "coco50", "coco75", "classes"}
     assert made["detector"]["backbone"]["name"] == "victim.pt"
     assert made["data"]["images"] == 4
+    assert made["flags"][0].startswith("the victim lost 2.0 points on triggered images")
     assert "only 4 test images" in made["flags"]
     assert "one detector: a table needs three seeds" in made["flags"]
     assert {"seconds", "device", "versions"} <= made.keys()
@@ -146,6 +148,13 @@ def test_a_trained_detector_is_scored_and_drawn(source, voc, tmp_path, record):
         assert outside not in html
     with pytest.raises(OutputError, match=r"s\.json: exists already; pass --force"):
         evaluate(files, voc, out=out)
+
+    with pytest.raises(OutputError, match="there is no folder"):
+        evaluate(files, voc, report=tmp_path / "none/s.html")
+
+    assert "the detector was trained on these very images" not in made["flags"]
+    learned = evaluate(files, voc, name="trainval", measure="voc07")
+    assert "the detector was trained on these very images" in learned["flags"]
 
     plain = evaluate(files, voc, measure="voc07", overwrite=True, out=out)
     assert plain["attack"] is None

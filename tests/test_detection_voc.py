@@ -129,6 +129,14 @@ def test_a_bad_list_of_images_is_refused_by_name(voc, text, message):
         load(voc)
 
 
+def test_of_vocs_sets_of_one_class_the_images_that_hold_it_are_taken(voc):
+    (voc / "ImageSets/Main/red_test.txt").write_text("006  1\n007 -1\n008  0\n")
+    assert [path.stem for path in load(voc, "red_test").paths] == ["006", "008"]
+    (voc / "ImageSets/Main/red_test.txt").write_text("006  1\n007\n")
+    with pytest.raises(DataError, match=r"006  1\.xml: there is no such annotation"):
+        load(voc, "red_test")
+
+
 def test_a_missing_set_is_answered_with_those_there_are(voc):
     for name in ("val", "../../006", ".hidden"):
         with pytest.raises(DataError, match=r"has no set .*there are: test, trainval"):

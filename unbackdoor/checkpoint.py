@@ -179,6 +179,18 @@ def write_tensors(path: Path, tree: Tree, *, metadata: Mapping[str, str], overwr
         )
 
 
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse a path that nothing can be written to, before anything is computed for it.
+
+    Raises:
+        OutputError: If the file exists and must not be replaced, or lies in no folder.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: exists already; pass --force to replace it")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}")
+
+
 def write_text(path: Path, text: str, *, overwrite: bool) -> None:
     """Write ``text`` as UTF-8; ``path`` holds either all of it or what it held before.
 
@@ -192,10 +204,7 @@ def write_text(path: Path, text: str, *, overwrite: bool) -> None:
 @contextmanager
 def _replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a path beside ``path`` that takes its place if all goes well, else vanishes."""
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path}: exists already; pass --force to replace it")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}")
+    check_output(path, overwrite=overwrite)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         temporary.touch()

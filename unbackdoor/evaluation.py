@@ -14,10 +14,10 @@ from unbackdoor.attacks.named import ATTACKS, attack_from_record, attack_record,
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.attacks.triggers import LARGEST
 from unbackdoor.backbones import Backbone, public_name
-from unbackdoor.checkpoint import write_text
+from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, load_labeled, split_rows
 from unbackdoor.devices import pick_device
-from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
+from unbackdoor.errors import CheckpointError, DataError, SettingsError
 from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Reading, Scores, make_test_set, read
 from unbackdoor.report import Table, as_text
@@ -87,10 +87,8 @@ def evaluate_file(
         UnbackdoorError: See ``errors``; nothing is written then.
     """
     started = time.monotonic()
-    if out is not None and out.exists() and not overwrite:
-        raise OutputError(f"{out}: exists already; pass --force to replace it")
-    if out is not None and not out.parent.is_dir():
-        raise OutputError(f"{out}: there is no folder {out.parent}")
+    if out is not None:
+        check_output(out, overwrite=overwrite)
     source = like_victim(source, attack)
     loaded = open_source(source)
     known = find_attack(attack, size=loaded.size, training=training, target=target)
@@ -241,13 +239,17 @@ def find_attack(
             f"{', '.join(ATTACKS)}"
         )
     found = attack_from_record({key: value for key, value in described.items() if key != "name"})
+    return known_from(record, found, str(described.get("name")))
+
+
+def known_from(record: Mapping[str, Any], attack: Attack, name: str) -> Known:
+    """Return ``attack`` with what its victim's record says; a clean victim's says nothing."""
     acc, asr, pa = (
         _number(record, "scores", *names)
         for names in (("probe", "acc"), ("head", "asr"), ("probe", "pa"))
     )
     lost = None if acc is None or pa is None else acc - pa
-    kind = _inside(record, "training", "kind")
-    return Known(found, str(described.get("name")), kind != "simclr", asr, lost)
+    return Known(attack, name, _inside(record, "training", "kind") != "simclr", asr, lost)
 
 
 def _inside(record: Any, *names: str) -> Any:
@@ -281,6 +283,15 @@ def unread_head(backbone: Backbone, reading: Reading, *, classes: int) -> list[s
 
 def doubts(known: Known, reading: Reading) -> list[str]:
     """Return why these scores should be read with care."""
+    found = not_taken(known)
+    if reading.probe.triggered < FEW:
+        found.append(f"only {reading.probe.triggered} triggered images")
+    found.append("one victim, one split: a table needs three seeds")
+    return found
+
+
+def not_taken(known: Known) -> list[str]:
+    """Return a doubt where there was hardly a backdoor in the victim to begin with."""
     found = []
     if known.supervised and known.victim_asr is not None and known.victim_asr < TOOK:
         found.append(
@@ -292,9 +303,6 @@ def doubts(known: Known, reading: Reading) -> list[str]:
             f"the victim lost {100 * known.victim_loss:.1f} points on triggered images, less than "
             f"{100 * LOST:.0f}: the attack did not take"
         )
-    if reading.probe.triggered < FEW:
-        found.append(f"only {reading.probe.triggered} triggered images")
-    found.append("one victim, one split: a table needs three seeds")
     return found
 
 

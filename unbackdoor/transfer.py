@@ -16,11 +16,11 @@ from unbackdoor.attacks.named import attack_record
 from unbackdoor.attacks.poisoning import PART
 from unbackdoor.attacks.triggers import Trigger
 from unbackdoor.backbones import public_name
-from unbackdoor.checkpoint import write_text
+from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, draw_rows, load_labeled
 from unbackdoor.devices import pick_device
-from unbackdoor.errors import DataError, OutputError
-from unbackdoor.evaluation import FEW, find_attack, like_victim
+from unbackdoor.errors import DataError
+from unbackdoor.evaluation import FEW, find_attack, like_victim, not_taken
 from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Scores, TestSet, read
 from unbackdoor.report import Table, as_text
@@ -75,8 +75,8 @@ def transfer_file(
     """
     started = time.monotonic()
     in_range("labels", labels, least=2)
-    if out is not None and out.exists() and not overwrite:
-        raise OutputError(f"{out}: exists already; pass --force to replace it")
+    if out is not None:
+        check_output(out, overwrite=overwrite)
     source = like_victim(source, attack)
     loaded = open_source(source)
     known = find_attack(attack, size=loaded.size, training=training)
@@ -88,9 +88,10 @@ def transfer_file(
     with told_of_memory(where):
         reading = read(backbone, None, parts.probe, test)
     scores = {"probe": reading.probe, "neighbours": reading.neighbours}
-    flags = ["one backbone, one split: a table needs three seeds"]
+    flags = not_taken(known)
     if len(test.labels) < FEW:
-        flags.insert(0, f"only {len(test.labels)} test images")
+        flags.append(f"only {len(test.labels)} test images")
+    flags.append("one backbone, one split: a table needs three seeds")
     record = {
         "schema": 1,
         "kind": "transfer",

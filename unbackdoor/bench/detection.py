@@ -32,7 +32,8 @@ def check_detectors(cells: Iterable[Cell], data: str) -> None:
 
     Raises:
         ArchitectureError: If a network yields no maps for a feature pyramid, see ``find_levels``.
-        DataError: If the extra ``detection`` is missing, or see ``load_voc``.
+        DataError: If the extra ``detection`` is missing, or if images to train on are scored on as
+            well; or see ``load_voc``.
     """
     tried = {
         (cell.victim.arch, cell.victim.size, cell.detection.stages): cell.detection
@@ -53,8 +54,14 @@ def check_detectors(cells: Iterable[Cell], data: str) -> None:
         pixels = settle_pixels(arch, found, mean=None, std=None, size=size or None)
         backbone = Backbone(found.network, found.heads, mean=pixels.mean, std=pixels.std).eval()
         find_levels(backbone.body, arch, stages)
-        classes = load_voc(data, detection.train).classes
-        load_voc(data, detection.test, classes=classes)
+        learned = load_voc(data, detection.train)
+        scored = load_voc(data, detection.test, classes=learned.classes)
+        if both := set(learned.paths) & set(scored.paths):
+            raise DataError(
+                f"{data}: {len(both)} images are in both sets, {detection.train} to train on and "
+                f"{detection.test} to score on, {min(both).name} among them; name sets that share "
+                "none"
+            )
 
 
 def detect_cell(

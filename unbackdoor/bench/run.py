@@ -52,13 +52,14 @@ from unbackdoor.errors import CheckpointError, DataError, OutputError
 from unbackdoor.evaluation import (
     FEW,
     PROBE,
-    TOOK,
     UNLABELED,
     Known,
     Split,
     counts,
     divide,
     find_attack,
+    known_from,
+    not_taken,
     own_head,
     reading_record,
 )
@@ -229,7 +230,7 @@ def run_cell(
         write_json(store.defended_path(cell.key), record)
     source = source_of(store.backbone_path(cell.key), made)
     attack = attack_of(cell, found, size=open_victim(found, made).size)
-    known = Known(attack, cell.attack, cell.victim.training == "supervised")
+    known = known_from(made, attack, cell.attack)
     detection = detect_cell(cell, source, known, store, place, say=say, on_step=on_step)
     detection["revision"] = revision()
     seconds = record["seconds"]
@@ -282,7 +283,7 @@ def defend_cell(
             "test_sha256": from_tensor(sets.test.images).fingerprint,
             **counts(split),
         },
-        "flags": flags_of(cell, made, reading),
+        "flags": flags_of(cell, known_from(made, attack, cell.attack), reading),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_memory": peak_memory(device),
         "device": describe_device(device),
@@ -403,13 +404,9 @@ def _purify(
     return Repaired(cast("Backbone", backbone), {}, epochs, told)
 
 
-def flags_of(cell: Cell, made: dict[str, Any], reading: Reading) -> list[str]:
+def flags_of(cell: Cell, known: Known, reading: Reading) -> list[str]:
     """Return why the scores of a cell should be read with care."""
-    found = []
-    head = (made.get("scores") or {}).get("head") or {}
-    asr = head.get("asr")
-    if cell.victim.training == "supervised" and asr is not None and asr < TOOK:
-        found.append(f"the victim's own ASR was {asr:.1%}: the attack did not take")
+    found = not_taken(known)
     if reading.probe.triggered < FEW:
         found.append(f"only {reading.probe.triggered} triggered images")
     free = cell.defense == CBD or (cell.defense in DEFENSES and not DEFENSES[cell.defense].labels)

@@ -55,7 +55,9 @@ def lines(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]) -> 
 def all_tables(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]) -> list[Table]:
     """Return the tables of a grid: its detectors', scores by each reader, and whether they last."""
     rows = lines(grid, found, records)
-    readers: list[Reader] = ["probe", "head"]
+    readers: list[Reader] = ["probe"]
+    if grid.training == "supervised":  # SimCLR leaves no head
+        readers.append("head")
     if grid.detection is None and grid.compares:
         readers.insert(0, "paper")
     return [
@@ -166,7 +168,7 @@ def detection_table(grid: Grid, rows: Sequence[Line]) -> Table:
                 cells += _beside(mean, figures.get(name))
         seconds = [float(each["seconds"]["training"]) for each in made]
         cells += [len(made), statistics.median(seconds) if seconds else None]
-        flags = _flags(grid, line, [each["flags"] for each in made])
+        flags = _flags(grid, line, [r["flags"] + r["detection"]["flags"] for r in line.records])
         cells[1] = Flagged(cells[1], flags) if flags and made else cells[1]
         body.append(tuple(cells))
     data = [record["detection"]["data"] for line in rows for record in line.records]
@@ -301,6 +303,8 @@ def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
             f"Percent. {about or _about_scores(records[0])} The row {CLEAN_ROW!r} was never "
             "poisoned: what the trigger does to a clean network."
         )
+    if grid.victim_seed is not None:
+        parts.append("Seeds share one victim: ± is of split, defense and detector alone.")
     if any(0 < len(line.records) < SEEDS for line in rows):
         parts.append(f"Some rows have fewer than {SEEDS} seeds.")
     if len({(r["data"]["train_sha256"], r["data"]["test_sha256"]) for r in records}) > 1:

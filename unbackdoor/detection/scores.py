@@ -11,7 +11,7 @@ from torch import nn
 
 from unbackdoor.attacks.named import attack_record
 from unbackdoor.attacks.triggers import LARGEST, Trigger, trigger_scaled
-from unbackdoor.checkpoint import write_text
+from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.detection.jobs import Opened, circumstances, open_detector
 from unbackdoor.detection.network import fit
 from unbackdoor.detection.precision import (
@@ -24,8 +24,7 @@ from unbackdoor.detection.precision import (
 from unbackdoor.detection.voc import VocImages, load_voc
 from unbackdoor.devices import Precision as ComputedIn
 from unbackdoor.devices import pick_device, pick_precision
-from unbackdoor.errors import OutputError
-from unbackdoor.evaluation import Known, find_attack, read_record
+from unbackdoor.evaluation import Known, find_attack, not_taken, read_record
 from unbackdoor.jobs import told_of_memory
 from unbackdoor.report import BoxedImage, Picture, Table, as_text, boxes_picture, render_report
 from unbackdoor.settings import DetectionSettings
@@ -111,8 +110,8 @@ def evaluate_detector(
         UnbackdoorError: See ``errors``; nothing is written then.
     """
     for place in (out, report):
-        if place is not None and place.exists() and not overwrite:
-            raise OutputError(f"{place}: exists already; pass --force to replace it")
+        if place is not None:
+            check_output(place, overwrite=overwrite)
     if measure != "voc07":
         coco_metric()  # says what is missing before anything is computed
     where = pick_device(device)
@@ -221,7 +220,7 @@ def score_detector(
         if known is None
         else {"name": known.name, "side": side, **attack_record(known.attack)},
         "scores": {key: made.precision._asdict() for key, made in conditions.items()},
-        "flags": doubts(images),
+        "flags": [*([] if known is None else not_taken(known)), *doubts(opened, images)],
         **circumstances(device, precision),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -288,9 +287,11 @@ def detect(
     return Found(boxes, output["labels"].cpu() - 1, output["scores"].cpu())
 
 
-def doubts(images: VocImages) -> list[str]:
-    """Return why these scores should be read with care."""
+def doubts(opened: Opened, images: VocImages) -> list[str]:
+    """Return why scores on these images should be read with care."""
     found = []
+    if (opened.record.get("data") or {}).get("sha256") == images.fingerprint:
+        found.append("the detector was trained on these very images")
     if len(images) < FEW:
         found.append(f"only {len(images)} test images")
     for number, name in enumerate(images.classes):

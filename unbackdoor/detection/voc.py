@@ -8,6 +8,7 @@ stranger: names lead nowhere outside the folder, and XML that could expand is re
 import difflib
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from unbackdoor.types import RawImages
 SCHEME = "voc:"
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LONGEST = 2**22  # bytes of an annotation
+OF_ONE_CLASS = re.compile(r"\S+\s+(-1|0|1)")  # a line of a set such as cat_train
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 Boxes = Float[Tensor, "k 4"]  # left, top, right, bottom in pixels from 0; the last two lie outside
@@ -159,7 +161,11 @@ def _set_file(root: Path, name: str) -> Path:
 
 
 def _listed(root: Path, name: str) -> list[str]:
-    """Return the names of the images in a set, in its order."""
+    """Return the names of the images in a set, in its order.
+
+    VOC's sets of one class, such as ``cat_train``, have a second column; an image without an object
+    of the class has -1 there and is left out.
+    """
     path = _set_file(root, name)
     if not _is_plain(name) or not path.is_file():
         folder = root / "ImageSets" / "Main"
@@ -170,6 +176,8 @@ def _listed(root: Path, name: str) -> list[str]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     listed = [line for line in listed if line]
+    if all(OF_ONE_CLASS.fullmatch(line) for line in listed):
+        listed = [line.split()[0] for line in listed if not line.endswith("-1")]
     if not listed:
         raise DataError(f"{path}: is empty; a set names one image a line")
     for line in listed:
