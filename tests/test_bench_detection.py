@@ -115,7 +115,9 @@ def test_a_grid_with_detectors_runs_to_its_table_and_its_pictures(path, cells, t
 
     assert main(["bench", "table", *common]) == 0
     table = capsys.readouterr().out
-    assert "| attack, defense | AP | ± | PAP | ± | seeds | seconds |" in table
+    assert (
+        "| attack, defense | AP | ± | PAP | ± | COCO's AP | COCO's PAP | seeds | seconds |" in table
+    )
     ap = 100 * records["FT"]["detection"]["scores"]["clean"]["voc07"]
     assert f"| Blend: FT | {ap:.1f} [1] | – |" in table
     assert main(["bench", "report", *common, "--out", str(page)]) == 0

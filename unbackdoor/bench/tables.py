@@ -147,15 +147,15 @@ def durability_table(grid: Grid, rows: Sequence[Line]) -> Table:
 
 
 def detection_table(grid: Grid, rows: Sequence[Line]) -> Table:
-    """Return AP and PAP of the detectors in percent, as VOC 2007 defines them.
+    """Return AP and PAP of the detectors in percent, as VOC 2007 defines them, then as COCO does.
 
-    Beside a full schedule stand the paper's numbers, and how much ours are above them.
+    Beside a full schedule stand the paper's numbers, and how much VOC's are above them.
     """
     conditions = {"AP": "clean", "PAP": "triggered"}
     columns = ["attack, defense"]
     for name in conditions:
         columns += [name, "±"] + (["paper", "ours − paper"] if grid.compares else [])
-    columns += ["seeds", "seconds"]
+    columns += [*(f"COCO's {name}" for name in conditions), "seeds", "seconds"]
     body = []
     for line in rows:
         cells: list[Any] = [label(line)]
@@ -166,6 +166,8 @@ def detection_table(grid: Grid, rows: Sequence[Line]) -> Table:
             cells += [mean, spread]
             if grid.compares:
                 cells += _beside(mean, figures.get(name))
+        for condition in conditions.values():
+            cells.append(mean_and_spread([each["scores"][condition]["coco"] for each in made])[0])
         seconds = [float(each["seconds"]["training"]) for each in made]
         cells += [len(made), statistics.median(seconds) if seconds else None]
         flags = _flags(grid, line, [r["flags"] + r["detection"]["flags"] for r in line.records])
@@ -329,7 +331,8 @@ def _about_detectors(grid: Grid, data: Sequence[Mapping[str, Any]]) -> str:
     images = f"{data[0]['images']} test images" if data else "the test images"
     parts = [
         f"AP: average precision on {images} as they are; PAP: on the same ones triggered; both as "
-        "VOC 2007 defines it, over 11 recalls at an overlap of .5; the records have COCO's too. "
+        "VOC 2007 defines it, over 11 recalls at an overlap of .5, and as COCO does, over overlaps "
+        "from .5 to .95. "
         "Seconds are those of training a detector."
     ]
     if grid.compares:
