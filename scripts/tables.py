@@ -70,11 +70,14 @@ def demo_table(records: list[dict[str, Any]]) -> str:
 
 
 def victims_table(records: list[dict[str, Any]]) -> str:
-    """Return the scores of every victim, and of the clean one under every attack, in percent."""
+    """Return the scores of every victim, and of the clean ones under every attack, in percent.
+
+    The last columns are the median epoch's images a second, and what that is of the device's limit.
+    """
     lines = [
         "| victim | attack | training | epochs, images | own head: ACC | ASR | PA "
-        "| probe: ACC | ASR | PA |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| probe: ACC | ASR | PA | images/s | of the limit |",
+        f"|---{'|---' * 11}|",
     ]
     for record in records:
         clean = record["attack"] is None
@@ -90,6 +93,10 @@ def victims_table(records: list[dict[str, Any]]) -> str:
             for reading in ("head", "probe"):
                 read = scores[reading] or dict.fromkeys(WHAT)
                 cells += ["–" if read[w] is None else f"{100 * read[w]:.1f}" for w in WHAT]
+            median = statistics.median(seconds for _, seconds in record["history"])
+            share = record.get("speed", {}).get("share_of_limit")  # the oldest have none
+            cells.append(f"{record['data']['images'] / median:.0f}")
+            cells.append("–" if share is None else f"{share:.2f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
