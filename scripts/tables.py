@@ -3,8 +3,8 @@
     python scripts/tables.py [--check]
 
 Each record in `results/demo/` is the `scores.json` of one `unbackdoor demo --seed SEED`; the table
-has medians; those in `results/victims/` were written by `unbackdoor attack`; those in
-`results/bench/` by `unbackdoor bench run`; `results/searches.json` by
+has medians; those in `results/victims/` and `results/simclr/` were written by
+`unbackdoor attack`; those in `results/bench/` by `unbackdoor bench run`; `results/searches.json` by
 `scripts/compare_searches.py`; `results/windows.json` by `scripts/scan_windows.py`; the trials in
 `results/development/` by `scripts/try_settings.py`; `results/images.jsonl` by
 `scripts/try_images.py`; `results/speed.json` by `benchmarks/run.py`; those in `results/enemies/` by
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -110,10 +110,10 @@ def defense_table(defense: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_cells(scores: dict[str, Any]) -> list[str]:
+def as_cells(scores: dict[str, Any], readings: Iterable[str] = READINGS) -> list[str]:
     """Return ACC / ASR / PA of each reading, in percent."""
     return [
-        " / ".join(f"{100 * scores[reading][what]:.1f}" for what in WHAT) for reading in READINGS
+        " / ".join(f"{100 * scores[reading][what]:.1f}" for what in WHAT) for reading in readings
     ]
 
 
@@ -145,6 +145,34 @@ def changes_table() -> str:
         name = names.get(entry.row, "victim")
         cells = as_cells(record["scores"]["after"])
         lines.append(f"| {entry.attack} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def taken_table() -> str:
+    """Return what SimCLR victims lose under their triggers, beside what the clean one loses."""
+    lines = [
+        "| victim | epochs | probe | neighbours | clean one, probe | neighbours "
+        "| lost by the victim | by the clean one |",
+        f"|---{'|---' * 7}|",
+    ]
+    clean = json.loads((ROOT / "results/victims/clean-simclr-seed0.json").read_text())
+    shipped = json.loads((ROOT / "results/victims/blend-simclr-seed0.json").read_text())
+    for record in [shipped, *read_folder("results/simclr")]:
+        name = record["attack"]["name"]
+        both = record["scores"], clean["scores"][name]
+        cells = [cell for each in both for cell in as_cells(each, ("probe", "neighbours"))]
+        lost = [f"{100 * (each['probe']['acc'] - each['probe']['pa']):.1f}" for each in both]
+        lines.append(f"| {' | '.join([name, str(record['training']['epochs']), *cells, *lost])} |")
+    return "\n".join(lines) + "\n"
+
+
+def simclr_table() -> str:
+    """Return what is done to the victims of `grids/table3-cpu.toml`, in percent."""
+    readings = {name: words for name, words in READINGS.items() if name != "head"}
+    lines = [f"| trigger | row | {' | '.join(readings.values())} |", "|---|---|---|---|---|"]
+    for entry, record in records_of("table3-cpu"):
+        cells = as_cells(record["scores"]["after"], readings)
+        lines.append(f"| {entry.attack} | {entry.row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -281,6 +309,8 @@ Table = tuple[str, str, Callable[[], str]]  # file, mark in it, what makes the t
 TABLES: tuple[Table, ...] = (
     ("README.md", "results/demo", lambda: demo_table(read_folder("results/demo"))),
     ("docs/victims.md", "results/victims", lambda: victims_table(read_folder("results/victims"))),
+    ("docs/experiments/simclr-cpu.md", "results/simclr", taken_table),
+    ("docs/experiments/simclr-cpu.md", "results/bench", simclr_table),
     ("docs/experiments/searches.md", "results/searches.json", searches_table),
     ("docs/experiments/changes.md", "results/bench", changes_table),
     ("docs/experiments/changes.md", "results/windows.json", windows_table),
