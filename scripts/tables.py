@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.bench.cells import NO_DEFENSE
-from unbackdoor.bench.grid import CLEAN_ROW, Entry, entries, read_grid, row_settings
+from unbackdoor.bench.grid import CLEAN_ROW, Entry, entries, read_grid
 from unbackdoor.bench.store import look_at, read_records
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.settings import PurifySettings, flatten
@@ -192,9 +192,9 @@ def windows_table() -> str:
     return "\n".join(lines)
 
 
-def differences(settings: dict[str, Any], base: PurifySettings = PurifySettings()) -> str:
-    """Return which of the flat settings differ from ``base``, in words."""
-    defaults = dict(flatten(asdict(base)))
+def differences(settings: dict[str, Any]) -> str:
+    """Return which of the flat settings differ from the defaults of ``purify``, in words."""
+    defaults = dict(flatten(asdict(PurifySettings())))
     differs = {name: value for name, value in settings.items() if value != defaults.get(name)}
     words = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in differs.items())
     return ", ".join(words) or "–"
@@ -211,27 +211,6 @@ def trials_table() -> str:
         cells = as_cells(trial["scores"]["after"])
         name = trial["victim"].partition("-")[0]
         lines.append(f"| {name} | {differences(trial['settings'])} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def open_points_table() -> str:
-    """Return the trials of what the paper leaves open, ours and those of its reduced schedule."""
-    grid = read_grid(ROOT / "grids/table1-cpu.toml")
-    papers = next(row_settings(grid, row, 0) for row in grid.rows if row.name == "CBD")
-    bases = {"image": ("paper's", papers), "changes": ("ours", PurifySettings())}
-    lines = [
-        f"| method | victim | differs by | {' | '.join(READINGS.values())} | seconds |",
-        f"|---{'|---' * (len(READINGS) + 3)}|",
-    ]
-    text = (ROOT / "results/development/open-points.jsonl").read_text()
-    trials = [json.loads(line) for line in text.splitlines()]
-    for kind, (method, base) in bases.items():
-        for trial in sorted(trials, key=lambda trial: trial["victim"]):
-            if trial["settings"]["search.kind"] == kind:
-                words = [method, trial["victim"].partition("-")[0]]
-                words.append(differences(trial["settings"], base))
-                cells = [*as_cells(trial["scores"]["after"]), f"{trial['seconds']:.0f}"]
-                lines.append(f"| {' | '.join([*words, *cells])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -276,7 +276,7 @@ def test_the_note_tells_of_few_seeds_and_of_different_images(grid):
     assert "share one victim" not in note
     shared = replace(made, victim_seed=0)
     note = scores_table(shared, lines(shared, found, records), "probe").note
-    assert "Seeds share one victim: ± is of split, defense and detector alone." in note
+    assert "Seeds share one victim: ± is of split and defense alone." in note
 
 
 def test_simclr_has_no_table_of_own_heads(grid):

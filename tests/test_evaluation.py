@@ -162,7 +162,7 @@ def test_doubts_are_said():
         Known(ATTACK, "x", False, 0.2, 0.3), many
     )
     unmoved = doubts(Known(ATTACK, "x", False, None, 0.019), many)
-    assert unmoved[0].startswith("the victim lost 1.9 points on triggered images, less than 10")
+    assert unmoved[0].startswith("the victim lost 1.9 points on triggered images, less than 15")
     weak = doubts(Known(ATTACK, "x", True, 0.5), few)
     assert "the victim's own ASR was 50.0 %" in weak[0]
     assert weak[1] == "only 9 triggered images"

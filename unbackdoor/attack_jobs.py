@@ -31,7 +31,7 @@ from unbackdoor.backbones import (
     public_name,
     settle_pixels,
 )
-from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
+from unbackdoor.checkpoint import Tree, check_output, sha256_of, write_tensors, write_text
 from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_labeled
 from unbackdoor.devices import (
     Precision,
@@ -55,7 +55,7 @@ from unbackdoor.evaluation import (
     unread_head,
 )
 from unbackdoor.jobs import Source, open_source, refuse_existing, told_of_memory, versions
-from unbackdoor.metrics import Reading, make_test_set, read, rows_to_trigger
+from unbackdoor.metrics import Reading, find_goals, make_test_set, read
 from unbackdoor.report import (
     Picture,
     amplified_difference,
@@ -363,7 +363,7 @@ def plan_victim(
     else:
         scored = attacks_of_clean(side, training, **(options or {}))
     for each in scored.values():
-        rows_to_trigger(test.labels, each, classes=classes)
+        find_goals(test.labels, each, classes=classes)
         each.trigger(test.images[:1])
     if training == "supervised" and not architecture.heads:
         raise SettingsError(
@@ -690,21 +690,22 @@ def show_attacks(
     Raises:
         SettingsError: If there is no such attack, or a trigger's option has no attack.
         DataError: See ``load_labeled``.
-        OutputError: If ``out`` exists and must not be replaced.
+        OutputError: If ``out`` exists and must not be replaced, or lies in no folder.
     """
+    check_output(out, overwrite=overwrite)
     if name is not None:
         attack = named_attack(name, size=size, training=training, trigger=trigger)
         shown = {name: attack}
-    elif trigger:
-        raise SettingsError("options of a trigger need the name of an attack")
+    elif trigger or training == "simclr":
+        raise SettingsError("--simclr and a trigger's options need the name of an attack")
     else:
         shown = attacks_of_clean(size, "supervised")
         shown["badnets, SimCLR"] = named_attack("badnets", size=size, training="simclr")
     images = load_labeled(data, split="test", size=size).images[:SHOWN]
     page = render_report(
         "The attacks",
-        "Triggers on the same images, and what they change. CLA has BadNets' trigger; the "
-        "images that it poisons are perturbed before.",
+        "What a trigger does to images. CLA has that of BadNets; what it poisons is perturbed "
+        "before.",
         [_picture(title, attack, images) for title, attack in sorted(shown.items())],
     )
     write_text(out, page, overwrite=overwrite)

@@ -85,10 +85,15 @@ class Reading(NamedTuple):
         return max(self.durable.values(), key=lambda scores: scores.asr)
 
 
-def rows_to_trigger(
-    labels: Labels, attack: Attack, *, classes: int
-) -> tuple[Labels, Bool[Tensor, " n"]]:
-    """Return the goal of every test image, and which are not already of that class.
+class Goals(NamedTuple):
+    """What an attacker wants of each test image."""
+
+    classes: Labels
+    others: Bool[Tensor, " n"]  # which are not already of that class
+
+
+def find_goals(labels: Labels, attack: Attack, *, classes: int) -> Goals:
+    """Return the class that every test image shall be taken for, and which are of another.
 
     All-to-one, these are the images of other classes than the target; all-to-all, every image.
 
@@ -103,16 +108,16 @@ def rows_to_trigger(
         raise DataError(
             f"every test image is of the target class {attack.target}; ASR is undefined"
         )
-    return goals, others
+    return Goals(goals, others)
 
 
 def make_test_set(images: RawImages, labels: Labels, attack: Attack, *, classes: int) -> TestSet:
     """Return a test set with every image triggered whose class is not already the goal.
 
     Raises:
-        DataError: See :func:`rows_to_trigger`; or if the images are too small for the trigger.
+        DataError: See :func:`find_goals`; or if the images are too small for the trigger.
     """
-    goals, others = rows_to_trigger(labels, attack, classes=classes)
+    goals, others = find_goals(labels, attack, classes=classes)
     parts = images[others].split(PART)
     triggered = torch.cat([attack.trigger(part) for part in parts])
     return TestSet(images, labels, triggered, labels[others], goals[others])

@@ -19,7 +19,7 @@ def extract(backbone: nn.Module, images: RawImages, *, batch_size: int = 100) ->
     Args:
         backbone: Maps images in [0, 1] to features; used as it is, so in eval mode.
         images: On any device; batches go to the backbone's.
-        batch_size: More is no faster: on a CPU, 250 images of 32 pixels leave its cache.
+        batch_size: On a CPU more is slower: 250 images of 32 pixels do not fit its cache.
     """
     device = next(backbone.parameters()).device
     batches = images.split(batch_size)

@@ -306,7 +306,8 @@ def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
             "poisoned: what the trigger does to a clean network."
         )
     if grid.victim_seed is not None:
-        parts.append("Seeds share one victim: ± is of split, defense and detector alone.")
+        rest = "split and defense" if grid.detection is None else "split, defense and detector"
+        parts.append(f"Seeds share one victim: ± is of {rest} alone.")
     if any(0 < len(line.records) < SEEDS for line in rows):
         parts.append(f"Some rows have fewer than {SEEDS} seeds.")
     if len({(r["data"]["train_sha256"], r["data"]["test_sha256"]) for r in records}) > 1:

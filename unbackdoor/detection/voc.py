@@ -176,8 +176,10 @@ def _listed(root: Path, name: str) -> list[str]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     listed = [line for line in listed if line]
-    if all(OF_ONE_CLASS.fullmatch(line) for line in listed):
+    if listed and all(OF_ONE_CLASS.fullmatch(line) for line in listed):
         listed = [line.split()[0] for line in listed if not line.endswith("-1")]
+        if not listed:
+            raise DataError(f"{path}: no image holds an object of the class, all have -1")
     if not listed:
         raise DataError(f"{path}: is empty; a set names one image a line")
     for line in listed:
