@@ -24,6 +24,7 @@ from typing import Any
 from unbackdoor.bench.cells import NO_DEFENSE
 from unbackdoor.bench.grid import CLEAN_ROW, Entry, entries, read_grid
 from unbackdoor.bench.store import look_at, read_records
+from unbackdoor.bench.tables import as_markdown, detection_table, lines
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.settings import PurifySettings, flatten
 
@@ -176,6 +177,15 @@ def simclr_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def detectors_table() -> str:
+    """Return AP and PAP of the detectors of `grids/table6-cpu.toml`, in percent."""
+    grid = read_grid(ROOT / "grids/table6-cpu.toml")
+    pairs = records_of("table6-cpu")
+    records = {entry.cell.key: record for entry, record in pairs}
+    table = detection_table(grid, lines(grid, entries(grid), records))
+    return as_markdown(table) + "\n"
+
+
 def windows_table() -> str:
     """Return the concentration and the cosine that a patch reaches in every window."""
     lines = []
@@ -290,6 +300,7 @@ TABLES: tuple[Table, ...] = (
     ("docs/victims.md", "results/victims", lambda: victims_table(read_folder("results/victims"))),
     ("docs/experiments/simclr-cpu.md", "results/simclr", taken_table),
     ("docs/experiments/simclr-cpu.md", "results/bench", simclr_table),
+    ("docs/detection.md", "results/bench", detectors_table),
     ("docs/experiments/searches.md", "results/searches.json", searches_table),
     ("docs/experiments/changes.md", "results/bench", changes_table),
     ("docs/experiments/changes.md", "results/windows.json", windows_table),
