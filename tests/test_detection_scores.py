@@ -149,8 +149,12 @@ def test_a_trained_detector_is_scored_and_drawn(source, voc, tmp_path, record):
     with pytest.raises(OutputError, match=r"s\.json: exists already; pass --force"):
         evaluate(files, voc, out=out)
 
+    scored = []
     with pytest.raises(OutputError, match="there is no folder"):
-        evaluate(files, voc, report=tmp_path / "none/s.html")
+        evaluate(
+            files, voc, report=tmp_path / "none/s.html", on_step=lambda *step: scored.append(step)
+        )
+    assert not scored
 
     assert "the detector was trained on these very images" not in made["flags"]
     learned = evaluate(files, voc, name="trainval", measure="voc07")

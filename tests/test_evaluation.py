@@ -60,8 +60,10 @@ def test_an_evaluation_prints_what_it_measures_and_writes_the_same(data, source,
         assert words in text
     with pytest.raises(OutputError, match="exists already; pass --force"):
         evaluate_file(source, data, "badnets", out=out)
+    lines.clear()
     with pytest.raises(OutputError, match="there is no folder"):
-        evaluate_file(source, data, "badnets", out=tmp_path / "none/scores.json")
+        evaluate_file(source, data, "badnets", out=tmp_path / "none/scores.json", say=lines.append)
+    assert not lines
     again = evaluate_file(source, data, "badnets", target=1, device="cpu", say=lambda _: None)
     assert again["scores"]["probe"] == scores["probe"]
     assert again["scores"]["fine_tuned"] is None

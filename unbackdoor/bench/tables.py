@@ -170,7 +170,7 @@ def detection_table(grid: Grid, rows: Sequence[Line]) -> Table:
             cells.append(mean_and_spread([each["scores"][condition]["coco"] for each in made])[0])
         seconds = [float(each["seconds"]["training"]) for each in made]
         cells += [len(made), statistics.median(seconds) if seconds else None]
-        flags = _flags(grid, line, [r["flags"] + r["detection"]["flags"] for r in line.records])
+        flags = _flags(grid, line, [each["flags"] for each in made])
         cells[1] = Flagged(cells[1], flags) if flags and made else cells[1]
         body.append(tuple(cells))
     data = [record["detection"]["data"] for line in rows for record in line.records]
