@@ -24,7 +24,8 @@ from typing import Any
 from unbackdoor.bench.cells import NO_DEFENSE
 from unbackdoor.bench.grid import CLEAN_ROW, Entry, entries, read_grid
 from unbackdoor.bench.store import look_at, read_records
-from unbackdoor.bench.tables import as_markdown, detection_table, lines
+from unbackdoor.bench.tables import as_markdown, detection_table
+from unbackdoor.bench.tables import lines as collected
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.settings import PurifySettings, flatten
 
@@ -180,9 +181,8 @@ def simclr_table() -> str:
 def detectors_table() -> str:
     """Return AP and PAP of the detectors of `grids/table6-cpu.toml`, in percent."""
     grid = read_grid(ROOT / "grids/table6-cpu.toml")
-    pairs = records_of("table6-cpu")
-    records = {entry.cell.key: record for entry, record in pairs}
-    table = detection_table(grid, lines(grid, entries(grid), records))
+    records = {entry.cell.key: record for entry, record in records_of("table6-cpu")}
+    table = detection_table(grid, collected(grid, entries(grid), records))
     return as_markdown(table) + "\n"
 
 
