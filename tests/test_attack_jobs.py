@@ -273,7 +273,10 @@ def test_what_cannot_be_made_is_refused_and_nothing_is_written(
 def test_data_without_labels_or_of_one_class_are_refused(make, data, tmp_path):
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "flat/0.png")
-    for source, message in (("flat", "lies in no class folder"), ("one", "one class")):
+    for source, message in (
+        ("flat", "lies in no class folder"),
+        ("one", "training images are of one class"),
+    ):
         if source == "one":
             for split in ("train", "test"):
                 (tmp_path / "one" / split).mkdir(parents=True)
