@@ -22,6 +22,20 @@ def test_the_measurement_of_speed_runs_and_times_every_part(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_measurement_of_several_processes_times_every_way(tmp_path):
+    out = tmp_path / "scaling.json"
+    command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--quick", "--out", str(out)]
+    subprocess.run(command, check=True, timeout=300)
+    ways = json.loads(out.read_text())["ways"]
+    assert {"one process", "2 processes"} <= ways.keys()
+    alone = ways["one process"]["seconds"]
+    for way in ways.values():
+        assert way["faster"] == [
+            one / other for one, other in zip(alone, way["seconds"], strict=True)
+        ]
+
+
+@pytest.mark.slow
 def test_the_measurement_of_costs_runs_and_draws_its_curves(tmp_path):
     out, plot = tmp_path / "curves.json", tmp_path / "curves.svg"
     command = [sys.executable, str(ROOT / "benchmarks/curves.py"), "--quick", "--timed", "2"]
