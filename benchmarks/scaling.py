@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from curves import write_images
+
 from run import ROOT, describe
 from unbackdoor.devices import pick_device
 
