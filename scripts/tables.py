@@ -7,8 +7,8 @@ has medians; those in `results/victims/` and `results/simclr/` were written by
 `unbackdoor attack`; those in `results/bench/` by `unbackdoor bench run`; `results/searches.json` by
 `scripts/compare_searches.py`; `results/windows.json` by `scripts/scan_windows.py`; the trials in
 `results/development/` by `scripts/try_settings.py`; `results/images.jsonl` by
-`scripts/try_images.py`; `results/speed.json` by `benchmarks/run.py`; those in `results/enemies/` by
-`unbackdoor evaluate`.
+`scripts/try_images.py`; `results/speed.json`, `results/curves.json` and `results/scaling.json` by
+the measurements in `benchmarks/`; those in `results/enemies/` by `unbackdoor evaluate`.
 """
 
 import argparse
@@ -294,6 +294,33 @@ def speed_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def curves_table() -> str:
+    """Return what ``purify`` costs along every curve."""
+    lines = [
+        "| along | value | index, s | an epoch's start, s | step, s | epoch, s | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for point in json.loads((ROOT / "results/curves.json").read_text())["points"]:
+        seconds = (f"{point['index']:.1f}", f"{point['start']:.1f}", f"{point['step']:.2f}")
+        ends = (f"{point['epoch']:,.0f}", f"{point['memory'] / 2**20:,.0f}")
+        cells = " | ".join((f"{point['value']:,}", *seconds, *ends))
+        lines.append(f"| {point['curve']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def scaling_table() -> str:
+    """Return the seconds of an epoch in every way to run it, and how much faster that is."""
+    lines = [
+        "| run as | an epoch, s | times as fast as one process | rounds |",
+        "|---|---|---|---|",
+    ]
+    for name, way in json.loads((ROOT / "results/scaling.json").read_text())["ways"].items():
+        times, faster = way["seconds"], way["faster"]
+        ratio = f"{statistics.median(faster):.2f} ({min(faster):.2f} to {max(faster):.2f})"
+        lines.append(f"| {name} | {statistics.median(times):.1f} | {ratio} | {len(times)} |")
+    return "\n".join(lines) + "\n"
+
+
 Table = tuple[str, str, Callable[[], str]]  # file, mark in it, what makes the table
 TABLES: tuple[Table, ...] = (
     ("README.md", "results/demo", lambda: demo_table(read_folder("results/demo"))),
@@ -308,6 +335,8 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/images.md", "results/images.jsonl", images_table),
     ("docs/experiments/enemies.md", "results/enemies", enemies_table),
     ("docs/speed.md", "results/speed.json", speed_table),
+    ("docs/speed.md", "results/scaling.json", scaling_table),
+    ("docs/speed.md", "results/curves.json", curves_table),
     *(
         (f"docs/defenses/{name}.md", "results/bench", lambda name=name: defense_table(name))
         for name in DEFENSES
