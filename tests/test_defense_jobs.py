@@ -1,10 +1,14 @@
+import io
 import json
 import re
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import safetensors
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from unbackdoor.backbones import build
@@ -12,8 +16,15 @@ from unbackdoor.cli import main
 from unbackdoor.data import load_labeled, split_rows
 from unbackdoor.defense_jobs import defend_file, find_defense, load_pool, settings_from
 from unbackdoor.defenses.settings import AdversarialSettings, BcuSettings, FineTuningSettings
-from unbackdoor.errors import ArchitectureError, DataError, DivergedError, SettingsError
+from unbackdoor.errors import (
+    ArchitectureError,
+    DataError,
+    DivergedError,
+    SettingsError,
+    UnlabeledError,
+)
 from unbackdoor.jobs import Source
+from unbackdoor.roles import divide_rows
 
 OWN = """
 import copy
@@ -37,6 +48,30 @@ def returns_nothing(backbone, data, settings, *, device="cpu", on_step=None):
 
 def returns_the_same(backbone, data, settings, *, device="cpu", on_step=None):
     return Defended(backbone, {})
+
+def changes_its_input(backbone, data, settings, *, device="cpu", on_step=None):
+    repaired = copy.deepcopy(backbone)
+    with torch.no_grad():
+        backbone.body.conv1.weight.mul_(2)
+    return Defended(repaired, {})
+
+def logs_nothing(backbone, data, settings, *, device="cpu", on_step=None):
+    return Defended(copy.deepcopy(backbone), None)
+
+def logs_itself(backbone, data, settings, *, device="cpu", on_step=None):
+    log = {}
+    log["log"] = log
+    return Defended(copy.deepcopy(backbone), log)
+
+@dataclass(frozen=True)
+class Bare:
+    factor: float
+
+def wants_a_setting(backbone, data, settings: Bare, *, device="cpu", on_step=None):
+    pass
+
+def names_no_type(backbone, data, settings: "Nowhere", *, device="cpu", on_step=None):
+    pass
 """
 
 
@@ -142,6 +177,9 @@ def test_no_image_of_the_probe_is_given_to_a_defense(photos, labels, share, coun
     taken = {image.numpy().tobytes() for image in pool.images}
     assert len(taken) == count
     assert not taken & probe
+    kept = divide_rows(200, seed=3).validation
+    assert len(kept) == 10
+    assert not taken & {image.numpy().tobytes() for image in everything.images[kept]}
     if labels == "given":
         assert not taken & unlabeled
     else:
@@ -153,8 +191,28 @@ def test_no_image_of_the_probe_is_given_to_a_defense(photos, labels, share, coun
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.95, 1.5])
 def test_a_share_that_cannot_be_is_refused(photos, share):
-    with pytest.raises(DataError, match="--share"):
+    with pytest.raises(DataError, match=f"share.* {share:g}|share {share:g} of 200 images is"):
         load_pool(photos, size=16, labels="given", share=share, seed=0)
+
+
+def test_a_broken_image_does_not_make_a_labeled_set_unlabeled(photos):
+    (Path(photos) / "class0" / "000.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="1 of its images are broken"):
+        load_pool(photos, size=16, labels="none", share=0.5, seed=0)
+
+
+def test_test_images_are_given_to_no_defense_even_without_labels(tmp_path):
+    kind = pa.struct([("bytes", pa.binary())])
+    for name, grey in (("train-0", 50), ("test-0", 200)):
+        Image.new("RGB", (16, 16), (grey,) * 3).save(file := io.BytesIO(), "PNG")
+        column = pa.array([{"bytes": file.getvalue()}] * 40, kind)
+        parquet.write_table(pa.table([column], ["image"]), tmp_path / f"{name}.parquet")
+    pool = load_pool(str(tmp_path), size=16, labels="none", share=0.5, seed=0)
+    assert pool.truth is None
+    assert pool.images.unique().tolist() == [50]
+    assert len(pool.images) == 20
+    with pytest.raises(UnlabeledError, match="no label column"):
+        load_pool(str(tmp_path), size=16, labels="given", share=0.5, seed=0)
 
 
 def test_a_defense_of_ones_own_is_run_like_ours(victim, photos, own, tmp_path):
@@ -180,6 +238,11 @@ def test_a_defense_of_ones_own_is_run_like_ours(victim, photos, own, tmp_path):
     [
         ("returns_nothing", "returned a NoneType; a defense returns Defended"),
         ("returns_the_same", "must return a copy of the backbone"),
+        ("changes_its_input", "changed conv1.weight of the backbone that it was given"),
+        ("logs_nothing", "its log must be a dict, got a NoneType"),
+        ("logs_itself", "its log must be what JSON can hold: Circular"),
+        ("wants_a_setting", "the setting 'factor' has no default; give it one"),
+        ("names_no_type", "its annotations cannot be read: name 'Nowhere' is not defined"),
     ],
 )
 def test_what_a_defense_of_ones_own_may_not_return(name, message, victim, photos, own, tmp_path):
@@ -218,6 +281,8 @@ def test_infinite_weights_are_never_written(victim, photos, own, tmp_path):
         ("nad", ["tuning.epochs=2.5"], SettingsError, "tuning.epochs is of type int, got '2.5'"),
         ("bcu", ["match=labels"], SettingsError, "match is one of features, logits, got 'labels'"),
         ("nad", ["tuning.epochs=0"], SettingsError, "tuning.epochs must be at least 1, got 0"),
+        ("nad", ["tuning.batch_size=1"], SettingsError, "tuning.batch_size must be at least 2"),
+        ("ibau", ["batch_size=1"], SettingsError, "batch_size must be at least 2, got 1"),
     ],
 )
 def test_an_unknown_defense_or_setting_is_one_message(name, values, error, message):

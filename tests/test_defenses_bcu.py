@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_defenses import QUICK, make_backbone, make_data
+from test_defenses import ONE, QUICK, make_backbone, make_data
 from torch import nn
 
 from unbackdoor.backbones import Backbone, network_state
@@ -13,6 +13,8 @@ from unbackdoor.defenses.bcu import (
     redraw,
     soft_label_distance,
 )
+from unbackdoor.defenses.common import copy_of, tune
+from unbackdoor.defenses.settings import BcuSettings
 from unbackdoor.errors import ArchitectureError
 
 
@@ -63,6 +65,54 @@ def test_features_leave_the_head_alone_and_logits_tune_it():
     )
     assert by_features["fc.weight"].equal(head)
     assert not by_logits["fc.weight"].equal(head)
+
+
+def test_every_group_has_its_share():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    still = replace(QUICK["bcu"].tuning, learning_rate=1e-12, weight_decay=0.0)
+    settings = BcuSettings(match="logits", tuning=still, seed=1)  # 0 would draw the same weights
+    after = cleanse(backbone, data, settings).backbone
+    names = {module: name for name, module in backbone.named_modules()}
+    groups = [*layer_groups(backbone, data.images), [*backbone.heads]]
+    for share, layers in zip((0.01, 0.01, 0.03, 0.09, 0.27, 0.10), groups, strict=True):
+        for layer in layers:
+            changed = after.get_submodule(names[layer]).weight != layer.weight
+            assert changed.sum() == pytest.approx(share * changed.numel(), abs=2)
+
+
+def test_soft_labels_grow_softer_by_the_epoch():
+    """In the only epoch of one, the temperature is 1 + 3."""
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    settings = BcuSettings(match="logits", tuning=ONE)
+    teacher, student = copy_of(backbone, "cpu"), copy_of(backbone, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    groups = [*layer_groups(student, data.images), [*student.heads]]
+    for share, layers in zip(settings.shares, groups, strict=True):
+        for layer in layers:
+            redraw(layer, share, generator=generator)
+
+    def loss_of(images, _):
+        with torch.no_grad():
+            wanted = teacher.logits(images)
+        return soft_label_distance(student.logits(images), wanted, temperature=4.0)
+
+    tune(student, data.images, torch.zeros(8, dtype=torch.int64), ONE, seed=0, loss_of=loss_of)
+    found = cleanse(backbone, data, settings).backbone
+    torch.testing.assert_close(network_state(found), network_state(student))
+
+
+def test_a_head_of_several_layers_is_drawn_anew_in_all_of_them():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    backbone.heads[0] = nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 3))
+    still = replace(QUICK["bcu"].tuning, learning_rate=1e-12, weight_decay=0.0)
+    settings = BcuSettings(shares=(0, 0, 0, 0, 0, 0.5), match="logits", tuning=still)
+    head = cleanse(backbone, data, settings).backbone.heads[0]
+    for layer in (0, 2):
+        changed = head[layer].weight != backbone.heads[0][layer].weight
+        assert changed.float().mean() == pytest.approx(0.5, abs=0.01)
+    backbone.heads[0] = nn.Flatten()
+    with pytest.raises(ArchitectureError, match="match=logits needs the classifier's head"):
+        cleanse(backbone, data, settings)
 
 
 def test_logits_without_a_head_are_refused():

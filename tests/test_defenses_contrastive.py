@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import pytest
 import torch
 from test_defenses import QUICK, make_backbone, make_data
 
@@ -7,9 +10,10 @@ from unbackdoor.defenses.contrastive import fine_tune_contrastively
 from unbackdoor.settings import PurifySettings, ViewSettings
 
 
-def test_it_is_purify_with_its_third_term_alone():
+@pytest.mark.parametrize(("temperature", "batch_norm"), [(0.5, "reference"), (0.2, "batch")])
+def test_it_is_purify_with_its_third_term_alone(temperature, batch_norm):
     backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
-    options = QUICK["contrastive"]
+    options = replace(QUICK["contrastive"], temperature=temperature, batch_norm=batch_norm)
     result = fine_tune_contrastively(backbone, data, options)
     settings = PurifySettings(
         pull=0.0,
@@ -22,6 +26,8 @@ def test_it_is_purify_with_its_third_term_alone():
         epochs=1,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
+        temperature=temperature,
+        batch_norm=batch_norm,
     )
     expected = purify(backbone, data.images, settings).backbone
     torch.testing.assert_close(

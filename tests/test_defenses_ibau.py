@@ -4,8 +4,15 @@ import pytest
 import torch
 from test_defenses import QUICK, make_backbone, make_data
 
+from unbackdoor.backbones import network_state
 from unbackdoor.defenses.common import cross_entropy
-from unbackdoor.defenses.ibau import find_trigger, hypergradient, perturbed_count, perturbed_loss
+from unbackdoor.defenses.ibau import (
+    find_trigger,
+    hypergradient,
+    perturbed_count,
+    perturbed_loss,
+    unlearn,
+)
 from unbackdoor.defenses.settings import IbauSettings
 
 SETTINGS = IbauSettings(fixed_point_steps=4, inner_rate=0.2, penalty=0.3)
@@ -64,6 +71,20 @@ def test_a_perturbation_moves_the_images_that_it_shall_and_no_others():
     torch.testing.assert_close(found, loss_of(moved, data.labels))
     none = perturbed_loss(loss_of, data.images, data.labels, backbone.mean, perturbed=0)(delta)
     torch.testing.assert_close(none, loss_of(images, data.labels))
+
+
+def test_unlearning_goes_through_the_trigger_and_moves_no_statistics():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    settings = replace(QUICK["ibau"], perturbed=1.0)
+    through, plain = (
+        unlearn(backbone, data, replace(settings, fixed_point_steps=steps)).backbone
+        for steps in (2, 0)
+    )
+    buffers = dict(backbone.named_buffers())
+    for name, buffer in through.named_buffers():
+        assert buffer.equal(buffers[name]), name
+    after = network_state(plain)
+    assert any(not value.equal(after[key]) for key, value in network_state(through).items())
 
 
 def test_the_trigger_is_one_gradient_step_a_batch_and_changes_predictions():

@@ -58,6 +58,9 @@ def batch_statistics(
     """
     layers = batch_norms(module)
     before = [(layer.training, layer.momentum) for layer in layers]
+    counted = [
+        None if moving else layer.get_buffer("num_batches_tracked").clone() for layer in layers
+    ]
     for layer in layers:
         layer.train(batch)
         if not moving:
@@ -67,9 +70,11 @@ def batch_statistics(
         with BatchNormBy(whole) if batch and ranks.count > 1 else nullcontext():
             yield
     finally:
-        for layer, (mode, momentum) in zip(layers, before, strict=True):
+        for layer, (mode, momentum), count in zip(layers, before, counted, strict=True):
             layer.train(mode)
             layer.momentum = momentum
+            if count is not None:
+                layer.get_buffer("num_batches_tracked").copy_(count)
 
 
 @contextmanager

@@ -507,7 +507,7 @@ def defend(
     labels: Literal["given", "pseudo", "none"] | None = None,
     share: Ratio | None = None,
     values: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
-    seed: int = 0,
+    seed: Whole = 0,
     mean: Mean = None,
     std: Std = None,
     size: Size = None,

@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from unbackdoor.errors import DataError
+from unbackdoor.errors import DataError, UnlabeledError
 from unbackdoor.types import Labels, RawImages
 
 CACHE_BYTES = 2**30  # decoded pixels stay in memory when all of a source's fit in this many bytes
@@ -140,6 +140,7 @@ def load_images(
     limit: int | None = None,
     seed: int = 0,
     max_broken: float = 0.01,
+    split: Split | None = None,
 ) -> ImageSource:
     """Open unlabeled images; labels that the source may have are not read.
 
@@ -153,11 +154,13 @@ def load_images(
         limit: Take this many images, drawn without replacement and kept in the source's order.
         seed: Of that draw.
         max_broken: Share of the images that may be broken; a single one always may.
+        split: Part of a source that is divided, as in ``load_labeled``. By default all of a folder
+            or file, the training images of ``cifar10:``, and the embedded test images.
 
     Raises:
-        DataError: If the source does not exist, is not understood or holds no images; if ``limit``
-            exceeds it; if the first images are broken beyond ``max_broken``; if an argument is out
-            of range; or if pyarrow is needed and missing.
+        DataError: If the source does not exist, is not understood or holds no images, or not that
+            split; if ``limit`` exceeds it; if the first images are broken beyond ``max_broken``; if
+            an argument is out of range; or if pyarrow is needed and missing.
     """
     pixels = _check_size(size)
     if not 0 <= max_broken <= 1:
@@ -173,12 +176,14 @@ def load_images(
         return draw_rows(count, limit, seed=seed)
 
     scheme, place = _parse(source)
-    split: Split = "test" if (scheme, place) == ("fashion-mnist", "") else "train"
-    unpacked = _unpacked(scheme, place, split=split)
+    part = split or ("test" if (scheme, place) == ("fashion-mnist", "") else "train")
+    unpacked = _unpacked(scheme, place, split=part)
     if unpacked is not None:
         rows = torch.from_numpy(draw(len(unpacked.images)))
         return TensorImages(unpacked.images[rows], size=pixels)
-    files = _of_split(_find(place), split) if scheme else _find(place)
+    files = _find(place)
+    if scheme or split:
+        files = _of_split(files, part)
     return FileImages(_index(files, draw), size=pixels, max_broken=max_broken)
 
 
@@ -240,8 +245,8 @@ def load_labeled(
         size: As in ``load_images``.
 
     Raises:
-        DataError: As ``load_images``; and if there are no labels, if the split is missing, or if
-            any image is broken.
+        DataError: As ``load_images``; and if the split is missing, or if any image is broken.
+        UnlabeledError: If there are no labels.
     """
     pixels = _check_size(size)
     scheme, place = _parse(source)
@@ -253,7 +258,9 @@ def load_labeled(
     everything = _find(place)
     files = _of_split(everything, split)
     if files.kind == "tar":
-        raise DataError(f"{source}: labels in tar files are not read; use a folder for each class")
+        raise UnlabeledError(
+            f"{source}: labels in tar files are not read; use a folder for each class"
+        )
     read_labels = _folder_labels if files.kind == "image" else _parquet_labels
     labels, classes = read_labels(files, everything)
     images = FileImages(_index(files, np.arange), size=pixels, max_broken=1)
@@ -745,7 +752,7 @@ def _folder_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]:
     def class_of(name: str) -> str:
         parts = PurePosixPath(name).parts[1 if _split_word(name) else 0 :]
         if len(parts) < 2:
-            raise DataError(f"{files.root / name} lies in no class folder")
+            raise UnlabeledError(f"{files.root / name} lies in no class folder")
         return parts[0]
 
     classes = sorted({class_of(name) for name in everything.names})
@@ -761,7 +768,7 @@ def _parquet_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]
             schema = parquet.schema_arrow
             column = next((word for word in LABEL_COLUMNS if word in schema.names), None)
             if column is None:
-                raise DataError(
+                raise UnlabeledError(
                     f"{files.root / name} has no label column ({', '.join(LABEL_COLUMNS)});"
                     f" it has {', '.join(schema.names)}"
                 )

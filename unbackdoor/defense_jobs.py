@@ -4,19 +4,19 @@ import difflib
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-import torch
+from torch import Tensor
 
 from unbackdoor.backbones import Backbone, import_function, network_state
-from unbackdoor.data import from_tensor, load_images, load_labeled, split_rows
+from unbackdoor.data import from_tensor, load_images, load_labeled
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import Defended, DefenseData, predict
 from unbackdoor.devices import pick_device
 from unbackdoor.diagnostics import measure
-from unbackdoor.errors import DataError, DeviceError, DivergedError, SettingsError
+from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError
 from unbackdoor.jobs import (
     MEASURED,
     Outputs,
@@ -29,13 +29,14 @@ from unbackdoor.jobs import (
     movement_picture,
     open_source,
     plan_outputs,
+    told_of_memory,
     write_outputs,
 )
 from unbackdoor.report import Table, render_report
+from unbackdoor.roles import defender_rows
 from unbackdoor.settings import PurifySettings, flatten
 from unbackdoor.types import Labels, RawImages
 
-UNLABELED, PROBE = 0.05, 0.01  # shares of the training images, as `evaluate` splits them
 SHOWN = 300  # characters of a value in the report
 SHARES = {"given": 0.01, "pseudo": 0.05, "none": 0.05}  # that a defense takes, the CBD paper's
 
@@ -104,29 +105,30 @@ def defend_file(
     describe_input(source, loaded, say=say)
     where = pick_device(device)
     pool = load_pool(data, size=loaded.size, labels=kind, share=share, seed=seed)
-    given = label(loaded.backbone.to(where), pool, kind)
+    with told_of_memory(where):
+        given = label(loaded.backbone.to(where), pool, kind)
     agreement = pseudo_label_accuracy(given, pool, kind)
     say(f"{data}: {len(pool.images)} images, labels: {kind}")
     if agreement is not None:
         say(f"pseudo-labels are right for {agreement:.1%} of them")
 
-    try:
+    untouched = copied_state(loaded.backbone)
+    with told_of_memory(where):
         result = chosen.function(
             loaded.backbone, given, chosen.settings, device=where, on_step=on_step
         )
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(f"{where} is out of memory; set a smaller batch size") from error
-    check_result(result, loaded.backbone, name)
+    check_result(result, loaded.backbone, untouched, name)
     tuned = [] if heads_equal(result.backbone, loaded.backbone) else loaded.backbone.head_names
     say(f"the head {', '.join(tuned)} was tuned too" if tuned else "the head is as it was")
 
     say("measuring what changed")
     sample, options = pool.images[:MEASURED], PurifySettings(seed=seed)
-    original, repaired = loaded.backbone.to(where), result.backbone.to(where)
-    evidence = {
-        "before": measure(original, original, sample, options),
-        "after": measure(repaired, original, sample, options),
-    }
+    with told_of_memory(where):
+        original, repaired = loaded.backbone.to(where), result.backbone.to(where)
+        evidence = {
+            "before": measure(original, original, sample, options),
+            "after": measure(repaired, original, sample, options),
+        }
     photos = from_tensor(pool.images)
     record = make_record(source, loaded, data, photos, chosen.settings, (), evidence)
     record |= {
@@ -158,8 +160,7 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
     file, _, function_name = name.rpartition(":")
     if file.endswith(".py"):
         function = import_function(Path(file), function_name, flag="NAME")
-        kind = get_type_hints(function).get("settings", NoSettings)
-        kind = kind if isinstance(kind, type) and is_dataclass(kind) else NoSettings
+        kind = _own_settings(function, name)
         needs_labels = False  # it says itself what it lacks
     elif name in DEFENSES:
         entry = DEFENSES[name]
@@ -175,6 +176,21 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
     if any(item.name == "seed" for item in fields(defaults)):
         defaults = replace(defaults, seed=seed)
     return Chosen(name, function, settings_from(defaults, values), needs_labels)
+
+
+def _own_settings(function: Callable[..., Any], name: str) -> Callable[[], Any]:
+    """Return the dataclass that the signature of a defense of one's own names for its settings."""
+    try:
+        kind = get_type_hints(function).get("settings", NoSettings)
+        get_type_hints(kind)
+    except (NameError, TypeError) as error:
+        raise SettingsError(f"{name}: its annotations cannot be read: {error}") from error
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return NoSettings
+    for item in fields(kind):
+        if item.default is MISSING and item.default_factory is MISSING:
+            raise SettingsError(f"{name}: the setting {item.name!r} has no default; give it one")
+    return kind
 
 
 def settings_from(defaults: Any, values: Sequence[str]) -> Any:
@@ -204,13 +220,11 @@ def settings_from(defaults: Any, values: Sequence[str]) -> Any:
 
 
 def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, seed: int) -> Pool:
-    """Return the images that the defender has; none of them trains the probe of ``evaluate``.
-
-    With given labels they are drawn from what ``evaluate`` leaves over; otherwise they are its
-    unlabeled images, and more of what is left over where ``share`` asks for more.
+    """Return the images that the defender has, see ``defender_rows``; never test images.
 
     Raises:
-        DataError: If the source cannot be read, lacks labels that are asked for, or is too small.
+        DataError: If the source cannot be read or is too small, or if ``share`` is out of range.
+        UnlabeledError: If the source lacks labels that are asked for.
     """
     share = SHARES[labels] if share is None else share
     if not 0 < share <= 1:
@@ -218,27 +232,12 @@ def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, s
     truth = None
     try:
         images, truth, _ = load_labeled(data, split="train", size=size)
-    except DataError:
+    except UnlabeledError:
         if labels == "given":
             raise
-        photos = load_images(data, size=size)
+        photos = load_images(data, size=size, split="train")
         images = photos.read(range(len(photos)))
-    count = len(images)
-    rows = split_rows(
-        count, unlabeled=round(UNLABELED * count), probe=round(PROBE * count), seed=seed
-    )
-    wanted = round(share * count)
-    shuffled = rows.unlabeled
-    if wanted < len(shuffled):
-        generator = torch.Generator().manual_seed(seed)
-        shuffled = shuffled[torch.randperm(len(shuffled), generator=generator)]
-    there = rows.rest if labels == "given" else torch.cat([shuffled, rows.rest])
-    if not 2 <= wanted <= len(there):
-        raise DataError(
-            f"--share {share:g} of {count} images is {wanted}; a defense takes 2 to {len(there)}, "
-            "for the others are kept for the probe"
-        )
-    taken = there[:wanted]
+    taken = defender_rows(len(images), labeled=labels == "given", share=share, seed=seed)
     return Pool(images[taken], None if truth is None else truth[taken])
 
 
@@ -258,8 +257,18 @@ def pseudo_label_accuracy(data: DefenseData, pool: Pool, kind: LabelKind) -> flo
     return (data.labels == pool.truth).float().mean().item()
 
 
-def check_result(result: Any, original: Backbone, name: str) -> None:
+def copied_state(backbone: Backbone) -> dict[str, Tensor]:
+    """Return a copy of the network's tensors, on the CPU."""
+    return {key: value.cpu().clone() for key, value in network_state(backbone).items()}
+
+
+def check_result(
+    result: Any, original: Backbone, untouched: Mapping[str, Tensor], name: str
+) -> None:
     """Raise unless ``result`` is a repaired copy of ``original`` that can be written.
+
+    Args:
+        untouched: The state of ``original`` before the defense had it.
 
     Raises:
         SettingsError: If it is something else, as a defense of one's own may return.
@@ -269,15 +278,23 @@ def check_result(result: Any, original: Backbone, name: str) -> None:
         raise SettingsError(
             f"{name} returned a {type(result).__name__}; a defense returns Defended(backbone, log)"
         )
+    if not isinstance(result.log, dict):
+        raise SettingsError(f"{name}: its log must be a dict, got a {type(result.log).__name__}")
     try:
         json.dumps(result.log)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise SettingsError(f"{name}: its log must be what JSON can hold: {error}") from error
     before, after = network_state(original), network_state(result.backbone)
     shapes = {key: value.shape for key, value in before.items()}
     if result.backbone is original or shapes != {key: v.shape for key, v in after.items()}:
         raise SettingsError(
             f"{name} must return a copy of the backbone, with tensors of its shapes"
+        )
+    changed = [key for key, value in before.items() if not value.cpu().equal(untouched[key])]
+    if changed:
+        raise SettingsError(
+            f"{name} changed {', '.join(changed[:3])} of the backbone that it was given; it must "
+            "work on a copy"
         )
     broken = [key for key, value in after.items() if not value.isfinite().all()]
     if broken:

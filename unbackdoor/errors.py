@@ -8,6 +8,7 @@
     ├── MismatchError           tensors and architecture do not fit each other
     ├── ArchitectureError       no such network, or no usable feature vector
     ├── DataError               images or labels that are missing, broken, too few
+    │   └── UnlabeledError      the source has no labels
     ├── SettingsError           an unknown option, or a value outside its range
     ├── OutputError             the output exists, or cannot be written
     ├── DeviceError             the device has too little memory
@@ -37,6 +38,10 @@ class ArchitectureError(UnbackdoorError):
 
 class DataError(UnbackdoorError):
     """Images or labels are missing, broken, too few or out of range."""
+
+
+class UnlabeledError(DataError):
+    """Labels are asked for and the source has none."""
 
 
 class SettingsError(UnbackdoorError):

@@ -15,16 +15,15 @@ from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.attacks.triggers import LARGEST
 from unbackdoor.backbones import Backbone, public_name
 from unbackdoor.checkpoint import check_output, write_text
-from unbackdoor.data import LabeledImages, load_labeled, split_rows
+from unbackdoor.data import LabeledImages, load_labeled
 from unbackdoor.devices import pick_device
 from unbackdoor.errors import CheckpointError, DataError, SettingsError
 from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Reading, Scores, make_test_set, read
 from unbackdoor.report import Table, as_text
+from unbackdoor.roles import divide_rows
 from unbackdoor.types import RawImages
 
-UNLABELED, PROBE = 0.05, 0.01  # shares of the training images: the paper's
-VALIDATION = 0.05  # to choose settings by
 TOOK = 0.9  # own-head ASR from which a supervised victim counts as backdoored
 LOST = 0.15  # accuracy lost on triggered images from which a SimCLR victim does; a clean one: .11
 FEW = 200  # triggered images, fewer of which make ASR coarse
@@ -150,19 +149,17 @@ def divide(train: LabeledImages, test: LabeledImages, *, seed: int) -> Split:
     count = len(train.labels)
     if len(train.labels.unique()) < 2:
         raise DataError(f"all {count} training images are of one class; two or more are needed")
-    unlabeled, probe, validation = (round(s * count) for s in (UNLABELED, PROBE, VALIDATION))
-    rows = split_rows(count, unlabeled=unlabeled, probe=probe, seed=seed)
+    rows = divide_rows(count, seed=seed)
     if len(train.labels[rows.probe].unique()) < 2:
         raise DataError(
-            f"1 % of {count} training images are too few for a probe: {probe} of one class"
+            f"1 % of {count} training images are too few for a probe: {len(rows.probe)} of one "
+            "class"
         )
 
     def labeled(chosen: Tensor) -> LabeledImages:
         return LabeledImages(train.images[chosen], train.labels[chosen], train.classes)
 
-    return Split(
-        train.images[rows.unlabeled], labeled(rows.probe), test, labeled(rows.rest[:validation])
-    )
+    return Split(train.images[rows.unlabeled], labeled(rows.probe), test, labeled(rows.validation))
 
 
 def like_victim(source: Source, attack: str) -> Source:

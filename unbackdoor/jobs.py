@@ -294,7 +294,7 @@ def told_of_memory(device: torch.device) -> Iterator[None]:
             raise
         raise DeviceError(
             f"{device} is out of memory; pass a smaller --batch-size (to purify by default, also a "
-            "smaller --changes.group)"
+            "smaller --changes.group; to defend, --set tuning.batch_size or batch_size)"
         ) from error
 
 
@@ -347,8 +347,8 @@ def refuse_existing(written: Iterable[Path], state: Path, *, overwrite: bool, re
             raise OutputError(f"{path}: exists already; pass --force to replace it")
     if state.exists() and not resume:
         raise OutputError(
-            f"{state}: an interrupted run can go on from here; pass --resume, or --force to start "
-            "again"
+            f"{state}: an interrupted run can go on from here; pass its command --resume, or pass "
+            "--force to drop it"
         )
 
 

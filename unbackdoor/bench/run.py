@@ -43,16 +43,14 @@ from unbackdoor.bench.store import (
 )
 from unbackdoor.cbd import PurifyState, purify
 from unbackdoor.checkpoint import Tree, write_tensors
-from unbackdoor.data import LabeledImages, from_tensor, split_rows
-from unbackdoor.defense_jobs import check_result, find_defense
+from unbackdoor.data import LabeledImages, from_tensor
+from unbackdoor.defense_jobs import check_result, copied_state, find_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import DefenseData, predict
 from unbackdoor.devices import peak_memory, pick_device, pick_precision
-from unbackdoor.errors import CheckpointError, DataError, OutputError
+from unbackdoor.errors import CheckpointError, OutputError
 from unbackdoor.evaluation import (
     FEW,
-    PROBE,
-    UNLABELED,
     Known,
     Split,
     counts,
@@ -66,6 +64,7 @@ from unbackdoor.evaluation import (
 from unbackdoor.jobs import versions
 from unbackdoor.metrics import Reading, make_test_set, read
 from unbackdoor.resume import identity, load_state, save_state
+from unbackdoor.roles import defender_rows
 
 
 class Repaired(NamedTuple):
@@ -184,22 +183,13 @@ def _run_group(
 
 
 def defender_images(train: LabeledImages, cell: Cell) -> LabeledImages:
-    """Return what a defense has, by the rules of ``load_pool``, with the true classes.
+    """Return what a defense has, see ``defender_rows``, with the true classes.
 
     Raises:
         DataError: If the share is too large or too small.
     """
-    count, seed = len(train.labels), cell.seed
-    unlabeled, probe = round(UNLABELED * count), round(PROBE * count)
-    rows = split_rows(count, unlabeled=unlabeled, probe=probe, seed=seed)
-    there = rows.unlabeled
-    wanted = round(cell.share * count)
-    if wanted < unlabeled:
-        there = there[torch.randperm(unlabeled, generator=torch.Generator().manual_seed(seed))]
-    there = rows.rest if cell.labels == "given" else torch.cat([there, rows.rest])
-    if not 2 <= wanted <= len(there):
-        raise DataError(f"share {cell.share:g} of {count} images is {wanted}: none, or too many")
-    taken = there[:wanted]
+    given = cell.labels == "given"
+    taken = defender_rows(len(train.labels), labeled=given, share=cell.share, seed=cell.seed)
     return LabeledImages(train.images[taken], train.labels[taken], train.classes)
 
 
@@ -360,8 +350,9 @@ def repair(
         data = DefenseData(pool.images, labels)
     chosen = find_defense(find_own(cell, place.own), seed=cell.seed)
     settings = settings_of(cell, chosen.settings)
+    untouched = copied_state(backbone)
     result = chosen.function(backbone, data, settings, device=device, on_step=on_step)
-    check_result(result, backbone, cell.defense)
+    check_result(result, backbone, untouched, cell.defense)
     return Repaired(result.backbone, result.log, [], told)
 
 

@@ -1,7 +1,7 @@
 """Backdoor cleansing with unlabeled data (BCU): forget some weights, distil them back."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def cleanse(
     asked for. The last epoch is returned; none is chosen.
 
     Raises:
-        ArchitectureError: If ``match`` is ``logits`` and the backbone has no head.
+        ArchitectureError: If ``match`` is ``logits`` and the backbone has no head with weights.
         DataError: If there are fewer than two images.
         DivergedError: If the loss is no longer finite.
 
@@ -52,14 +52,14 @@ def cleanse(
     """
     if len(data.images) < 2:
         raise DataError(f"a defense needs two images or more, got {len(data.images)}")
-    if settings.match == "logits" and not backbone.heads:
+    teacher, student = copy_of(backbone, device), copy_of(backbone, device)
+    head = _with_weights(student.heads.modules()) if settings.match == "logits" else []
+    if settings.match == "logits" and not head:
         raise ArchitectureError(
             "match=logits needs the classifier's head, which the checkpoint lacks; "
             "features need none: --set match=features"
         )
-    teacher, student = copy_of(backbone, device), copy_of(backbone, device)
     groups = layer_groups(student, data.images)
-    head = list(student.heads) if settings.match == "logits" else []
     generator = torch.Generator().manual_seed(settings.seed)
     for share, layers in zip(settings.shares, [*groups, head], strict=True):
         for layer in layers:
@@ -102,13 +102,14 @@ def layer_groups(backbone: Backbone, images: RawImages) -> list[list[nn.Module]]
     Depth is the order in which layers finish in a pass; a layer that runs twice counts once.
     """
     ended = dict.fromkeys(name for name, _ in run_watched(backbone, images[:2]))
-    modules = (backbone.body.get_submodule(name) for name in ended)
-    layers: list[nn.Module] = [
-        module for module in modules if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
+    layers = _with_weights(backbone.body.get_submodule(name) for name in ended)
     rest = layers[1:]
     ends = [round(len(rest) * quarter / 4) for quarter in range(5)]
     return [layers[:1], *(rest[ends[i] : ends[i + 1]] for i in range(4))]
+
+
+def _with_weights(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
 @torch.no_grad()

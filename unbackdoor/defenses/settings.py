@@ -39,8 +39,8 @@ class Tuning:
     augment: Literal["shift", "none"] = "shift"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            in_range(f"tuning.{name}", getattr(self, name), least=1)
+        in_range("tuning.epochs", self.epochs, least=1)
+        in_range("tuning.batch_size", self.batch_size, least=2)  # one image has no statistics
         in_range("tuning.learning_rate", self.learning_rate, above=0)
         for name in ("momentum", "weight_decay"):
             in_range(f"tuning.{name}", getattr(self, name), least=0)
@@ -189,8 +189,8 @@ class IbauSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "batch_size"):
-            in_range(name, getattr(self, name), least=1)
+        in_range("rounds", self.rounds, least=1)
+        in_range("batch_size", self.batch_size, least=2)  # a smaller last batch is left out
         for name in ("inner_rate", "learning_rate"):
             in_range(name, getattr(self, name), above=0)
         for name in ("search_rate", "fixed_point_steps", "penalty"):
@@ -261,7 +261,8 @@ class BcuSettings:
     Attributes:
         shares: Of the weights drawn anew: in the first layer, in four groups of equal depth, and
             in the head. Pang et al. 2023, for ResNet-18 (the authors' ``run_defense.sh``).
-        match: What is distilled: features, which every backbone has, or the published logits.
+        match: What is distilled: features, which every backbone has (ours), or the published
+            logits.
         tuning: Of the distillation. 100 epochs, rate .01, a cosine, batch 256: the authors'
             ``config/defense/ft/cifar10.yaml``.
         seed: Of the weights, order and augmentation.
