@@ -261,6 +261,18 @@ def test_boxes_are_drawn_where_they_are() -> None:
     assert second - first == pytest.approx(scale * np.array([500, -150, 300, -150]), abs=0.1)
 
 
+def test_a_class_has_its_colour_in_every_picture() -> None:
+    black, box = torch.zeros(1, 3, 8, 8).byte(), torch.tensor([[1.0, 1.0, 5.0, 5.0]])
+    colors = []
+    for label in ("red 0.9", "green 0.8"):
+        panel = BoxedImage(black, box, [label])
+        for classes in ((), ("green", "red")):
+            (drawn,) = boxes_picture("t", {"found": panel}, classes=classes).panels
+            colors += re.findall(r"style=\"fill: none; stroke: (#\w+)", drawn.svg)
+    red, red_of_two, green, green_of_two = colors
+    assert red == green == green_of_two != red_of_two
+
+
 def test_boxes_picture_refuses_a_box_without_a_label() -> None:
     image = torch.zeros(1, 3, 8, 8).byte()
     for panel in (

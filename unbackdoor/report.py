@@ -95,8 +95,8 @@ sup{display:inline-block;width:0;line-height:0;font-size:.7rem;color:var(--soft)
 .flags ::marker{content:"[" counter(list-item) "] "}
 summary{cursor:pointer}
 figure{margin:.8rem 0}
-.panels{display:flex;flex-wrap:wrap;gap:1rem}
-img{flex:1 1 20rem;min-width:0;max-width:36rem;width:100%;height:auto}
+.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}
+img{max-width:36rem;width:100%;height:auto}
 @media print{
 body{padding:0;max-width:none}
 section{margin-top:1.5rem}
@@ -388,16 +388,20 @@ class BoxedImage(NamedTuple):
     labels: Sequence[str]
 
 
-def boxes_picture(title: str, panels: Mapping[str, BoxedImage], *, caption: str = "") -> Picture:
+def boxes_picture(
+    title: str, panels: Mapping[str, BoxedImage], *, classes: Sequence[str] = (), caption: str = ""
+) -> Picture:
     """Draw boxes in images, a panel for every name; a colour for every first word of a label.
 
     Args:
         panels: One image each, RGB; those above 336 pixels are averaged down.
+        classes: Have their colours in this order, in every picture that is given the same.
 
     Raises:
         ValueError: If a panel holds another number of images than one, or of labels than boxes.
     """
-    words = sorted({label.split()[0] for panel in panels.values() for label in panel.labels})
+    labeled = sorted(label for panel in panels.values() for label in panel.labels)
+    words = [*dict.fromkeys(label.split()[0] for label in (*classes, *labeled))]
     colors = {word: PALETTE[index % len(PALETTE)] for index, word in enumerate(words)}
     drawn = []
     for name, (image, boxes, labels) in panels.items():

@@ -344,6 +344,7 @@ def detection_pictures(scored: Scored, *, shown: int) -> list[Picture]:
             boxes_picture(
                 images.paths[row].name,
                 panels,
+                classes=classes,
                 caption=f"Detections with a score of {CERTAIN} or more.",
             )
         )
