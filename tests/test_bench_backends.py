@@ -120,7 +120,7 @@ def test_several_workers_share_the_victims_and_replace_the_one_that_dies(cells, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install unbackdoor[ray]")
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install '.[ray]'")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
 def test_ray_starts_a_killed_worker_again_and_nothing_is_lost(cells, place, tmp_path):
@@ -140,5 +140,5 @@ def test_ray_starts_a_killed_worker_again_and_nothing_is_lost(cells, place, tmp_
 
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
 def test_without_ray_its_backend_says_what_to_install(cells, place, tmp_path):
-    with pytest.raises(SettingsError, match=r"install unbackdoor\[ray\]"):
+    with pytest.raises(SettingsError, match=r"pip install '.\[ray\]'"):
         run_ray(cells, tmp_path / "results", place)

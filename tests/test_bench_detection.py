@@ -206,7 +206,7 @@ def test_without_the_extra_nothing_runs(path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     said = refused(path, capsys)
     assert "a grid with [detection] scores COCO's AP too" in said.replace("\n", " ")
-    assert "pip install 'unbackdoor[detection]'" in said.replace("\n", " ")
+    assert "pip install '.[detection]'" in said.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

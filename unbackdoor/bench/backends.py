@@ -91,7 +91,8 @@ def run_ray(
         ray = importlib.import_module("ray")
     except ImportError as error:
         raise SettingsError(
-            "--backend ray needs Ray; install unbackdoor[ray], or pass --backend local"
+            "--backend ray needs Ray; pip install '.[ray]' where the source is, or pass "
+            "--backend local"
         ) from error
     from unbackdoor.bench.run import Tally, by_victim
 

@@ -47,7 +47,7 @@ def check_detectors(cells: Iterable[Cell], data: str) -> None:
     except DataError as error:
         raise DataError(
             "a grid with [detection] scores COCO's AP too, which needs torchmetrics and "
-            "faster-coco-eval: pip install 'unbackdoor[detection]'"
+            "faster-coco-eval: pip install '.[detection]' where the source is"
         ) from error
     for (arch, size, stages), detection in tried.items():
         found = build(arch)

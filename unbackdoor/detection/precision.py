@@ -160,6 +160,6 @@ def coco_metric() -> Any:
     except ImportError:
         raise DataError(
             "COCO's AP needs torchmetrics and faster-coco-eval: pip install "
-            "'unbackdoor[detection]'; --measure voc07 needs neither"
+            "'.[detection]' where the source is; --measure voc07 needs neither"
         ) from None
     return detection.MeanAveragePrecision(backend="faster_coco_eval")
