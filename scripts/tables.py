@@ -7,11 +7,13 @@ has medians; those in `results/victims/` and `results/simclr/` were written by
 `unbackdoor attack`; those in `results/bench/` by `unbackdoor bench run`; `results/searches.json` by
 `scripts/compare_searches.py`; `results/windows.json` by `scripts/scan_windows.py`; the trials in
 `results/development/` by `scripts/try_settings.py`; `results/images.jsonl` by
-`scripts/try_images.py`; `results/speed.json`, `results/curves.json` and `results/scaling.json` by
+`scripts/try_images.py`; those in `results/transfer/` by `unbackdoor transfer`;
+`results/speed.json`, `results/curves.json` and `results/scaling.json` by
 the measurements in `benchmarks/`; those in `results/enemies/` by `unbackdoor evaluate`.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -186,6 +188,24 @@ def detectors_table() -> str:
     return as_markdown(table) + "\n"
 
 
+def transfer_table() -> str:
+    """Return ACC and PA of every backbone on other data, means over the seeds, and deviations."""
+    names = {"clean-simclr": "never poisoned", "blend-simclr": "no defense", "purified": "purified"}
+    lines = [
+        "| backbone | probe: ACC | ± | PA | ± | neighbours: ACC | ± | PA | ± | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    records = read_folder("results/transfer")
+    for start, name in names.items():
+        scores = [r["scores"] for r in records if r["checkpoint"]["name"].startswith(start)]
+        cells = []
+        for reader, what in itertools.product(("probe", "neighbours"), ("acc", "pa")):
+            values = [100 * found[reader][what] for found in scores]
+            cells += [f"{statistics.mean(values):.1f}", f"{statistics.stdev(values):.1f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(scores)} |")
+    return "\n".join(lines) + "\n"
+
+
 def windows_table() -> str:
     """Return the concentration and the cosine that a patch reaches in every window."""
     lines = []
@@ -328,6 +348,7 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/simclr-cpu.md", "results/simclr", taken_table),
     ("docs/experiments/simclr-cpu.md", "results/bench", simclr_table),
     ("docs/detection.md", "results/bench", detectors_table),
+    ("docs/detection.md", "results/transfer", transfer_table),
     ("docs/experiments/searches.md", "results/searches.json", searches_table),
     ("docs/experiments/changes.md", "results/bench", changes_table),
     ("docs/experiments/changes.md", "results/windows.json", windows_table),
