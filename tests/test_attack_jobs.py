@@ -228,7 +228,7 @@ def test_a_killed_training_resumes_to_the_same_bits(make, monkeypatch, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         make("badnets", settings, on_step=stop)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [STATE]
-    with pytest.raises(OutputError, match="pass its command --resume"):
+    with pytest.raises(OutputError, match="pass --resume to its command"):
         make("badnets", settings)
     with pytest.raises(OutputError, match="belongs to another run: epochs was 3, now 2"):
         make("badnets", QUICK, resume=True)

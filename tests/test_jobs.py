@@ -121,7 +121,7 @@ def test_a_killed_run_resumes_to_the_same_file(victim, photos, tmp_path):
     with pytest.raises(KilledError):
         run(victim, photos, tmp_path / "killed.safetensors", on_step=kill)
     assert not (tmp_path / "killed.safetensors").exists()
-    with pytest.raises(OutputError, match="can go on from here; pass its command --resume"):
+    with pytest.raises(OutputError, match="can go on from here; pass --resume to its command"):
         run(victim, photos, tmp_path / "killed.safetensors")
     options = {"resume": True, "ranks": Ranks(0, 2)}
     with pytest.raises(OutputError, match="processes was 1, now 2; resume as it was started"):

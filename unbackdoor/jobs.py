@@ -347,8 +347,8 @@ def refuse_existing(written: Iterable[Path], state: Path, *, overwrite: bool, re
             raise OutputError(f"{path}: exists already; pass --force to replace it")
     if state.exists() and not resume:
         raise OutputError(
-            f"{state}: an interrupted run can go on from here; pass its command --resume, or pass "
-            "--force to drop it"
+            f"{state}: an interrupted run can go on from here; pass --resume to its "
+            "command, or --force to drop it"
         )
 
 
