@@ -69,10 +69,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     device = pick_device("auto")
-    record: dict[str, Any] = {"on": describe(device), "images": given.images, "ways": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         count, epochs, repeats = (128, 1, 1) if given.quick else (given.images, 2, given.repeats)
+        record: dict[str, Any] = {"on": describe(device), "images": count, "ways": {}}
         source = write_images(folder, count=count, size=32)
         purify = [str(VICTIM), "--arch", "cifar/wrn16_1", "--images", str(source)]
         purify += ["--epochs", str(epochs), "--device", device.type]

@@ -178,21 +178,6 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
     return Chosen(name, function, settings_from(defaults, values), needs_labels)
 
 
-def _own_settings(function: Callable[..., Any], name: str) -> Callable[[], Any]:
-    """Return the dataclass that the signature of a defense of one's own names for its settings."""
-    try:
-        kind = get_type_hints(function).get("settings", NoSettings)
-        get_type_hints(kind)
-    except (NameError, TypeError) as error:
-        raise SettingsError(f"{name}: its annotations cannot be read: {error}") from error
-    if not (isinstance(kind, type) and is_dataclass(kind)):
-        return NoSettings
-    for item in fields(kind):
-        if item.default is MISSING and item.default_factory is MISSING:
-            raise SettingsError(f"{name}: the setting {item.name!r} has no default; give it one")
-    return kind
-
-
 def settings_from(defaults: Any, values: Sequence[str]) -> Any:
     """Return a settings dataclass with ``values`` in place of its defaults.
 
@@ -341,6 +326,21 @@ def report_of(record: Mapping[str, Any]) -> str:
             *account_tables(record),
         ),
     )
+
+
+def _own_settings(function: Callable[..., Any], name: str) -> Callable[[], Any]:
+    """Return the dataclass that the signature of a defense of one's own names for its settings."""
+    try:
+        kind = get_type_hints(function).get("settings", NoSettings)
+        get_type_hints(kind)
+    except (NameError, TypeError) as error:
+        raise SettingsError(f"{name}: its annotations cannot be read: {error}") from error
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return NoSettings
+    for item in fields(kind):
+        if item.default is MISSING and item.default_factory is MISSING:
+            raise SettingsError(f"{name}: the setting {item.name!r} has no default; give it one")
+    return kind
 
 
 def _with(settings: Any, name: str, value: str, *, whole: str) -> Any:
