@@ -66,7 +66,9 @@ def main() -> None:
         rows: list[dict[str, float]] = []
         for threshold in THRESHOLDS:
             network, count = pruned(masks, threshold)
-            rows.append({"threshold": threshold, "pruned": count, **head_scores(network)})
+            row = {"threshold": threshold, "pruned": count}
+            same = rows and rows[-1]["pruned"] == count  # a lower threshold prunes no others
+            rows.append({**rows[-1], **row} if same else {**row, **head_scores(network)})
             print(rows_of[key], rows[-1], flush=True)
         good = [row for row in rows if row["acc"] >= (1 - LOST) * before["acc"]]
         picked = min(good, key=lambda row: row["asr"])["threshold"]
