@@ -2,14 +2,15 @@
 
     python scripts/tables.py [--check]
 
-Each record in `results/demo/` is the `scores.json` of one `unbackdoor demo --seed SEED`; the table
-has medians; those in `results/victims/` and `results/simclr/` were written by
-`unbackdoor attack`; those in `results/bench/` by `unbackdoor bench run`; `results/searches.json` by
-`scripts/compare_searches.py`; `results/windows.json` by `scripts/scan_windows.py`; the trials in
-`results/development/` by `scripts/try_settings.py`; `results/images.jsonl` by
-`scripts/try_images.py`; those in `results/transfer/` by `unbackdoor transfer`;
-`results/speed.json`, `results/curves.json` and `results/scaling.json` by
-the measurements in `benchmarks/`; those in `results/enemies/` by `unbackdoor evaluate`.
+Who writes what, in `results/`:
+
+- `demo/`: `unbackdoor demo --seed SEED`, whose `scores.json` each record is; the table has medians.
+- `victims/`, `simclr/`: `unbackdoor attack`. `bench/`: `unbackdoor bench run`.
+- `transfer/`: `unbackdoor transfer`. `enemies/`: `unbackdoor evaluate`.
+- `searches.json`: `scripts/compare_searches.py`. `windows.json`: `scripts/scan_windows.py`.
+- `development/`: `scripts/try_settings.py`. `images.jsonl`: `scripts/try_images.py`.
+- `oracle-thresholds.json`: `scripts/oracle_thresholds.py`.
+- `speed.json`, `curves.json`, `scaling.json`: the measurements in `benchmarks/`.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.bench.cells import NO_DEFENSE
-from unbackdoor.bench.grid import CLEAN_ROW, Entry, entries, read_grid
+from unbackdoor.bench.grid import CLEAN_ROW, Entry, entries, read_grid, row_settings
 from unbackdoor.bench.store import look_at, read_records
 from unbackdoor.bench.tables import as_markdown, detection_table
 from unbackdoor.bench.tables import lines as collected
@@ -111,6 +112,19 @@ def defense_table(defense: str) -> str:
     for entry, record in records_of("defenses-cpu"):
         if entry.cell.defense in (NO_DEFENSE, defense):
             lines.append(f"| {entry.row} | {' | '.join(as_cells(record['scores']['after']))} |")
+    return "\n".join(lines) + "\n"
+
+
+def oracle_table(defense: str) -> str:
+    """Return what a defense gives at the threshold that an oracle would pick, in percent."""
+    lines = [
+        f"| | oracle's threshold | {' | '.join(READINGS.values())} |",
+        "|---|---|---|---|---|---|",
+    ]
+    found = json.loads((ROOT / "results/oracle-thresholds.json").read_text())
+    for row, oracle in found[defense].items():
+        cells = as_cells(oracle["scores"])
+        lines.append(f"| {row} | {oracle['picked']:g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -222,10 +236,10 @@ def windows_table() -> str:
     return "\n".join(lines)
 
 
-def differences(settings: dict[str, Any]) -> str:
-    """Return which of the flat settings differ from the defaults of ``purify``, in words."""
-    defaults = dict(flatten(asdict(PurifySettings())))
-    differs = {name: value for name, value in settings.items() if value != defaults.get(name)}
+def differences(settings: dict[str, Any], base: PurifySettings = PurifySettings()) -> str:
+    """Return which of the flat settings differ from ``base``, in words."""
+    usual = dict(flatten(asdict(base)))
+    differs = {name: value for name, value in settings.items() if value != usual.get(name)}
     words = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in differs.items())
     return ", ".join(words) or "–"
 
@@ -241,6 +255,27 @@ def trials_table() -> str:
         cells = as_cells(trial["scores"]["after"])
         name = trial["victim"].partition("-")[0]
         lines.append(f"| {name} | {differences(trial['settings'])} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def open_points_table() -> str:
+    """Return the trials of what the paper leaves open: of its method, reduced, and of ours."""
+    grid = read_grid(ROOT / "grids/table1-cpu.toml")
+    papers = next(row_settings(grid, row, 0) for row in grid.rows if row.name == "CBD")
+    bases = {"image": ("the paper's", papers), "changes": ("ours", PurifySettings())}
+    lines = [
+        f"| method | victim | differs by | {' | '.join(READINGS.values())} |",
+        f"|---{'|---' * (len(READINGS) + 2)}|",
+    ]
+    text = (ROOT / "results/development/open-points.jsonl").read_text()
+    trials = [json.loads(line) for line in text.splitlines()]
+    for kind, (method, base) in bases.items():
+        for trial in trials:
+            if trial["settings"]["search.kind"] == kind:
+                differs = trial["code"] or differences(trial["settings"], base)
+                victim = trial["victim"].partition("-")[0]
+                cells = as_cells(trial["scores"]["after"])
+                lines.append(f"| {' | '.join([method, victim, differs, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -353,11 +388,14 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/changes.md", "results/bench", changes_table),
     ("docs/experiments/changes.md", "results/windows.json", windows_table),
     ("docs/experiments/changes.md", "results/development/trials.jsonl", trials_table),
+    ("docs/experiments/open-points.md", "results/development/open-points.jsonl", open_points_table),
     ("docs/experiments/images.md", "results/images.jsonl", images_table),
     ("docs/experiments/enemies.md", "results/enemies", enemies_table),
     ("docs/speed.md", "results/speed.json", speed_table),
     ("docs/speed.md", "results/scaling.json", scaling_table),
     ("docs/speed.md", "results/curves.json", curves_table),
+    ("docs/defenses/anp.md", "results/oracle-thresholds.json", lambda: oracle_table("anp")),
+    ("docs/defenses/clp.md", "results/oracle-thresholds.json", lambda: oracle_table("clp")),
     *(
         (f"docs/defenses/{name}.md", "results/bench", lambda name=name: defense_table(name))
         for name in DEFENSES

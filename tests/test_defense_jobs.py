@@ -46,14 +46,17 @@ def shrink(backbone, data, settings: Settings, *, device="cpu", on_step=None):
 def returns_nothing(backbone, data, settings, *, device="cpu", on_step=None):
     pass
 
-def returns_the_same(backbone, data, settings, *, device="cpu", on_step=None):
-    return Defended(backbone, {})
-
-def changes_its_input(backbone, data, settings, *, device="cpu", on_step=None):
-    repaired = copy.deepcopy(backbone)
+def works_in_place(backbone, data, settings: Settings, *, device="cpu", on_step=None):
     with torch.no_grad():
-        backbone.body.conv1.weight.mul_(2)
-    return Defended(repaired, {})
+        backbone.body.conv1.weight.mul_(settings.factor)
+    backbone.mean.zero_()
+    data.images.zero_()
+    backbone.body.fc.register_forward_hook(lambda *_: 0 * _[2])
+    return Defended(backbone.train(), {"labels": data.labels.zero_().tolist()})
+
+def returns_another(backbone, data, settings, *, device="cpu", on_step=None):
+    backbone.body.conv1 = torch.nn.Conv2d(3, 8, 3)
+    return Defended(backbone, {})
 
 def logs_nothing(backbone, data, settings, *, device="cpu", on_step=None):
     return Defended(copy.deepcopy(backbone), None)
@@ -233,12 +236,23 @@ def test_a_defense_of_ones_own_is_run_like_ours(victim, photos, own, tmp_path):
     assert record["settings"] == {"factor": 0.25, "seed": 7}
 
 
+def test_of_a_defense_of_ones_own_only_the_tensors_count(victim, photos, own, tmp_path):
+    files = {}
+    for name in ("shrink", "works_in_place"):  # one on a copy, one on all that it was given
+        out = tmp_path / f"{name}.safetensors"
+        outputs = run(f"{own}:{name}", victim, photos, out, share=0.1, labels="pseudo")
+        files[name] = load_file(out), json.loads(outputs.record.read_text())
+    (clean, record), (other, other_record) = files.values()
+    assert all(value.equal(other[key]) for key, value in clean.items())
+    for part in ("evidence", "images", "labels"):
+        assert record[part] == other_record[part]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("returns_nothing", "returned a NoneType; a defense returns Defended"),
-        ("returns_the_same", "must return a copy of the backbone"),
-        ("changes_its_input", "changed conv1.weight of the backbone that it was given"),
+        ("returns_another", "must return the backbone with tensors of the same shapes"),
         ("logs_nothing", "its log must be a dict, got a NoneType"),
         ("logs_itself", "its log must be what JSON can hold: Circular"),
         ("wants_a_setting", "the setting 'factor' has no default; give it one"),

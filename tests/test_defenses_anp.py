@@ -123,6 +123,23 @@ def test_the_threshold_is_lowered_until_the_held_out_accuracy_is_kept():
     torch.testing.assert_close(features(pruned, data), features(backbone, data))
 
 
+def test_a_lower_threshold_prunes_what_accuracy_can_spare():
+    backbone = tiny_backbone()
+    with torch.no_grad():
+        backbone.heads[0].weight[:, 3] = 0  # nothing comes of this channel
+    data = with_its_own_labels(backbone, make_data(8, count=60))
+    split = split_off(data.images, data.labels, held_out=0.5, seed=0)
+    importance = features(backbone, data).std(0)
+    importance[3] = 0
+    masks = {"bn": torch.where(importance == importance.max(), 0.17, 1.0)}
+    masks["bn"][3] = 0.04
+    pruned = copy_of(backbone, "cpu")
+    log = prune_by_masks(pruned, masks, split, replace(SETTINGS, kept=1.0))
+    assert log["threshold"] == pytest.approx(0.15)
+    assert log["pruned"] == {"bn": [3]}
+    assert not features(pruned, data)[:, 3].any()
+
+
 @pytest.mark.parametrize(
     ("arch", "kind"), [("cifar/wrn16_1", nn.BatchNorm2d), ("timm/test_vit", nn.Linear | nn.Conv2d)]
 )

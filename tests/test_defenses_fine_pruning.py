@@ -71,6 +71,17 @@ def test_the_backbones_features_change_and_its_silent_channels_stay_silent(backb
     assert after[:, others].any()
 
 
+def test_channels_with_several_writers_stay_silent_through_the_tuning():
+    backbone = make_backbone("cifar/resnet18")
+    data = with_its_own_labels(backbone, make_data(16, count=20))
+    result = fine_prune(backbone, data, replace(SETTINGS, kept=0.0, per_check=100))
+    silent = result.log["silent"]
+    assert len(result.log["writers"]) == 3
+    assert len(silent) == 500
+    assert features(backbone, data)[:, silent].any()
+    assert not features(result.backbone, data)[:, silent].any()
+
+
 def test_with_all_accuracy_to_be_kept_and_none_to_spare_little_is_pruned(backbone, data):
     strict = fine_prune(backbone, data, replace(SETTINGS, kept=1.0)).log["pruned"]
     loose = fine_prune(backbone, data, replace(SETTINGS, kept=0.5)).log["pruned"]

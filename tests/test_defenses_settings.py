@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -28,8 +29,15 @@ def test_a_setting_out_of_its_range_is_refused(make, message):
         make()
 
 
+FREE = {"seed", "stage"}  # choices of the user
+SOURCE = re.compile(r"\b(19|20)\d\d\b|[Oo]urs|\bpaper\b|\.(py|sh|yaml)\b|likewise|:class:|docs/")
+
+
 def test_every_attribute_says_where_its_default_comes_from():
-    for entry in DEFENSES.values():
-        text = entry.settings.__doc__
-        for name in entry.settings.__dataclass_fields__:
-            assert f"        {name}: " in text, (entry.settings.__name__, name)
+    for kind in (settings.Tuning, *(entry.settings for entry in DEFENSES.values())):
+        summary, _, attributes = kind.__doc__.partition("Attributes:")
+        for name in kind.__dataclass_fields__:
+            found = re.search(rf"^ {{8}}{name}: (.*\n(?: {{12}}.*\n)*)", attributes, re.MULTILINE)
+            assert found, (kind.__name__, name)
+            said = SOURCE.search(found[1]) or SOURCE.search(summary)
+            assert said or name in FREE, (kind.__name__, name)

@@ -59,7 +59,7 @@ def test_looking_for_writers_leaves_the_network_as_it_is():
     ("name", "message"),
     [
         ("layer9", "has no stage 'layer9'; it has .*bn1, relu, fc"),
-        ("fc", "stage 'fc' yields a map of more than one position|no layer"),
+        ("fc", "^stage 'fc' yields no map of more than one position; name one"),
     ],
 )
 def test_a_stage_that_is_none_is_refused(name, message):

@@ -1,5 +1,6 @@
 """Run a defense on a checkpoint file: everything around it, from the file to the report."""
 
+import copy
 import difflib
 import importlib
 import json
@@ -8,7 +9,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from torch import Tensor
+import torch
 
 from unbackdoor.backbones import Backbone, import_function, network_state
 from unbackdoor.data import from_tensor, load_images, load_labeled
@@ -112,12 +113,8 @@ def defend_file(
     if agreement is not None:
         say(f"pseudo-labels are right for {agreement:.1%} of them")
 
-    untouched = copied_state(loaded.backbone)
     with told_of_memory(where):
-        result = chosen.function(
-            loaded.backbone, given, chosen.settings, device=where, on_step=on_step
-        )
-    check_result(result, loaded.backbone, untouched, name)
+        result = run_defense(chosen, loaded.backbone, given, device=where, on_step=on_step)
     tuned = [] if heads_equal(result.backbone, loaded.backbone) else loaded.backbone.head_names
     say(f"the head {', '.join(tuned)} was tuned too" if tuned else "the head is as it was")
 
@@ -242,18 +239,37 @@ def pseudo_label_accuracy(data: DefenseData, pool: Pool, kind: LabelKind) -> flo
     return (data.labels == pool.truth).float().mean().item()
 
 
-def copied_state(backbone: Backbone) -> dict[str, Tensor]:
-    """Return a copy of the network's tensors, on the CPU."""
-    return {key: value.cpu().clone() for key, value in network_state(backbone).items()}
+def run_defense(
+    chosen: Chosen,
+    backbone: Backbone,
+    data: DefenseData,
+    *,
+    device: torch.device,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Defended:
+    """Run a defense on copies of what it is given; return the backbone with the tensors it made.
+
+    Tensors are all that a file holds. Whatever else the defense did to its copy, a hook or a mode,
+    is gone, so that what is measured and scored is what is written.
+
+    Raises:
+        UnbackdoorError: See :func:`check_result`, and what the defense itself raises.
+    """
+    labels = None if data.labels is None else data.labels.clone()
+    copied = DefenseData(data.images.clone(), labels)
+    result = chosen.function(
+        copy.deepcopy(backbone), copied, chosen.settings, device=device, on_step=on_step
+    )
+    check_result(result, backbone, chosen.name)
+    repaired, made = copy.deepcopy(backbone).to(device).eval(), network_state(result.backbone)
+    with torch.no_grad():
+        for key, value in network_state(repaired).items():
+            value.copy_(made[key])
+    return Defended(repaired, result.log)
 
 
-def check_result(
-    result: Any, original: Backbone, untouched: Mapping[str, Tensor], name: str
-) -> None:
-    """Raise unless ``result`` is a repaired copy of ``original`` that can be written.
-
-    Args:
-        untouched: The state of ``original`` before the defense had it.
+def check_result(result: Any, original: Backbone, name: str) -> None:
+    """Raise unless ``result`` has tensors that can be written in place of those of ``original``.
 
     Raises:
         SettingsError: If it is something else, as a defense of one's own may return.
@@ -270,17 +286,8 @@ def check_result(
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{name}: its log must be what JSON can hold: {error}") from error
     before, after = network_state(original), network_state(result.backbone)
-    shapes = {key: value.shape for key, value in before.items()}
-    if result.backbone is original or shapes != {key: v.shape for key, v in after.items()}:
-        raise SettingsError(
-            f"{name} must return a copy of the backbone, with tensors of its shapes"
-        )
-    changed = [key for key, value in before.items() if not value.cpu().equal(untouched[key])]
-    if changed:
-        raise SettingsError(
-            f"{name} changed {', '.join(changed[:3])} of the backbone that it was given; it must "
-            "work on a copy"
-        )
+    if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in after.items()}:
+        raise SettingsError(f"{name} must return the backbone with tensors of the same shapes")
     broken = [key for key, value in after.items() if not value.isfinite().all()]
     if broken:
         raise DivergedError(f"{name} ended with NaN or infinite values in {', '.join(broken[:3])}")

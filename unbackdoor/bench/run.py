@@ -44,7 +44,7 @@ from unbackdoor.bench.store import (
 from unbackdoor.cbd import PurifyState, purify
 from unbackdoor.checkpoint import Tree, write_tensors
 from unbackdoor.data import LabeledImages, from_tensor
-from unbackdoor.defense_jobs import check_result, copied_state, find_defense
+from unbackdoor.defense_jobs import find_defense, run_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import DefenseData, predict
 from unbackdoor.devices import peak_memory, pick_device, pick_precision
@@ -349,10 +349,8 @@ def repair(
         told["pseudo_label_accuracy"] = (labels == pool.labels).float().mean().item()
         data = DefenseData(pool.images, labels)
     chosen = find_defense(find_own(cell, place.own), seed=cell.seed)
-    settings = settings_of(cell, chosen.settings)
-    untouched = copied_state(backbone)
-    result = chosen.function(backbone, data, settings, device=device, on_step=on_step)
-    check_result(result, backbone, untouched, cell.defense)
+    chosen = chosen._replace(settings=settings_of(cell, chosen.settings))
+    result = run_defense(chosen, backbone, data, device=device, on_step=on_step)
     return Repaired(result.backbone, result.log, [], told)
 
 

@@ -51,9 +51,9 @@ def find_stage(backbone: Backbone, images: RawImages, *, name: str = "") -> Stag
         if stage is not None and name in ("", ended):
             found.append(stage)
     if not found:
-        what = f"stage {name!r} yields" if name else "no layer of this network yields"
+        what = f"stage {name!r} yields no" if name else "no layer of this network yields a"
         raise ArchitectureError(
-            f"{what} a map of more than one position; name one that does: --set stage=NAME"
+            f"{what} map of more than one position; name one that does: --set stage=NAME"
         )
     return found[-1]
 
