@@ -34,15 +34,16 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor import cbd
 from unbackdoor.backbones import Backbone, Classifier, build, open_backbone
+from unbackdoor.batchnorm import fold
 from unbackdoor.data import load_images
 from unbackdoor.devices import (
     Precision,
-    compiled_for_search,
     flops,
     in_precision,
     matrix_limit,
     peak_memory,
     pick_device,
+    twin_for_search,
 )
 from unbackdoor.pgd import linf_pgd
 from unbackdoor.settings import PurifySettings, SearchSettings, purify_preset
@@ -61,6 +62,8 @@ RIVALS = {  # without their dependencies: those, PyTorch above all, are shared w
 PAPER = replace(purify_preset("cifar10"), batch_norm="reference")  # 15 epochs, batches of 128
 PAPERS_IMAGES = 2_500
 
+PARTS = ("views", "search", "training", "whole", "variants", "rivals")
+
 Measure = Callable[[], float]  # runs once and returns the seconds
 
 
@@ -69,12 +72,14 @@ class Variant(NamedTuple):
 
     precision: Precision
     layout: torch.memory_format
+    folded: bool = False
     compiled: bool = False
 
     def __str__(self) -> str:
         """Return a short name."""
-        last = " channels-last" if self.layout == torch.channels_last else ""
-        return f"{self.precision}{last}{' compiled' if self.compiled else ''}"
+        channels_last = self.layout == torch.channels_last
+        flags = {"channels-last": channels_last, "folded": self.folded, "compiled": self.compiled}
+        return " ".join([self.precision, *(name for name, on in flags.items() if on)])
 
 
 @dataclass
@@ -87,6 +92,7 @@ class Bench:
     repeats: int
     workers: int
     ends: float  # on the monotonic clock
+    only: tuple[str, ...]  # of PARTS
     parts: int  # that are still to come, for their share of the time
     record: dict[str, Any]
 
@@ -121,9 +127,18 @@ class Bench:
         return seconds
 
     def compare(
-        self, title: str, measures: dict[str, Measure], *, items: float, unit: str, **facts: Any
+        self,
+        part: str,
+        title: str,
+        measures: dict[str, Measure],
+        *,
+        items: float,
+        unit: str,
+        **facts: Any,
     ) -> dict[str, list[float]]:
         """Time all in turns, print rates and how much faster the first is, and note them."""
+        if part not in self.only:
+            return {}
         if time.monotonic() > self.ends:
             print(f"\n{title}: left out, the budget is spent; raise --budget")
             return {}
@@ -190,14 +205,17 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
         next(plain.batches_of_views(batch, settings, PLAIN, device=device))
 
     bench.compare(
+        "views",
         f"{arch}: views",
         {"ours": bench.clocked(our_views), "plain: PIL, one process": bench.clocked(plain_views)},
         items=3 * size,
         unit="views/s",
     )
 
+    searched = twin_for_search(ours, pixels, folded=True, compiled=False)
+
     def our_search() -> Tensor:
-        return cbd.search(ours, anchor, third, settings, generator=generator)
+        return cbd.search(searched, anchor, third, settings, generator=generator)
 
     searches: dict[str, Measure] = {"ours": bench.clocked(our_search)}
     for name, habits in each_habit().items():
@@ -206,6 +224,7 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
         )
     operations = search_flops(original, pixels, steps)
     times = bench.compare(
+        "search",
         f"{arch}: search",
         searches,
         items=size * steps,
@@ -229,6 +248,7 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
         plain.train(theirs, original, optimizers["plain"], views, settings, habits)
 
     bench.compare(
+        "training",
         f"{arch}: training step",
         {
             "ours": bench.clocked(our_training),
@@ -253,20 +273,24 @@ def each_habit() -> dict[str, Habits]:
 
 
 def compare_whole(bench: Bench, arch: str, original: nn.Module) -> None:
-    """Compare one epoch of the whole purification, with as many search steps as the paper's."""
+    """Compare one epoch of the whole purification, with as many search steps as the paper's.
+
+    Where ours is compiled, that is done anew in every round, from the compiler's cache.
+    """
     settings = replace(bench.settings, epochs=1, search=PAPER.search)
 
     def ours(variant: Variant) -> Callable[[], Any]:
         network = copy.deepcopy(original).to(memory_format=variant.layout)
-        options = {"device": bench.device, "precision": variant.precision}
-        return lambda: cbd.purify(network, bench.images, settings, **options)
+        return lambda: cbd.purify(network, bench.images, settings, **options(bench, variant))
 
     def theirs(habits: Habits) -> None:
         network = copy.deepcopy(original).requires_grad_(True)
         plain.purify(network, original, bench.images, settings, habits, workers=bench.workers)
 
-    measures = {f"ours, {variant}": bench.clocked(ours(variant)) for variant in variants(bench)}
+    ways = whole_variants(bench)
+    measures = {f"ours, {variant}": bench.clocked(ours(variant)) for variant in ways}
     bench.compare(
+        "whole",
         f"{arch}: whole purify, one epoch of {len(bench.images)} images",
         {
             **measures,
@@ -290,19 +314,35 @@ def variants(bench: Bench) -> list[Variant]:
     return [Variant(precision, layout) for precision in precisions for layout in layouts]
 
 
+def whole_variants(bench: Bench) -> list[Variant]:
+    """Return the ways to run the whole purify: those of everything, and the last compiled."""
+    plain = variants(bench)
+    return [*plain, plain[-1]._replace(compiled=True)]
+
+
+def options(bench: Bench, variant: Variant) -> dict[str, Any]:
+    """Return how ``purify`` is told of a way."""
+    how = {"precision": variant.precision, "compiled": variant.compiled}
+    return {"device": bench.device, **how}
+
+
 def searching_variants(bench: Bench) -> list[Variant]:
-    """Return the ways to run our search: those of everything, and compiled ones."""
+    """Return the ways to run our search: those of everything, and folded and compiled ones."""
     plain = variants(bench)
     last = [variant for variant in plain if variant.layout == torch.channels_last]
     if bench.device.type != "cuda":
         plain = [Variant("fp32", torch.contiguous_format), *plain]
-    return [*plain, *(variant._replace(compiled=True) for variant in last)]
+    twins: list[dict[str, bool]] = [{"folded": True}, {"compiled": True}]
+    twins.append({"folded": True, "compiled": True})  # what purify --compile does
+    return [*plain, *(variant._replace(**twin) for variant in last for twin in twins)]
 
 
-def compiled(bench: Bench, title: str, network: nn.Module, pixels: Tensor) -> nn.Module:
+def compiled(
+    bench: Bench, title: str, network: nn.Module, pixels: Tensor, *, folded: bool = True
+) -> nn.Module:
     """Return a compiled twin, and say how long that took."""
     started = time.perf_counter()
-    twin = compiled_for_search(network, pixels)
+    twin = twin_for_search(network, pixels, folded=folded, compiled=True)
     seconds = time.perf_counter() - started
     print(f"  {title}: compiled in {seconds:.1f} s")
     bench.record.setdefault("compiled in", {})[title] = seconds
@@ -318,7 +358,10 @@ def compare_variants(bench: Bench, arch: str, backbone: Backbone) -> None:
         network = copy.deepcopy(backbone).to(device, memory_format=variant.layout).eval()
         embed = in_precision(network.requires_grad_(False), variant.precision)
         if variant.compiled:
-            embed = compiled(bench, f"{arch}, {variant}", embed, pixels)
+            title = f"{arch}, {variant}"
+            embed = compiled(bench, title, embed, pixels, folded=variant.folded)
+        elif variant.folded:
+            fold(embed, pixels)
         generator = torch.Generator(device).manual_seed(0)
 
         def search(embed: nn.Module = embed, generator: torch.Generator = generator) -> Tensor:
@@ -327,7 +370,8 @@ def compare_variants(bench: Bench, arch: str, backbone: Backbone) -> None:
         operations = search_flops(network, pixels, settings.search.steps)
         searches[str(variant)] = bench.clocked(search)
     times = bench.compare(
-        f"{arch}: our search, in each precision and layout, and compiled",
+        "variants",
+        f"{arch}: our search, in each precision and layout, folded and compiled",
         searches,
         items=settings.batch_size * settings.search.steps,
         unit="image steps/s",
@@ -391,7 +435,7 @@ def compare_rivals(bench: Bench, arch: str, checkpoint: Path, folder: Path) -> N
     if device.type == "cpu":  # as purify does
         laid_out.to(memory_format=torch.channels_last)
     networks = {
-        "ours": laid_out,
+        "ours": twin_for_search(laid_out, pixels, folded=True, compiled=False),
         "ours, compiled": compiled(bench, f"{arch}, with its head", laid_out, pixels),
     }
     for name, how in networks.items():
@@ -400,6 +444,7 @@ def compare_rivals(bench: Bench, arch: str, checkpoint: Path, folder: Path) -> N
     with running_rivals(job, losses) as rivals:
         if rivals:
             bench.compare(
+                "rivals",
                 f"{arch}: search by cross-entropy, against other libraries",
                 {**measures, **rivals},
                 items=len(pixels) * options.steps,
@@ -479,15 +524,15 @@ def time_paper(bench: Bench) -> None:
     images = bench.images.repeat(-(-PAPERS_IMAGES // len(bench.images)), 1, 1, 1)[:PAPERS_IMAGES]
     original = new_backbone("cifar/resnet18", Path(bench.record["folder"]))
     operations = flops(original, images[:1].float() / 255)
-    for variant in reversed(variants(bench)):
+    for variant in reversed(whole_variants(bench)):
         if time.monotonic() > bench.ends:
             print(f"whole run, {variant}: left out, the budget is spent; raise --budget")
             continue
         torch.cuda.reset_peak_memory_stats(bench.device)
         network = copy.deepcopy(original).to(bench.device, memory_format=variant.layout)
-        options = {"device": bench.device, "precision": variant.precision}
-        cbd.purify(network, images, replace(PAPER, epochs=1), **options)  # warm-up
-        seconds = bench.clocked(lambda n=network, o=options: cbd.purify(n, images, PAPER, **o))()
+        how = options(bench, variant)
+        cbd.purify(network, images, replace(PAPER, epochs=1), **how)  # warm-up
+        seconds = bench.clocked(lambda n=network, h=how: cbd.purify(n, images, PAPER, **h))()
         memory = peak_memory(bench.device)
         print(f"whole run of the paper, {variant}: {seconds:.1f} s, {memory / 2**20:.0f} MiB")
         bench.record["whole runs"].append(
@@ -551,6 +596,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="images, as `unbackdoor purify --images` takes them")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--networks", nargs="+", help="architectures; by default WRN and ResNet")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to compare")
+    parser.add_argument(
+        "--images", type=int, help="of the whole purify; by default 19 batches on CUDA, 2 elsewhere"
+    )
     parser.add_argument(
         "--budget", type=float, default=540, help="seconds; what no longer fits is left out"
     )
@@ -559,7 +608,6 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each comparison")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--workers", type=int, help="of the plain loop's data loader")
-    parser.add_argument("--no-rivals", action="store_true", help="without ART and torchattacks")
     return parser.parse_args()
 
 
@@ -593,11 +641,12 @@ def main() -> None:
         bench = Bench(
             device=device,
             settings=settings,
-            images=read_images(given.data, batches * settings.batch_size),
+            images=read_images(given.data, given.images or batches * settings.batch_size),
             repeats=2 if given.quick else given.repeats,
             workers=given.workers if given.workers is not None else 8 if cuda else 0,
             ends=started + given.budget,
-            parts=6 * len(networks),
+            only=tuple(given.only),
+            parts=len(given.only) * len(networks),
             record=record,
         )
         print(*(f"{name}: {value}" for name, value in record["on"].items()), sep="\n")
@@ -606,8 +655,9 @@ def main() -> None:
         for arch in networks:
             backbone = new_backbone(arch, Path(folder))
             compare_network(bench, arch, backbone)
-            compare_variants(bench, arch, backbone)
-            if not given.no_rivals:
+            if "variants" in given.only:
+                compare_variants(bench, arch, backbone)
+            if "rivals" in given.only:
                 compare_rivals(bench, arch, checkpoint_of(arch, Path(folder)), Path(folder))
     del record["folder"]
     record["memory"] = peak_memory(device)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -5,9 +7,11 @@ from torch import nn
 from unbackdoor.batchnorm import (
     batch_norms,
     batch_statistics,
+    fold,
     reestimate,
     reference_statistics,
 )
+from unbackdoor.networks import SMALL_NETWORKS
 
 
 @pytest.fixture
@@ -107,3 +111,83 @@ def test_a_network_without_batch_norm_is_left_alone():
     network = nn.Linear(2, 2)
     reestimate(network, no_batches())
     assert batch_norms(network) == []
+
+
+def gradient_of(network, images):
+    tried = images.clone().requires_grad_(True)
+    return torch.autograd.grad(network(tried).square().sum(), tried)[0]
+
+
+@pytest.mark.parametrize(("arch", "gone"), [("resnet18", 20), ("wrn16_1", 6)])
+def test_a_folded_twin_follows_weights_and_statistics(arch, gone, generator):
+    images = torch.rand(4, 3, 16, 16, generator=generator).double()
+    network = SMALL_NETWORKS[arch](10).eval().double()
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    twin = copy.deepcopy(network, shared)
+    norms = len(batch_norms(network))
+    assert fold(twin, images) == gone
+    assert sum(type(layer) is nn.Identity for layer in twin.modules()) >= gone
+    torch.testing.assert_close(twin(images), network(images))
+    before = network(images)
+    with torch.no_grad():
+        for tensor in network.parameters():
+            tensor.mul_(1.2).add_(0.01)
+    with batch_statistics(network, batch=True):
+        network(images)  # moves the running ones
+    assert len(batch_norms(network)) == norms
+    assert not network(images).allclose(before, rtol=0.1)
+    torch.testing.assert_close(twin(images), network(images))
+    torch.testing.assert_close(gradient_of(twin, images), gradient_of(network, images))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_convolution_may_have_a_bias_and_a_norm_no_weights(bias, affine, images):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=bias), nn.BatchNorm2d(4, affine=affine))
+    reestimate(network, images.split(10))
+    expected = network.eval()(images)
+    assert fold(network, images) == 1
+    torch.testing.assert_close(network(images), expected)
+
+
+class ReadTwice(nn.Module):
+    """Uses what its convolution returns twice, the second time unseen by autograd if ``hidden``."""
+
+    def __init__(self, *, hidden):
+        super().__init__()
+        self.conv, self.norm, self.hidden = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), hidden
+        self.last = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, images):
+        convolved = self.conv(images)
+        again = convolved.detach() if self.hidden else convolved
+        return self.last(self.norm(convolved) - again)
+
+
+@pytest.mark.parametrize(("hidden", "gone"), [(False, 1), (True, 0)])
+def test_a_convolution_that_something_else_reads_stays(hidden, gone, images):
+    network = ReadTwice(hidden=hidden).eval()
+    reestimate(network, images.split(10))
+    expected, first = network(images), [network.conv, network.norm]
+    assert fold(network, images) == gone
+    assert [network.conv, network.norm] == first
+    assert (type(network.last[1]) is nn.Identity) == (gone == 1)
+    torch.testing.assert_close(network(images), expected)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [nn.ReLU(), nn.BatchNorm2d(4, track_running_stats=False)],
+    ids=["not right behind", "no running statistics"],
+)
+def test_only_a_batch_norm_right_behind_is_folded(middle, images):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), middle, nn.BatchNorm2d(4)).eval()
+    assert fold(network, images) == 0
+    assert type(network[2]) is nn.BatchNorm2d
+
+
+def test_a_layer_that_runs_twice_stays(images):
+    norm = nn.BatchNorm2d(3)
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), norm, nn.Conv2d(3, 3, 1), norm).eval()
+    assert fold(network, images) == 0
+    assert network[3] is norm

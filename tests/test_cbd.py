@@ -291,13 +291,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks, and hides it
-@pytest.mark.parametrize("settings", [OURS, QUICK])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(OURS, QUICK),  # of wider balls, for statistics that are not the batch's to show
+        replace(QUICK, search=replace(QUICK.search, batch_norm="batch", epsilon=0.2)),
+    ],
+)
 def test_a_search_on_a_compiled_network_ends_where_the_plain_one_does(settings, network, images):
     plain, compiled = (
         purify(network, images, settings, compiled=choice) for choice in (False, True)
     )
     for one, other in zip(plain.history, compiled.history, strict=True):
-        assert one.pull == pytest.approx(other.pull, rel=0.01)
+        assert one.pull == pytest.approx(other.pull, rel=1e-3)
     for name, value in compiled.backbone.state_dict().items():
         torch.testing.assert_close(value, plain.backbone.state_dict()[name], rtol=0.01, atol=1e-3)
 

@@ -2,14 +2,15 @@ import pytest
 import torch
 from torch import nn
 
+from unbackdoor.batchnorm import FoldedConv2d
 from unbackdoor.devices import (
-    compiled_for_search,
     flops,
     in_precision,
     matrix_limit,
     peak_memory,
     pick_device,
     pick_precision,
+    twin_for_search,
 )
 from unbackdoor.errors import SettingsError
 from unbackdoor.networks import SMALL_NETWORKS
@@ -74,24 +75,26 @@ def test_the_matrix_limit_is_more_than_one_small_product_reaches():
     assert 1e8 < limit < 1e15
 
 
-@pytest.mark.slow
-def test_a_compiled_network_has_the_gradients_of_the_network_whose_weights_it_shares():
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_twin_has_the_gradients_of_the_network_whose_weights_it_shares(compiled, folded):
     network = SMALL_NETWORKS["wrn16_1"](10).eval()
     images = torch.rand(4, 3, 16, 16)
-    compiled = compiled_for_search(network, images)
+    twin = twin_for_search(network, images, folded=folded, compiled=compiled)
+    assert any(isinstance(layer, FoldedConv2d) for layer in twin.modules()) == folded
 
     def gradient(net):
         tried = images.clone().requires_grad_(True)
         return torch.autograd.grad(net(tried).square().sum(), tried)[0]
 
     first = gradient(network)
-    torch.testing.assert_close(gradient(compiled), first, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(gradient(twin), first, rtol=1e-3, atol=1e-5)
     with torch.no_grad():
         for weight in network.parameters():
             weight.mul_(1.5)
     assert not gradient(network).allclose(first)
-    torch.testing.assert_close(gradient(compiled), gradient(network), rtol=1e-3, atol=1e-5)
-    assert not any(weight.requires_grad for weight in compiled.parameters())
+    torch.testing.assert_close(gradient(twin), gradient(network), rtol=1e-3, atol=1e-5)
+    assert not any(weight.requires_grad for weight in twin.parameters())
 
 
 def test_a_network_that_cannot_be_compiled_is_one_message(monkeypatch):
@@ -100,4 +103,4 @@ def test_a_network_that_cannot_be_compiled_is_one_message(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "compile", fail)
     with pytest.raises(SettingsError, match=r"cannot be compiled here \(division by zero\)"):
-        compiled_for_search(nn.Linear(2, 1), torch.ones(1, 2))
+        twin_for_search(nn.Conv2d(3, 1, 1), torch.ones(1, 3, 2, 2), folded=False, compiled=True)

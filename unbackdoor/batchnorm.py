@@ -4,6 +4,7 @@ Statistics that moved to augmented and perturbed views mask a trigger until some
 them, so whoever tunes or scores a network has to say which statistics were in use.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -18,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from unbackdoor.ranks import ALONE, Ranks, gather
 from unbackdoor.types import Images
+
+SAME_FEATURES = 0.01  # of the largest feature: more than rounding, in bfloat16 too, leaves apart
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
@@ -118,6 +121,109 @@ def reestimate(module: nn.Module, batches: Iterable[Images], *, ranks: Ranks = A
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
+
+
+def fold(network: nn.Module, images: Images) -> int:
+    """Let convolutions do what the batch norms right behind them do in eval mode, in place.
+
+    Weights and statistics stay the tensors that they were: one that moves counts from then on.
+
+    Args:
+        network: In eval mode, in which it has to be used from now on.
+        images: A few to try it on, in [0, 1].
+
+    Returns:
+        The number of batch norms that are gone; 0 where the features would no longer be the same.
+    """
+    pairs = _convolutions_before_batch_norms(network, images)
+    if not pairs:
+        return 0
+    folded: dict[nn.Module, nn.Module] = {norm: nn.Identity() for _, norm in pairs}
+    folded |= {conv: FoldedConv2d(conv, norm) for conv, norm in pairs}
+    places = [
+        (parent, name, child)
+        for parent in network.modules()
+        for name, child in parent.named_children()
+        if child in folded
+    ]
+    with torch.no_grad():
+        before = network(images)
+        for parent, name, child in places:
+            setattr(parent, name, folded[child])
+        apart = (network(images) - before).abs().max()
+    if apart > SAME_FEATURES * before.abs().max():  # something else reads a convolution's output
+        for parent, name, child in places:
+            setattr(parent, name, child)
+        return 0
+    return len(pairs)
+
+
+class FoldedConv2d(nn.Module):
+    """A convolution and the batch norm behind it, by running statistics, as one convolution."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.conv, self.norm = conv, norm
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return what the batch norm makes of the convolution's output."""
+        conv, norm = self.conv, self.norm
+        scale = (norm.get_buffer("running_var") + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = -norm.get_buffer("running_mean") * scale
+        shift = shift if norm.bias is None else shift + norm.bias
+        shift = shift if conv.bias is None else shift + conv.bias * scale
+        weight = conv.weight * scale[:, None, None, None]
+        output: Tensor = conv._conv_forward(images, weight, shift)
+        return output
+
+
+def _convolutions_before_batch_norms(
+    network: nn.Module, images: Images
+) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Return the pairs of which the second, and nothing else, reads what the first returns."""
+    convolved: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor lives, so its id is its own
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d, Tensor]] = []
+    calls: Counter[nn.Module] = Counter()
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[layer] += 1
+        if type(layer) is nn.Conv2d:
+            convolved[id(output)] = layer, output
+        elif type(layer) is nn.BatchNorm2d and layer.track_running_stats:
+            conv, read = convolved.get(id(inputs[0]) if inputs else 0, (None, output))
+            if conv is not None:
+                pairs.append((conv, layer, read))
+
+    layers = [
+        layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))
+    ]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        features = network(images.detach().requires_grad_(True))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    readers = _readers(features)
+    return [
+        (conv, norm)
+        for conv, norm, read in pairs
+        if calls[conv] == calls[norm] == 1 and readers[read.grad_fn] == 1
+    ]
+
+
+def _readers(features: Tensor) -> Counter[Any]:
+    """Return how many operations read the output of each one on the way to ``features``."""
+    readers: Counter[Any] = Counter()
+    open_ends: list[Any] = [] if features.grad_fn is None else [features.grad_fn]
+    seen = set(open_ends)
+    while open_ends:
+        for read, _ in open_ends.pop().next_functions:
+            readers[read] += 1
+            if read is not None and read not in seen:
+                seen.add(read)
+                open_ends.append(read)
+    return readers
 
 
 class BatchNormBy(TorchFunctionMode):

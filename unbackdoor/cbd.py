@@ -25,7 +25,7 @@ from unbackdoor.batchnorm import (
 )
 from unbackdoor.changes import Pool, learn_changes
 from unbackdoor.data import ImageSource, from_tensor
-from unbackdoor.devices import Precision, compiled_for_search, deterministic, in_precision
+from unbackdoor.devices import Precision, deterministic, in_precision, twin_for_search
 from unbackdoor.errors import DataError, DivergedError, SettingsError
 from unbackdoor.losses import nt_xent
 from unbackdoor.pgd import l2_pgd, linf_pgd, shared_pgd
@@ -170,10 +170,11 @@ def purify(
         embed, embed_original = (
             nn.Sequential(net, projection) for net in (network, network_before)
         )
-        searched: nn.Module = embed
-        if compiled:
-            first = source.read(range(min(settings.batch_size // ranks.count, len(source))))
-            searched = compiled_for_search(embed, _to_unit(first, device))
+        first = source.read(range(min(settings.batch_size // ranks.count, len(source))))
+        running = settings.search.batch_norm == "running"
+        searched = twin_for_search(
+            embed, _to_unit(first, device), folded=running, compiled=compiled
+        )
         count = min(WATCHED, len(source))
         watched = source.read(range(ranks.rank, count - count % ranks.count, ranks.count))
         spread_of = partial(feature_spread, images=watched, batch_size=settings.batch_size)

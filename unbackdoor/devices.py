@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from unbackdoor.batchnorm import fold
 from unbackdoor.errors import SettingsError
+from unbackdoor.types import Images
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
+
+FOLDED_ON = 8  # images on which a folded network has to have the same features
 
 
 def pick_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
@@ -64,17 +68,21 @@ def in_precision(network: nn.Module, precision: Precision) -> nn.Module:
     return network if precision == "fp32" else InBfloat16(network)
 
 
-def compiled_for_search(network: nn.Module, images: Tensor) -> nn.Module:
-    """Return a compiled twin of ``network`` that shares its tensors, for gradients to images alone.
+def twin_for_search(
+    network: nn.Module, images: Images, *, folded: bool, compiled: bool
+) -> nn.Module:
+    """Return a faster twin of ``network`` that shares its tensors, for gradients to images alone.
 
     Weights that an optimizer moves in place are moved in both. Those of the twin ask for no
-    gradient: the compiler would compute it, wanted or not.
+    gradient: a compiler would compute it, wanted or not.
 
     Args:
         images: A batch to try it on, of a shape to come.
+        folded: Fold batch norms into convolutions, see ``fold``, where that is faster: on a CPU
+            and when compiled. The twin is for eval mode then.
 
     Raises:
-        SettingsError: If PyTorch cannot compile the network here.
+        SettingsError: If it shall be compiled, and PyTorch cannot do that here.
     """
     shared: dict[int, Tensor] = {
         id(weight): nn.Parameter(weight.detach(), requires_grad=False)
@@ -82,10 +90,18 @@ def compiled_for_search(network: nn.Module, images: Tensor) -> nn.Module:
     }
     shared |= {id(buffer): buffer for buffer in network.buffers()}
     twin = copy.deepcopy(network, shared)
-    twin.compile(dynamic=False)
+    if folded and (compiled or images.device.type == "cpu"):
+        fold(twin, images[:FOLDED_ON])
+    if compiled:
+        _compile(twin, images)
+    return twin
+
+
+def _compile(network: nn.Module, images: Images) -> None:
+    network.compile(dynamic=False)
     tried = images.detach().requires_grad_(True)
     try:
-        torch.autograd.grad(twin(tried).sum(), tried)
+        torch.autograd.grad(network(tried).sum(), tried)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler of this machine fails with
@@ -93,7 +109,6 @@ def compiled_for_search(network: nn.Module, images: Tensor) -> nn.Module:
         raise SettingsError(
             f"this network cannot be compiled here ({reason}); run it without --compile"
         ) from error
-    return twin
 
 
 @contextlib.contextmanager

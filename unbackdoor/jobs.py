@@ -18,11 +18,11 @@ from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import ImageSource, load_images
 from unbackdoor.devices import (
-    compiled_for_search,
     in_precision,
     peak_memory,
     pick_device,
     pick_precision,
+    twin_for_search,
 )
 from unbackdoor.diagnostics import Evidence, measure
 from unbackdoor.errors import DeviceError, DivergedError, OutputError
@@ -259,8 +259,8 @@ def dry_run(
             network = in_precision(loaded.backbone.to(where), pick_precision(precision, where))
             generator = torch.Generator(where).manual_seed(settings.seed)
             raw = photos.read(range(min(LEARNED_ON, len(photos))))
-            if compiled:
-                network = compiled_for_search(network, raw[:size].to(where).float() / 255)
+            first = raw[:size].to(where).float() / 255
+            network = twin_for_search(network, first, folded=True, compiled=compiled)
             moments = []
             for done in (0, few.steps):
                 started, some = time.monotonic(), replace(few, steps=done)
