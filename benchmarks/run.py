@@ -46,7 +46,8 @@ from unbackdoor.devices import (
     twin_for_search,
 )
 from unbackdoor.pgd import linf_pgd
-from unbackdoor.settings import PurifySettings, SearchSettings, purify_preset
+from unbackdoor.settings import PurifySettings, SearchSettings, VictimSettings, purify_preset
+from unbackdoor.victims import train_supervised
 from unbackdoor.views import random_views
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +63,7 @@ RIVALS = {  # without their dependencies: those, PyTorch above all, are shared w
 PAPER = replace(purify_preset("cifar10"), batch_norm="reference")  # 15 epochs, batches of 128
 PAPERS_IMAGES = 2_500
 
-PARTS = ("views", "search", "training", "whole", "variants", "rivals")
+PARTS = ("views", "search", "training", "whole", "variants", "rivals", "victims")
 
 Measure = Callable[[], float]  # runs once and returns the seconds
 
@@ -455,6 +456,34 @@ def compare_rivals(bench: Bench, arch: str, checkpoint: Path, folder: Path) -> N
     print(f"  {arch}: mean cross-entropy: {reached}")
 
 
+def compare_victims(bench: Bench, arch: str) -> None:
+    """Compare the ways to train a victim with labels, the images being on the device."""
+    batches = 100 if bench.device.type == "cuda" else 2
+    count = batches * bench.settings.batch_size
+    images = bench.images.repeat(-(-count // len(bench.images)), 1, 1, 1)[:count].to(bench.device)
+    labels = torch.arange(count, device=bench.device) % 10
+    measures = {}
+    for variant in variants(bench):
+        last = variant.layout == torch.channels_last
+        settings = VictimSettings(
+            epochs=1, batch_size=bench.settings.batch_size, channels_last=last
+        )
+        network, _, mean, std, _ = build(arch, classes=10)
+        victim = Backbone(network, mean=mean, std=std).to(bench.device)
+        measures[str(variant)] = bench.clocked(
+            lambda v=victim, s=settings, p=variant.precision: train_supervised(
+                v, images, labels, s, precision=p
+            )
+        )
+    bench.compare(
+        "victims",
+        f"{arch}: training a victim with labels, {count} images",
+        measures,
+        items=count,
+        unit="images/s",
+    )
+
+
 @contextmanager
 def running_rivals(job: dict[str, Any], losses: dict[str, float]) -> Iterator[dict[str, Measure]]:
     """Start the rivals that can be had, each waiting in its own environment; end them after."""
@@ -657,6 +686,8 @@ def main() -> None:
             compare_network(bench, arch, backbone)
             if "variants" in given.only:
                 compare_variants(bench, arch, backbone)
+            if "victims" in given.only:
+                compare_victims(bench, arch)
             if "rivals" in given.only:
                 compare_rivals(bench, arch, checkpoint_of(arch, Path(folder)), Path(folder))
     del record["folder"]
