@@ -24,6 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from size_runs import sizes_table
+
 from unbackdoor.bench.cells import NO_DEFENSE
 from unbackdoor.bench.grid import CLEAN_ROW, Entry, entries, read_grid, row_settings
 from unbackdoor.bench.store import look_at, read_records
@@ -391,6 +393,7 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/open-points.md", "results/development/open-points.jsonl", open_points_table),
     ("docs/experiments/images.md", "results/images.jsonl", images_table),
     ("docs/experiments/enemies.md", "results/enemies", enemies_table),
+    ("docs/cluster.md", "grids", sizes_table),
     ("docs/speed.md", "results/speed.json", speed_table),
     ("docs/speed.md", "results/scaling.json", scaling_table),
     ("docs/speed.md", "results/curves.json", curves_table),

@@ -1,0 +1,87 @@
+"""Size the paper's tables: victims, cells, and hours of a GPU, from the grids alone.
+
+    python scripts/size_runs.py
+
+Operations are counted, times are not measured: a step of training counts as three forward passes,
+the gradient of an image as one, each view anew. Baselines are taken to cost what the paper's
+method costs, which is more than most of them do; detectors (Table 6) are left out.
+"""
+
+from pathlib import Path
+
+import torch
+
+from unbackdoor.backbones import build
+from unbackdoor.bench.cells import CBD, NO_DEFENSE, Cell, Victim
+from unbackdoor.bench.grid import entries, read_grid, settings_of
+from unbackdoor.devices import flops
+from unbackdoor.settings import purify_preset
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = (("1", "2", "7", "8"), ("3", "9", "10"), ("4",), ("5",))
+TRAINING = {"cifar10": 50_000, "imagenet100": 126_689}  # images
+TEST = {"cifar10": 10_000, "imagenet100": 5_000}
+SUSTAINED = 100e12  # operations a second: 30,000 images/s of ResNet-18 in training at 32 pixels
+PRICE = 3.0  # dollars an hour
+READINGS = 5  # of the test images, clean and triggered, before and after
+
+
+def forward_passes(victim: Victim) -> float:
+    """Return how many images' forward passes the training of a victim costs."""
+    if victim.settings is None:
+        raise SystemExit(f"{victim.stem} comes with the package")
+    images = victim.settings.limit or TRAINING[victim.data]
+    views = 2 if victim.training == "simclr" else 1
+    return victim.settings.epochs * images * views * 3.0
+
+
+def passes_of_defense(cell: Cell) -> float:
+    """Return the same of a defense."""
+    if cell.defense == NO_DEFENSE:
+        return 0.0
+    preset = "imagenet100" if cell.victim.data == "imagenet100" else "cifar10"
+    settings = settings_of(cell) if cell.defense == CBD else purify_preset(preset)
+    images = cell.share * TRAINING[cell.victim.data]
+    search = 2.0 * settings.search.steps + 1  # the anchor
+    if settings.search.kind == "changes":
+        learning = settings.changes.steps * settings.changes.group * settings.changes.count
+        search = 2.0 * (1 + learning / images)  # a step at every batch, those before an epoch
+    return float(settings.epochs * images * (search + 3 * 3 + 1))
+
+
+def sizes_table() -> str:
+    """Return one row for each group of tables that share victims, and one for all."""
+    lines = [
+        "| tables | victims | cells | GPU-hours: victims | defenses | scores | all | dollars |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    sums = [0.0] * 7
+    for tables in GROUPS:
+        cells: dict[str, Cell] = {}
+        for table in tables:
+            grid = read_grid(ROOT / f"grids/table{table}-paper.toml")
+            cells |= {entry.cell.key: entry.cell for entry in entries(grid)}
+        victims = {cell.victim.key: cell.victim for cell in cells.values()}
+        one = next(iter(victims.values()))
+        network = build(one.arch, classes=10).network.eval()
+        size = one.size or 32
+        an_hour = SUSTAINED * 3600 / flops(network, torch.zeros(1, 3, size, size))
+        hours = [
+            sum(map(forward_passes, victims.values())) / an_hour,
+            sum(map(passes_of_defense, cells.values())) / an_hour,
+            len(cells) * 2 * READINGS * 2 * TEST[one.data] / an_hour,
+        ]
+        numbers = [len(victims), len(cells), *hours, sum(hours), PRICE * sum(hours)]
+        sums = [total + number for total, number in zip(sums, numbers, strict=True)]
+        lines.append(_row(", ".join(tables), numbers))
+    return "\n".join([*lines, _row("all", sums)]) + "\n"
+
+
+def _row(name: str, numbers: list[float]) -> str:
+    victims, cells, *hours, dollars = numbers
+    cells_of_row = [f"{victims:.0f}", f"{cells:.0f}", *(f"{hour:.1f}" for hour in hours)]
+    return f"| {name} | {' | '.join(cells_of_row)} | {dollars:.0f} |"
+
+
+if __name__ == "__main__":
+    print(sizes_table(), end="")
