@@ -177,8 +177,8 @@ def test_a_convolution_that_something_else_reads_stays(hidden, gone, images):
 
 @pytest.mark.parametrize(
     "middle",
-    [nn.ReLU(), nn.BatchNorm2d(4, track_running_stats=False)],
-    ids=["not right behind", "no running statistics"],
+    [nn.ReLU(), nn.ReLU(inplace=True), nn.BatchNorm2d(4, track_running_stats=False)],
+    ids=["not right behind", "nor in place", "no running statistics"],
 )
 def test_only_a_batch_norm_right_behind_is_folded(middle, images):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), middle, nn.BatchNorm2d(4)).eval()

@@ -182,18 +182,17 @@ def _convolutions_before_batch_norms(
     network: nn.Module, images: Images
 ) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """Return the pairs of which the second, and nothing else, reads what the first returns."""
-    convolved: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor lives, so its id is its own
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d, Tensor]] = []
+    convolved: dict[Any, nn.Conv2d] = {}  # by the node of the graph
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d, Any]] = []
     calls: Counter[nn.Module] = Counter()
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls[layer] += 1
-        if type(layer) is nn.Conv2d:
-            convolved[id(output)] = layer, output
-        elif type(layer) is nn.BatchNorm2d and layer.track_running_stats:
-            conv, read = convolved.get(id(inputs[0]) if inputs else 0, (None, output))
-            if conv is not None:
-                pairs.append((conv, layer, read))
+        node = inputs[0].grad_fn if inputs else None
+        if type(layer) is nn.Conv2d and output.grad_fn is not None:
+            convolved[output.grad_fn] = layer
+        elif type(layer) is nn.BatchNorm2d and layer.track_running_stats and node in convolved:
+            pairs.append((convolved[node], layer, node))
 
     layers = [
         layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))
@@ -207,8 +206,8 @@ def _convolutions_before_batch_norms(
     readers = _readers(features)
     return [
         (conv, norm)
-        for conv, norm, read in pairs
-        if calls[conv] == calls[norm] == 1 and readers[read.grad_fn] == 1
+        for conv, norm, node in pairs
+        if calls[conv] == calls[norm] == 1 and readers[node] == 1
     ]
 
 
