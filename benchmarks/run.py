@@ -38,12 +38,13 @@ from unbackdoor.batchnorm import fold
 from unbackdoor.data import load_images
 from unbackdoor.devices import (
     Precision,
+    compile_for_search,
     flops,
+    frozen_twin,
     in_precision,
     matrix_limit,
     peak_memory,
     pick_device,
-    twin_for_search,
 )
 from unbackdoor.pgd import linf_pgd
 from unbackdoor.settings import PurifySettings, SearchSettings, VictimSettings, purify_preset
@@ -213,7 +214,9 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
         unit="views/s",
     )
 
-    searched = twin_for_search(ours, pixels, folded=True, compiled=False)
+    searched = cbd.network_for_search(
+        ours, nn.Identity(), pixels, settings, precision="fp32", compiled=False
+    )
 
     def our_search() -> Tensor:
         return cbd.search(searched, anchor, third, settings, generator=generator)
@@ -338,16 +341,21 @@ def searching_variants(bench: Bench) -> list[Variant]:
     return [*plain, *(variant._replace(**twin) for variant in last for twin in twins)]
 
 
-def compiled(
-    bench: Bench, title: str, network: nn.Module, pixels: Tensor, *, folded: bool = True
+def searched_by(
+    bench: Bench, title: str, network: nn.Module, pixels: Tensor, variant: Variant
 ) -> nn.Module:
-    """Return a compiled twin, and say how long that took."""
-    started = time.perf_counter()
-    twin = twin_for_search(network, pixels, folded=folded, compiled=True)
-    seconds = time.perf_counter() - started
-    print(f"  {title}: compiled in {seconds:.1f} s")
-    bench.record.setdefault("compiled in", {})[title] = seconds
-    return twin
+    """Return a twin as a variant has it, and say how long it took to compile it."""
+    network = frozen_twin(network)
+    if variant.folded and not fold(network, pixels[: cbd.FOLDED_ON]):
+        print(f"  {title}: NOT FOLDED")
+    embed = in_precision(network, variant.precision)
+    if variant.compiled:
+        started = time.perf_counter()
+        compile_for_search(embed, pixels)
+        seconds = time.perf_counter() - started
+        print(f"  {title}: compiled in {seconds:.1f} s")
+        bench.record.setdefault("compiled in", {})[title] = seconds
+    return embed
 
 
 def compare_variants(bench: Bench, arch: str, backbone: Backbone) -> None:
@@ -357,12 +365,7 @@ def compare_variants(bench: Bench, arch: str, backbone: Backbone) -> None:
     searches, operations = {}, 0.0
     for variant in searching_variants(bench):
         network = copy.deepcopy(backbone).to(device, memory_format=variant.layout).eval()
-        embed = in_precision(network.requires_grad_(False), variant.precision)
-        if variant.compiled:
-            title = f"{arch}, {variant}"
-            embed = compiled(bench, title, embed, pixels, folded=variant.folded)
-        elif variant.folded:
-            fold(embed, pixels)
+        embed = searched_by(bench, f"{arch}, {variant}", network, pixels, variant)
         generator = torch.Generator(device).manual_seed(0)
 
         def search(embed: nn.Module = embed, generator: torch.Generator = generator) -> Tensor:
@@ -435,9 +438,13 @@ def compare_rivals(bench: Bench, arch: str, checkpoint: Path, folder: Path) -> N
     laid_out = copy.deepcopy(network)
     if device.type == "cpu":  # as purify does
         laid_out.to(memory_format=torch.channels_last)
+    title, eager = f"{arch}, with its head", Variant("fp32", torch.channels_last, folded=True)
+    compiled = eager._replace(compiled=True)
+    if device.type != "cpu":  # as purify does
+        eager = eager._replace(folded=False)
     networks = {
-        "ours": twin_for_search(laid_out, pixels, folded=True, compiled=False),
-        "ours, compiled": compiled(bench, f"{arch}, with its head", laid_out, pixels),
+        "ours": searched_by(bench, title, laid_out, pixels, eager),
+        "ours, compiled": searched_by(bench, title, laid_out, pixels, compiled),
     }
     for name, how in networks.items():
         losses[name] = F.cross_entropy(network(ours(how)), labels).item()
@@ -657,6 +664,9 @@ def main() -> None:
     batches = 1 if given.quick else 19 if cuda else 2
     networks = ["cifar/wrn16_1"] if given.quick else ["cifar/wrn16_1", "cifar/resnet18"]
     networks = given.networks or networks
+    count = given.images or batches * settings.batch_size
+    if count % settings.batch_size:
+        raise SystemExit(f"--images {count} are no whole batches of {settings.batch_size}")
     with tempfile.TemporaryDirectory() as folder:
         record = {
             "on": describe(device),
@@ -670,7 +680,7 @@ def main() -> None:
         bench = Bench(
             device=device,
             settings=settings,
-            images=read_images(given.data, given.images or batches * settings.batch_size),
+            images=read_images(given.data, count),
             repeats=2 if given.quick else given.repeats,
             workers=given.workers if given.workers is not None else 8 if cuda else 0,
             ends=started + given.budget,
@@ -679,7 +689,7 @@ def main() -> None:
             record=record,
         )
         print(*(f"{name}: {value}" for name, value in record["on"].items()), sep="\n")
-        if cuda and not given.quick:
+        if cuda and "whole" in given.only and not given.quick:
             time_paper(bench)
         for arch in networks:
             backbone = new_backbone(arch, Path(folder))

@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_a_network_without_batch_norm_is_left_alone():
     assert batch_norms(network) == []
 
 
+def twin_of(network):
+    """Return a copy that shares all tensors."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, shared)
+
+
+def folded_layers(network):
+    return sum("forward" in vars(layer) for layer in network.modules())
+
+
 def gradient_of(network, images):
     tried = images.clone().requires_grad_(True)
     return torch.autograd.grad(network(tried).square().sum(), tried)[0]
@@ -122,11 +133,10 @@ def gradient_of(network, images):
 def test_a_folded_twin_follows_weights_and_statistics(arch, gone, generator):
     images = torch.rand(4, 3, 16, 16, generator=generator).double()
     network = SMALL_NETWORKS[arch](10).eval().double()
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    twin = copy.deepcopy(network, shared)
-    norms = len(batch_norms(network))
+    twin = twin_of(network)
     assert fold(twin, images) == gone
-    assert sum(type(layer) is nn.Identity for layer in twin.modules()) >= gone
+    assert folded_layers(twin) == 2 * gone
+    assert folded_layers(network) == 0
     torch.testing.assert_close(twin(images), network(images))
     before = network(images)
     with torch.no_grad():
@@ -134,7 +144,6 @@ def test_a_folded_twin_follows_weights_and_statistics(arch, gone, generator):
             tensor.mul_(1.2).add_(0.01)
     with batch_statistics(network, batch=True):
         network(images)  # moves the running ones
-    assert len(batch_norms(network)) == norms
     assert not network(images).allclose(before, rtol=0.1)
     torch.testing.assert_close(twin(images), network(images))
     torch.testing.assert_close(gradient_of(twin, images), gradient_of(network, images))
@@ -168,10 +177,9 @@ class ReadTwice(nn.Module):
 def test_a_convolution_that_something_else_reads_stays(hidden, gone, images):
     network = ReadTwice(hidden=hidden).eval()
     reestimate(network, images.split(10))
-    expected, first = network(images), [network.conv, network.norm]
+    expected = network(images)
     assert fold(network, images) == gone
-    assert [network.conv, network.norm] == first
-    assert (type(network.last[1]) is nn.Identity) == (gone == 1)
+    assert folded_layers(network) == folded_layers(network.last) == 2 * gone
     torch.testing.assert_close(network(images), expected)
 
 
@@ -182,12 +190,64 @@ def test_a_convolution_that_something_else_reads_stays(hidden, gone, images):
 )
 def test_only_a_batch_norm_right_behind_is_folded(middle, images):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), middle, nn.BatchNorm2d(4)).eval()
-    assert fold(network, images) == 0
-    assert type(network[2]) is nn.BatchNorm2d
+    assert fold(network, images) == folded_layers(network) == 0
 
 
 def test_a_layer_that_runs_twice_stays(images):
     norm = nn.BatchNorm2d(3)
     network = nn.Sequential(nn.Conv2d(3, 3, 1), norm, nn.Conv2d(3, 3, 1), norm).eval()
-    assert fold(network, images) == 0
-    assert network[3] is norm
+    assert fold(network, images) == folded_layers(network) == 0
+
+
+def test_a_layer_whose_output_a_hook_sees_stays(images):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    network[0].register_forward_hook(lambda layer, inputs, output: None)
+    assert fold(network, images) == folded_layers(network) == 0
+
+
+def test_features_that_are_no_numbers_are_not_taken_for_equal(images):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    network[1].running_mean.fill_(torch.nan)
+    assert fold(network, images) == folded_layers(network) == 0
+
+
+class Unusual(nn.Module):
+    """Knows its convolution by two names, asks for its weights, and passes keywords."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.alias = self.conv
+
+    def forward(self, images):
+        images = images.mul_(2).to(self.conv.weight.dtype)  # in place
+        return self.norm(input=self.alias(input=images))
+
+
+def test_an_unusual_network_is_folded_all_the_same(images):
+    network = Unusual().eval()
+    twin = twin_of(network)
+    assert fold(twin, images) == 1
+    with torch.no_grad():
+        network.norm.running_mean.add_(1.0)
+    torch.testing.assert_close(twin(images.clone()), network(images.clone()))
+
+
+def test_weights_that_a_hook_computes_are_followed(images):
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):
+        conv = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))  # the old one; checkpoints have it
+    network = nn.Sequential(conv, nn.BatchNorm2d(4)).eval()
+    del conv.weight  # of a graph, which no copy takes; the hook computes it anew
+    twin = twin_of(network)
+    assert fold(twin, images) == 1
+    with torch.no_grad():
+        conv.weight_g.mul_(2.0)
+    torch.testing.assert_close(twin(images), network(images))
+
+
+def test_a_convolution_may_have_another_type_than_the_norm(images):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3).bfloat16(), nn.BatchNorm2d(4)).eval()
+    images = images.bfloat16()
+    expected = network(images)
+    fold(network, images)  # or not, as rounding has it
+    torch.testing.assert_close(network(images), expected, rtol=0.02, atol=0.02)

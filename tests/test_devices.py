@@ -1,16 +1,19 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from unbackdoor.batchnorm import FoldedConv2d
+from unbackdoor.batchnorm import fold
 from unbackdoor.devices import (
+    compile_for_search,
     flops,
+    frozen_twin,
     in_precision,
     matrix_limit,
     peak_memory,
     pick_device,
     pick_precision,
-    twin_for_search,
 )
 from unbackdoor.errors import SettingsError
 from unbackdoor.networks import SMALL_NETWORKS
@@ -80,8 +83,10 @@ def test_the_matrix_limit_is_more_than_one_small_product_reaches():
 def test_a_twin_has_the_gradients_of_the_network_whose_weights_it_shares(compiled, folded):
     network = SMALL_NETWORKS["wrn16_1"](10).eval()
     images = torch.rand(4, 3, 16, 16)
-    twin = twin_for_search(network, images, folded=folded, compiled=compiled)
-    assert any(isinstance(layer, FoldedConv2d) for layer in twin.modules()) == folded
+    twin = frozen_twin(network)
+    assert folded == (folded and fold(twin, images) > 0)
+    if compiled:
+        compile_for_search(twin, images)
 
     def gradient(net):
         tried = images.clone().requires_grad_(True)
@@ -103,4 +108,14 @@ def test_a_network_that_cannot_be_compiled_is_one_message(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "compile", fail)
     with pytest.raises(SettingsError, match=r"cannot be compiled here \(division by zero\)"):
-        twin_for_search(nn.Conv2d(3, 1, 1), torch.ones(1, 3, 2, 2), folded=False, compiled=True)
+        compile_for_search(nn.Conv2d(3, 1, 1), torch.ones(1, 3, 2, 2))
+
+
+def test_a_twin_is_in_eval_mode_and_leaves_the_network_as_it_is():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    before = copy.deepcopy(network.state_dict())
+    twin = frozen_twin(network)
+    twin(torch.rand(2, 3, 8, 8))
+    assert network.training
+    assert all(weight.requires_grad for weight in network.parameters())
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)

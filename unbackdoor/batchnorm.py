@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from unbackdoor.ranks import ALONE, Ranks, gather
 from unbackdoor.types import Images
 
-SAME_FEATURES = 0.01  # of the largest feature: more than rounding, in bfloat16 too, leaves apart
+SAME_FEATURES = 1e-3  # of the largest feature: more than rounding in float32 leaves apart
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
@@ -123,59 +123,49 @@ def reestimate(module: nn.Module, batches: Iterable[Images], *, ranks: Ranks = A
             layer.momentum = momentum
 
 
+@torch.no_grad()
 def fold(network: nn.Module, images: Images) -> int:
     """Let convolutions do what the batch norms right behind them do in eval mode, in place.
 
-    Weights and statistics stay the tensors that they were: one that moves counts from then on.
+    Weights and statistics stay the tensors that they were, so one that moves counts from then on.
+    Only ``Conv2d`` and ``BatchNorm2d`` themselves are folded, none of their kinds with more in it.
 
     Args:
-        network: In eval mode, in which it has to be used from now on.
-        images: A few to try it on, in [0, 1].
+        network: In float32, as rounding may hide that its features change; in eval mode, in which
+            it has to be used from now on.
+        images: A few to try it on, in [0, 1]. Not modified.
 
     Returns:
-        The number of batch norms that are gone; 0 where the features would no longer be the same.
+        The number of batch norms that do nothing any more; 0 where features would change.
     """
     pairs = _convolutions_before_batch_norms(network, images)
-    if not pairs:
-        return 0
-    folded: dict[nn.Module, nn.Module] = {norm: nn.Identity() for _, norm in pairs}
-    folded |= {conv: FoldedConv2d(conv, norm) for conv, norm in pairs}
-    places = [
-        (parent, name, child)
-        for parent in network.modules()
-        for name, child in parent.named_children()
-        if child in folded
-    ]
-    with torch.no_grad():
-        before = network(images)
-        for parent, name, child in places:
-            setattr(parent, name, folded[child])
-        apart = (network(images) - before).abs().max()
-    if apart > SAME_FEATURES * before.abs().max():  # something else reads a convolution's output
-        for parent, name, child in places:
-            setattr(parent, name, child)
+    before = network(images.clone())
+    for conv, norm in pairs:
+        # The layers stay: others may ask for their weights, and hooks may compute them.
+        conv.forward = partial(_convolve_and_normalize, conv, norm)  # type: ignore[method-assign]
+        norm.forward = _as_it_came  # type: ignore[method-assign]
+    if not (network(images.clone()) - before).abs().max() <= SAME_FEATURES * before.abs().max():
+        for pair in pairs:
+            for layer in pair:
+                del layer.forward  # the class's is back
         return 0
     return len(pairs)
 
 
-class FoldedConv2d(nn.Module):
-    """A convolution and the batch norm behind it, by running statistics, as one convolution."""
+def _convolve_and_normalize(conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
+    scale = (norm.get_buffer("running_var") + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.get_buffer("running_mean") * scale
+    shift = shift if norm.bias is None else shift + norm.bias
+    shift = shift if conv.bias is None else shift + conv.bias * scale
+    weight = conv.weight * scale[:, None, None, None]
+    kind = conv.weight.dtype
+    output: Tensor = conv._conv_forward(input, weight.to(kind), shift.to(kind))
+    return output
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d):
-        super().__init__()
-        self.conv, self.norm = conv, norm
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return what the batch norm makes of the convolution's output."""
-        conv, norm = self.conv, self.norm
-        scale = (norm.get_buffer("running_var") + norm.eps).rsqrt()
-        scale = scale if norm.weight is None else scale * norm.weight
-        shift = -norm.get_buffer("running_mean") * scale
-        shift = shift if norm.bias is None else shift + norm.bias
-        shift = shift if conv.bias is None else shift + conv.bias * scale
-        weight = conv.weight * scale[:, None, None, None]
-        output: Tensor = conv._conv_forward(images, weight, shift)
-        return output
+def _as_it_came(input: Tensor) -> Tensor:
+    return input
 
 
 def _convolutions_before_batch_norms(
@@ -188,18 +178,24 @@ def _convolutions_before_batch_norms(
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls[layer] += 1
-        node = inputs[0].grad_fn if inputs else None
-        if type(layer) is nn.Conv2d and output.grad_fn is not None:
+        if output.grad_fn is None:
+            return
+        if type(layer) is nn.Conv2d:
             convolved[output.grad_fn] = layer
-        elif type(layer) is nn.BatchNorm2d and layer.track_running_stats and node in convolved:
-            pairs.append((convolved[node], layer, node))
+        elif type(layer) is nn.BatchNorm2d and layer.track_running_stats:
+            node = output.grad_fn.next_functions[0][0]  # that of its input
+            if node in convolved:
+                pairs.append((convolved[node], layer, node))
 
     layers = [
-        layer for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))
+        layer
+        for layer in network.modules()
+        if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)) and not _is_watched(layer)
     ]
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
-        features = network(images.detach().requires_grad_(True))
+        with torch.enable_grad():
+            features = network(images.detach().requires_grad_(True) + 0)  # + 0: may be changed
     finally:
         for hook in hooks:
             hook.remove()
@@ -209,6 +205,11 @@ def _convolutions_before_batch_norms(
         for conv, norm, node in pairs
         if calls[conv] == calls[norm] == 1 and readers[node] == 1
     ]
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Return whether somebody's hook sees what the layer returns."""
+    return bool(layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _readers(features: Tensor) -> Counter[Any]:

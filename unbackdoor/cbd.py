@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.batchnorm import (
     batch_statistics,
+    fold,
     reestimate,
     reference_statistics,
     synchronized,
@@ -25,7 +26,13 @@ from unbackdoor.batchnorm import (
 )
 from unbackdoor.changes import Pool, learn_changes
 from unbackdoor.data import ImageSource, from_tensor
-from unbackdoor.devices import Precision, deterministic, in_precision, twin_for_search
+from unbackdoor.devices import (
+    Precision,
+    compile_for_search,
+    deterministic,
+    frozen_twin,
+    in_precision,
+)
 from unbackdoor.errors import DataError, DivergedError, SettingsError
 from unbackdoor.losses import nt_xent
 from unbackdoor.pgd import l2_pgd, linf_pgd, shared_pgd
@@ -38,6 +45,7 @@ from unbackdoor.views import random_views
 COLLAPSED = 0.01  # share of the original's feature spread below which a student is given up
 WATCHED = 512  # plain images on which that spread is read after every epoch
 LEARNED_ON = 512  # plain images on which an epoch's changes are learned
+FOLDED_ON = 8  # plain images on which a folded network has to have the same features
 CHECK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
 REESTIMATED = 10_000  # plain images from which the delivered statistics are taken
 
@@ -150,14 +158,14 @@ def purify(
     original = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
     if device.type == "cpu":
         original.to(memory_format=torch.channels_last)  # convolutions are a quarter faster
-    student = copy.deepcopy(original).requires_grad_(True)
+    student = copy.deepcopy(original).eval().requires_grad_(True)
     optimizer = torch.optim.SGD(
         student.parameters(),
         lr=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
-    history = () if state is None else _restore(state, student, optimizer)
+    history = () if state is None else state.history
     if len(history) > settings.epochs:
         raise SettingsError(
             f"the state is of {len(history)} epochs, more than the {settings.epochs} asked for; "
@@ -171,10 +179,17 @@ def purify(
             nn.Sequential(net, projection) for net in (network, network_before)
         )
         first = source.read(range(min(settings.batch_size // ranks.count, len(source))))
-        running = settings.search.batch_norm == "running"
-        searched = twin_for_search(
-            embed, _to_unit(first, device), folded=running, compiled=compiled
+        searched = network_for_search(
+            student,
+            projection,
+            _to_unit(first, device),
+            settings,
+            precision=precision,
+            compiled=compiled,
         )
+        if state is not None:
+            _restore(state, student, optimizer)
+            searched.eval()  # see below
         count = min(WATCHED, len(source))
         watched = source.read(range(ranks.rank, count - count % ranks.count, ranks.count))
         spread_of = partial(feature_spread, images=watched, batch_size=settings.batch_size)
@@ -214,6 +229,8 @@ def purify(
                 if settings.clip > 0:
                     nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
                 optimizer.step()
+                for tuned in (student, searched):
+                    tuned.eval()  # drops what some networks keep of their weights in eval mode
                 step += 1
                 losses.append(torch.stack([*terms, loss]).detach())
                 add_up(losses[-1:], ranks)
@@ -233,6 +250,40 @@ def purify(
             reestimate(network, plain_batches, ranks=ranks)
     student.to(memory_format=torch.contiguous_format)
     return Purified(student.requires_grad_(False), history)
+
+
+def network_for_search(
+    backbone: nn.Module,
+    projection: nn.Module,
+    images: Images,
+    settings: PurifySettings,
+    *,
+    precision: Precision,
+    compiled: bool,
+) -> nn.Module:
+    """Return ``backbone`` and ``projection`` as the search runs them, equal up to rounding.
+
+    What is faster shares their tensors, so it follows those that are moved in place. On a CPU and
+    where it is compiled, batch norms that use running statistics are folded into convolutions;
+    elsewhere that would be more and smaller operations.
+
+    Args:
+        backbone: As it came: whether it can be folded must not hang on what tuning made of it.
+        images: A batch to try it on, of the shape to come.
+
+    Raises:
+        SettingsError: If PyTorch cannot compile it here.
+    """
+    running = settings.search.kind == "changes" or settings.search.batch_norm == "running"
+    folded = running and (compiled or images.device.type == "cpu")
+    if settings.pull > 0 and (folded or compiled):
+        backbone = frozen_twin(backbone)
+        if folded:
+            fold(backbone, images[:FOLDED_ON])
+    searched = nn.Sequential(in_precision(backbone, precision), projection)
+    if settings.pull > 0 and compiled:
+        compile_for_search(searched, images)
+    return searched
 
 
 def search(
@@ -589,12 +640,9 @@ def _state(
     return PurifyState(history, weights, momentum)
 
 
-def _restore(
-    state: PurifyState, student: nn.Module, optimizer: torch.optim.SGD
-) -> tuple[EpochLosses, ...]:
+def _restore(state: PurifyState, student: nn.Module, optimizer: torch.optim.SGD) -> None:
     student.load_state_dict(state.student)
     for name, weight in student.named_parameters():
         if name in state.momentum:
             buffer = state.momentum[name].to(weight.device, copy=True)
             optimizer.state[weight]["momentum_buffer"] = buffer
-    return state.history

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unbackdoor.batchnorm import fold
 from unbackdoor.errors import SettingsError
 from unbackdoor.types import Images
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
-
-FOLDED_ON = 8  # images on which a folded network has to have the same features
 
 
 def pick_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
@@ -68,36 +65,29 @@ def in_precision(network: nn.Module, precision: Precision) -> nn.Module:
     return network if precision == "fp32" else InBfloat16(network)
 
 
-def twin_for_search(
-    network: nn.Module, images: Images, *, folded: bool, compiled: bool
-) -> nn.Module:
-    """Return a faster twin of ``network`` that shares its tensors, for gradients to images alone.
+def frozen_twin(network: nn.Module) -> nn.Module:
+    """Return a copy of ``network`` in eval mode that shares its tensors, for gradients to images.
 
     Weights that an optimizer moves in place are moved in both. Those of the twin ask for no
     gradient: a compiler would compute it, wanted or not.
-
-    Args:
-        images: A batch to try it on, of a shape to come.
-        folded: Fold batch norms into convolutions, see ``fold``, where that is faster: on a CPU
-            and when compiled. The twin is for eval mode then.
-
-    Raises:
-        SettingsError: If it shall be compiled, and PyTorch cannot do that here.
     """
     shared: dict[int, Tensor] = {
         id(weight): nn.Parameter(weight.detach(), requires_grad=False)
         for weight in network.parameters()
     }
     shared |= {id(buffer): buffer for buffer in network.buffers()}
-    twin = copy.deepcopy(network, shared)
-    if folded and (compiled or images.device.type == "cpu"):
-        fold(twin, images[:FOLDED_ON])
-    if compiled:
-        _compile(twin, images)
-    return twin
+    return copy.deepcopy(network, shared).eval()
 
 
-def _compile(network: nn.Module, images: Images) -> None:
+def compile_for_search(network: nn.Module, images: Images) -> None:
+    """Compile ``network``, a frozen one, in place, for gradients to images alone.
+
+    Args:
+        images: A batch to try it on, of the shape to come.
+
+    Raises:
+        SettingsError: If PyTorch cannot compile it here.
+    """
     network.compile(dynamic=False)
     tried = images.detach().requires_grad_(True)
     try:

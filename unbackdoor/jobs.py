@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from torch import nn
 
 from unbackdoor import __version__
 from unbackdoor.backbones import Backbone, Loaded, network_state, open_backbone, public_name
-from unbackdoor.cbd import LEARNED_ON, EpochLosses, PurifyState, purify, steps_per_epoch
+from unbackdoor.cbd import (
+    LEARNED_ON,
+    EpochLosses,
+    PurifyState,
+    network_for_search,
+    purify,
+    steps_per_epoch,
+)
 from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import ImageSource, load_images
-from unbackdoor.devices import (
-    in_precision,
-    peak_memory,
-    pick_device,
-    pick_precision,
-    twin_for_search,
-)
+from unbackdoor.devices import peak_memory, pick_device, pick_precision
 from unbackdoor.diagnostics import Evidence, measure
 from unbackdoor.errors import DeviceError, DivergedError, OutputError
 from unbackdoor.matching import describe_match, flat_tree, replace_tensors, state_dicts_apart
@@ -256,11 +258,16 @@ def dry_run(
         )
         learning = 0.0
         if settings.search.kind == "changes" and settings.pull > 0:
-            network = in_precision(loaded.backbone.to(where), pick_precision(precision, where))
             generator = torch.Generator(where).manual_seed(settings.seed)
             raw = photos.read(range(min(LEARNED_ON, len(photos))))
-            first = raw[:size].to(where).float() / 255
-            network = twin_for_search(network, first, folded=True, compiled=compiled)
+            network = network_for_search(
+                loaded.backbone.to(where),
+                nn.Identity(),
+                raw[:size].to(where).float() / 255,
+                settings,
+                precision=pick_precision(precision, where),
+                compiled=compiled,
+            )
             moments = []
             for done in (0, few.steps):
                 started, some = time.monotonic(), replace(few, steps=done)
