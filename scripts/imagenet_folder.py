@@ -2,8 +2,9 @@
 
     python scripts/imagenet_folder.py PARQUET FOLDER
 
-PARQUET has the columns ``img``, of which ``bytes`` is a JPEG file, and ``label``, 0 to 999. FOLDER gets ``train``
-and ``val``, both with every image in the folder of its class, named as ImageNet names it.
+PARQUET has the columns ``img``, of which ``bytes`` is a JPEG file, and ``label``, 0 to 999.
+FOLDER gets ``train`` and ``val``, both with every image in the folder of its class, named as
+ImageNet names it.
 """
 
 import sys
