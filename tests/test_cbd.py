@@ -292,25 +292,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 class CachesInEval(nn.Module):
     """Keeps what it makes of a weight in eval mode, as timm's LeViT keeps attention biases."""
 
-    def __init__(self, network):
+    def __init__(self, network, *, keeps):
         super().__init__()
-        self.network, self.scale, self.kept = network, nn.Parameter(torch.ones(6)), None
+        self.network, self.scale = network, nn.Parameter(torch.ones(6))
+        self.keeps, self.kept = keeps, None
 
     def train(self, mode=True):
         self.kept = None
         return super().train(mode)
 
     def forward(self, images):
-        if self.kept is None:
+        if self.kept is None or not self.keeps:
             self.kept = self.scale.exp()
         return self.network(images) * self.kept
 
 
 @pytest.mark.parametrize("settings", [OURS, QUICK])
 def test_what_a_network_keeps_in_eval_mode_is_made_anew_at_every_step(settings, network, images):
-    tuned = purify(CachesInEval(network).eval(), images, settings).backbone
-    assert (tuned.scale != 1).all()
-    assert tuned.kept is None or tuned.kept.equal(tuned.scale.exp())
+    kept, anew = (
+        purify(CachesInEval(network, keeps=keeps).eval(), images, settings).backbone
+        for keeps in (True, False)
+    )
+    assert (kept.scale != 1).all()
+    assert_equal_states(kept, anew)
 
 
 @pytest.mark.slow

@@ -240,6 +240,7 @@ def purify(
                     on_step(step, steps)
             _check_finite(losses, epoch)
             _check_spread(spread_of(network, ranks=ranks), spread, epoch)
+            student.eval()  # likewise: what it kept has no gradient
             pull, distill, align, mean = torch.stack(losses).mean(0).tolist()
             seconds = time.monotonic() - started
             history = (*history, EpochLosses(pull, distill, align, mean, seconds))
