@@ -1,4 +1,3 @@
-import copy
 import warnings
 
 import pytest
@@ -12,6 +11,7 @@ from unbackdoor.batchnorm import (
     reestimate,
     reference_statistics,
 )
+from unbackdoor.devices import frozen_twin
 from unbackdoor.networks import SMALL_NETWORKS
 
 
@@ -114,12 +114,6 @@ def test_a_network_without_batch_norm_is_left_alone():
     assert batch_norms(network) == []
 
 
-def twin_of(network):
-    """Return a copy that shares all tensors."""
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    return copy.deepcopy(network, shared)
-
-
 def folded_layers(network):
     return sum("forward" in vars(layer) for layer in network.modules())
 
@@ -133,7 +127,7 @@ def gradient_of(network, images):
 def test_a_folded_twin_follows_weights_and_statistics(arch, gone, generator):
     images = torch.rand(4, 3, 16, 16, generator=generator).double()
     network = SMALL_NETWORKS[arch](10).eval().double()
-    twin = twin_of(network)
+    twin = frozen_twin(network)
     assert fold(twin, images) == gone
     assert folded_layers(twin) == 2 * gone
     assert folded_layers(network) == 0
@@ -226,7 +220,7 @@ class Unusual(nn.Module):
 
 def test_an_unusual_network_is_folded_all_the_same(images):
     network = Unusual().eval()
-    twin = twin_of(network)
+    twin = frozen_twin(network)
     assert fold(twin, images) == 1
     with torch.no_grad():
         network.norm.running_mean.add_(1.0)
@@ -238,7 +232,7 @@ def test_weights_that_a_hook_computes_are_followed(images):
         conv = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))  # the old one; checkpoints have it
     network = nn.Sequential(conv, nn.BatchNorm2d(4)).eval()
     del conv.weight  # of a graph, which no copy takes; the hook computes it anew
-    twin = twin_of(network)
+    twin = frozen_twin(network)
     assert fold(twin, images) == 1
     with torch.no_grad():
         conv.weight_g.mul_(2.0)
