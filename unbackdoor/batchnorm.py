@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from unbackdoor.ranks import ALONE, Ranks, gather
+from unbackdoor.ranks import ALONE, Ranks, add_up, gather
 from unbackdoor.types import Images
 
 SAME_FEATURES = 1e-3  # of the largest feature: more than rounding in float32 leaves apart
@@ -262,56 +262,88 @@ def whole_batch_norm(
         return F.batch_norm(
             images, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    moments = _moments(images[: len(images) // views] if views else images, ranks)
+    counted = images[: len(images) // views] if views else images
+    moments = _moments(counted, ranks)
     mean, variance = moments.mean, moments.variance
     if running_mean is not None and running_var is not None:
-        _move(running_mean, running_var, moments, momentum)
+        unbiased = variance * moments.numbers / (moments.numbers - 1)
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
         if views:
-            mean = running_mean + (mean - mean.detach())
-            variance = running_var + (moments.unbiased - moments.unbiased.detach())
-    return _normalized(images, mean, variance, weight, bias, eps)
+            mean, variance = running_mean.clone(), running_var.clone()
+            moments = moments._replace(divisor=moments.numbers - 1)
+    normalized: Tensor = _Normalize.apply(
+        images,
+        torch.ones_like(mean) if weight is None else weight,
+        torch.zeros_like(mean) if bias is None else bias,
+        mean,
+        variance,
+        eps,
+        len(counted),
+        moments,
+        ranks,
+    )
+    return normalized
 
 
 class _Moments(NamedTuple):
     """Of every channel, over all ranks."""
 
     mean: Float[Tensor, " c"]
-    variance: Float[Tensor, " c"]
-    unbiased: Float[Tensor, " c"]  # estimate of the variance, as running statistics hold it
-
-
-def _moments(images: Tensor, ranks: Ranks) -> _Moments:
-    axes, shape = _channels(images)
-    exact = images.to(torch.promote_types(images.dtype, torch.float32))
-    count = ranks.count * exact.numel() // exact.shape[1]
-    mean = gather(exact.sum(axes)[None], ranks).sum(0) / count
-    squares = (exact - mean.view(shape)).square().sum(axes)
-    total = gather(squares[None], ranks).sum(0)
-    return _Moments(mean, total / count, total / (count - 1))
+    variance: Float[Tensor, " c"]  # the mean square
+    numbers: int  # behind each
+    divisor: int  # by which the squares' sum is divided where gradients pass
 
 
 @torch.no_grad()
-def _move(running_mean: Tensor, running_var: Tensor, moments: _Moments, momentum: float) -> None:
-    """Move running statistics as ``F.batch_norm`` does."""
-    running_mean.lerp_(moments.mean.to(running_mean.dtype), momentum)
-    running_var.lerp_(moments.unbiased.to(running_var.dtype), momentum)
+def _moments(images: Tensor, ranks: Ranks) -> _Moments:
+    exact = images.to(torch.promote_types(images.dtype, torch.float32))
+    parts = torch.stack(torch.batch_norm_update_stats(exact, None, None, 0.0))
+    means, variances = gather(parts[None], ranks).unbind(1)
+    mean = means.mean(0)
+    variance = variances.mean(0) + (means - mean).square().mean(0)
+    numbers = ranks.count * exact.numel() // exact.shape[1]
+    return _Moments(mean, variance, numbers, numbers)
 
 
-def _normalized(
-    images: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    _, shape = _channels(images)
-    scale = (variance + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return torch.addcmul(shift.view(shape), images, scale.view(shape)).to(images.dtype)
+class _Normalize(torch.autograd.Function):
+    """Normalize by a mean and a variance that stand for the moments of the first rows.
 
+    As :func:`torch.nn.functional.batch_norm` does in eval mode, but gradients pass through the
+    moments. With what autograd makes of the formulas, a training step of WRN-16-1 takes a quarter
+    longer.
+    """
 
-def _channels(images: Tensor) -> tuple[list[int], list[int]]:
-    """Return all axes but the channels', and the shape in which channels meet ``images``."""
-    return [axis for axis in range(images.ndim) if axis != 1], [1, -1] + [1] * (images.ndim - 2)
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
+        rows: int,
+        moments: _Moments,
+        ranks: Ranks,
+    ) -> Tensor:
+        ctx.save_for_backward(images, weight, mean, variance)
+        ctx.eps, ctx.rows, ctx.moments, ctx.ranks = eps, rows, moments, ranks
+        return F.batch_norm(images, mean, variance, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        images, weight, mean, variance = ctx.saved_tensors
+        by_images, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            gradients[0], images, weight, mean, variance, None, None, False, ctx.eps, [True] * 3
+        )
+        scale = (variance + ctx.eps).rsqrt()
+        by_moments = torch.stack([by_bias, by_weight * scale / 2]) * (-weight * scale)
+        add_up([by_moments], ctx.ranks)
+        by_mean, by_variance = by_moments
+        counted = images[: ctx.rows]
+        shape = [1, -1] + [1] * (images.ndim - 2)
+        slope = 2 * by_variance / ctx.moments.divisor
+        shift = by_mean / ctx.moments.numbers - slope * ctx.moments.mean
+        by_images[: ctx.rows] += torch.addcmul(shift.view(shape), counted, slope.view(shape))
+        return by_images, by_weight, by_bias, *[None] * 6
