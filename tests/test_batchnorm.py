@@ -206,6 +206,19 @@ def test_only_a_batch_norm_right_behind_is_folded(middle, images):
     assert fold(network, images) == folded_convolutions(network) == 0
 
 
+class Louder(nn.BatchNorm2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_a_kind_of_batch_norm_with_more_in_it_stays(images):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Louder(4)).eval()
+    expected = network(images)
+    assert fold(network, images) == 1
+    assert changed_layers(network[2]) == 0
+    torch.testing.assert_close(network(images), expected)
+
+
 def test_a_layer_that_runs_twice_stays(images):
     norm = nn.BatchNorm2d(3)
     network = nn.Sequential(nn.Conv2d(3, 3, 1), norm, nn.Conv2d(3, 3, 1), norm).eval()
