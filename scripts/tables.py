@@ -314,7 +314,7 @@ def enemies_table() -> str:
 
 
 def searches_table() -> str:
-    """Return how often each search finds the attacker's class, and how concentrated it is."""
+    """Return how close each search comes to the triggered features, and how concentrated it is."""
     path = ROOT / "results/searches.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     names = [name.partition("-")[0] for name in found]
@@ -323,7 +323,8 @@ def searches_table() -> str:
         cells = []
         for rows in found.values():
             mean, strongest = rows[search]["mean"], rows[search]["strongest"]
-            numbers = (mean["target"], strongest["target"], mean["cosine"], mean["concentration"])
+            numbers = (mean["target"], strongest["target"], mean["cosine"])
+            numbers += (mean["neighbours"], mean["concentration"])
             cells.append(" / ".join(f"{number:.2f}" for number in numbers))
         lines.append(f"| {search} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
