@@ -10,7 +10,7 @@ Who writes what, in `results/`:
 - `searches.json`: `scripts/compare_searches.py`. `windows.json`: `scripts/scan_windows.py`.
 - `development/`: `scripts/try_settings.py`. `images.jsonl`: `scripts/try_images.py`.
 - `oracle-thresholds.json`: `scripts/oracle_thresholds.py`.
-- `speed.json`, `curves.json`, `scaling.json`: the measurements in `benchmarks/`.
+- `speed*.json`, `curves.json`, `scaling.json`: the measurements in `benchmarks/`.
 """
 
 import argparse
@@ -337,12 +337,13 @@ def read_folder(folder: str) -> list[dict[str, Any]]:
 
 def speed_table() -> str:
     """Return the rates of all candidates, and their times relative to ours."""
-    record = json.loads((ROOT / "results/speed.json").read_text())
+    files = sorted(ROOT.glob("results/speed*.json"))
+    parts = [part for file in files for part in json.loads(file.read_text())["parts"]]
     lines = [
         "| network: what | candidate | rate | time relative to the first | rounds |",
         "|---|---|---|---|---|",
     ]
-    for part in record["parts"]:
+    for part in parts:
         for name, row in part["rows"].items():
             middle, low, high = row["ratio"]
             rate = f"{row['rate']:,.0f} {row['unit']}"
@@ -395,7 +396,7 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/images.md", "results/images.jsonl", images_table),
     ("docs/experiments/enemies.md", "results/enemies", enemies_table),
     ("docs/cluster.md", "grids", sizes_table),
-    ("docs/speed.md", "results/speed.json", speed_table),
+    ("docs/speed.md", "results/speed*.json", speed_table),
     ("docs/speed.md", "results/scaling.json", scaling_table),
     ("docs/speed.md", "results/curves.json", curves_table),
     ("docs/defenses/anp.md", "results/oracle-thresholds.json", lambda: oracle_table("anp")),

@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import pytest
@@ -108,6 +109,17 @@ def test_bfloat16_images_are_normalized_in_float32(network, images):
     torch.testing.assert_close(features.float(), network(images), atol=0.1, rtol=0.02)
 
 
+def test_a_layer_wholly_in_bfloat16_is_normalized_in_float32(images):
+    norm = nn.BatchNorm2d(3)
+    half, images = copy.deepcopy(norm).bfloat16(), images.bfloat16()
+    for layer in (norm, half):
+        with reference_statistics(layer, 4):
+            layer(images.to(layer.weight.dtype)).square().sum().backward()
+    assert half.weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(half.weight.grad.float(), norm.weight.grad, rtol=0.02, atol=0.1)
+    torch.testing.assert_close(half.running_var.float(), norm.running_var, rtol=0.02, atol=0.01)
+
+
 def test_batch_statistics_normalize_and_need_not_move(network, images):
     norm, start = network[1], network[1].running_mean.clone()
     with batch_statistics(network, batch=True, moving=False):
@@ -204,6 +216,14 @@ def test_a_convolution_that_something_else_reads_stays(hidden, gone, images):
 def test_only_a_batch_norm_right_behind_is_folded(middle, images):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), middle, nn.BatchNorm2d(4)).eval()
     assert fold(network, images) == folded_convolutions(network) == 0
+
+
+def test_what_is_folded_already_stays(images):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    reestimate(network, images.split(10))
+    expected = network.eval()(images)
+    assert [fold(network, images), fold(network, images)] == [1, 0]
+    torch.testing.assert_close(network(images), expected)
 
 
 class Louder(nn.BatchNorm2d):
