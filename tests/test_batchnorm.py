@@ -218,6 +218,34 @@ def test_only_a_batch_norm_right_behind_is_folded(middle, images):
     assert fold(network, images) == folded_convolutions(network) == 0
 
 
+def test_gradients_of_bfloat16_images_are_summed_in_float32(images, generator):
+    images = images.bfloat16()
+    gradient = torch.randn(images.shape, generator=generator).bfloat16()
+    found = []
+    for kind in (torch.bfloat16, torch.float32):
+        norm = nn.BatchNorm2d(3)
+        with reference_statistics(norm, 4):
+            norm(images.to(kind)).backward(gradient.to(kind))
+        found.append(norm.weight.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_second_derivatives_are_refused_where_they_would_be_wrong(network, images):
+    with reference_statistics(network, 4):
+        loss = network(images).pow(3).sum()
+    (gradient,) = torch.autograd.grad(loss, network[0].weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_convolution_with_a_forward_of_its_own_stays(images):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    network[0].forward = lambda images: nn.Conv2d.forward(network[0], images).tanh()
+    expected = network(images)
+    assert fold(network, images) == 0
+    torch.testing.assert_close(network(images), expected)
+
+
 def test_what_is_folded_already_stays(images):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
     reestimate(network, images.split(10))

@@ -366,7 +366,7 @@ class _Normalize(torch.autograd.Function):
         slope = 2 * by_variance / moments.divisor
         shift = by_mean / moments.numbers - slope * moments.mean
         by_images[: ctx.rows] += _scaled(images[: ctx.rows], slope, shift)
-        return by_images.to(images.dtype), by_weight, by_bias, *[None] * 5
+        return by_images, by_weight, by_bias, *[None] * 5
 
 
 def _scaled(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
