@@ -107,7 +107,7 @@ def write_record(tmp_path, **changed):
     record = {
         "attack": {"name": "mine", **attack_record(ATTACK)},
         "training": {"kind": "supervised"},
-        "scores": {"head": {"asr": 0.5}},
+        "scores": {"head": {"acc": 0.75, "asr": 0.5}},
         **changed,
     }
     path = tmp_path / "victim.json"
@@ -116,7 +116,8 @@ def write_record(tmp_path, **changed):
 
 
 def test_an_attack_is_found_by_its_victims_record_or_by_name(tmp_path):
-    assert find_attack(write_record(tmp_path), size=32) == Known(ATTACK, "mine", True, 0.5)
+    found = find_attack(write_record(tmp_path), size=32)
+    assert found == Known(ATTACK, "mine", True, 0.5, None, 0.75)
     simclr = write_record(tmp_path, training={"kind": "simclr"}, scores={"head": None})
     assert find_attack(simclr, size=32) == Known(ATTACK, "mine", False)
     scores = {"probe": {"acc": 0.75, "pa": 0.5}}
@@ -168,6 +169,12 @@ def test_doubts_are_said():
     weak = doubts(Known(ATTACK, "x", True, 0.5), few)
     assert "the victim's own ASR was 50.0 %" in weak[0]
     assert weak[1] == "only 9 triggered images"
+    to_all = replace(ATTACK, goal="all-to-all")  # of what is recognized
+    assert doubts(Known(to_all, "x", True, 0.73, None, 0.8), many) == doubts(
+        Known(ATTACK, "x", True, 0.95, None, 0.8), many
+    )
+    some = doubts(Known(to_all, "x", True, 0.71, None, 0.8), many)
+    assert "the victim's own ASR was 71.0 %, below 72 %" in some[0]
     assert "three seeds" in weak[-1]
 
 

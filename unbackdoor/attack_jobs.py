@@ -566,6 +566,7 @@ def victim_doubts(plan: Plan, backbone: Backbone, reading: Reading) -> list[str]
         plan.training == "supervised",
         None if reading.head is None else reading.head.asr,
         reading.probe.acc - reading.probe.pa,
+        None if reading.head is None else reading.head.acc,
     )
     unread = unread_head(backbone, reading, classes=len(plan.data.classes))
     return unread + doubts(known, reading)

@@ -51,6 +51,7 @@ class Known(NamedTuple):
     supervised: bool
     victim_asr: float | None = None  # through the victim's own head
     victim_loss: float | None = None  # its ACC minus its PA, through a probe
+    victim_acc: float | None = None  # through its own head; an all-to-all ASR cannot be higher
 
 
 def evaluate_file(
@@ -241,12 +242,13 @@ def find_attack(
 
 def known_from(record: Mapping[str, Any], attack: Attack, name: str) -> Known:
     """Return ``attack`` with what its victim's record says; a clean victim's says nothing."""
-    acc, asr, pa = (
+    acc, pa, head_acc, asr = (
         _number(record, "scores", *names)
-        for names in (("probe", "acc"), ("head", "asr"), ("probe", "pa"))
+        for names in (("probe", "acc"), ("probe", "pa"), ("head", "acc"), ("head", "asr"))
     )
     lost = None if acc is None or pa is None else acc - pa
-    return Known(attack, name, _inside(record, "training", "kind") != "simclr", asr, lost)
+    supervised = _inside(record, "training", "kind") != "simclr"
+    return Known(attack, name, supervised, asr, lost, head_acc)
 
 
 def _inside(record: Any, *names: str) -> Any:
@@ -290,9 +292,12 @@ def doubts(known: Known, reading: Reading) -> list[str]:
 def not_taken(known: Known) -> list[str]:
     """Return a doubt where there was hardly a backdoor in the victim to begin with."""
     found = []
-    if known.supervised and known.victim_asr is not None and known.victim_asr < TOOK:
+    all_to_all = known.attack.goal == "all-to-all"
+    of_accuracy = known.victim_acc if all_to_all and known.victim_acc is not None else 1.0
+    wanted = TOOK * of_accuracy
+    if known.supervised and known.victim_asr is not None and known.victim_asr < wanted:
         found.append(
-            f"the victim's own ASR was {100 * known.victim_asr:.1f} %, below {100 * TOOK:.0f} %: "
+            f"the victim's own ASR was {100 * known.victim_asr:.1f} %, below {100 * wanted:.0f} %: "
             "the attack did not take"
         )
     if not known.supervised and known.victim_loss is not None and known.victim_loss < LOST:
