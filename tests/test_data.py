@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import struct
+import subprocess
 import sys
 import tarfile
 import threading
@@ -776,3 +777,34 @@ def test_real_cifar10_has_its_sizes_and_classes(shared_data):
     test = load_labeled(f"cifar10:{shared_data}/cifar10", split="test")
     assert test.images.shape == (10_000, 3, 32, 32)
     assert test.labels.bincount().tolist() == [1000] * 10
+
+
+COUNT_THREADS = """
+import os, sys, torch
+from unbackdoor.data import from_tensor, load_images
+torch.set_num_threads(2)
+torch.ones(10**6).exp()  # PyTorch's threads start
+before = len(os.listdir("/proc/self/task"))
+source = from_tensor(torch.zeros(64, 1, 64, 64, dtype=torch.uint8))
+if len(sys.argv) > 1:
+    source = load_images(sys.argv[1], size=64)
+    source.read(range(len(source)))  # decoded by other threads
+for batch in source.batches(torch.arange(64), 32):
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+@pytest.mark.parametrize("from_files", [False, True])
+def test_reading_ahead_starts_one_thread_and_none_of_pytorchs(tmp_path, from_files):
+    for i in range(64 if from_files else 0):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT_THREADS, *([str(tmp_path)] if from_files else [])],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    assert set(run.stdout.split()) <= {"0", "1"}
+    assert len(run.stdout.split()) == 2

@@ -291,11 +291,12 @@ class TensorImages:
 
     def read(self, rows: Sequence[int]) -> RawImages:
         """See ``ImageSource``."""
-        images = self._images[torch.as_tensor(rows, dtype=torch.int64)].expand(-1, 3, -1, -1)
+        images = self._images.numpy()[np.asarray(rows, dtype=np.int64)]
+        images = images.repeat(3 // images.shape[1], axis=1)
         if images.shape[2:] == self.size:
-            return images.contiguous()
+            return torch.from_numpy(images)
         out = torch.empty(len(images), 3, *self.size, dtype=torch.uint8)
-        for image, place in zip(images.permute(0, 2, 3, 1).numpy(), out.numpy(), strict=True):
+        for image, place in zip(images.transpose(0, 2, 3, 1), out.numpy(), strict=True):
             place[:] = _fit(Image.fromarray(image), self.size)
         return out
 
@@ -351,7 +352,7 @@ class FileImages:
         missing = np.unique(wanted[~self._cached[wanted]])
         self._decode(missing, self._cache, missing)
         self._cached[missing] = True
-        return self._cache[torch.from_numpy(wanted)]
+        return torch.from_numpy(self._cache.numpy()[wanted])
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[RawImages]:
         """See ``ImageSource``."""
@@ -408,6 +409,11 @@ class FileImages:
 def _read_ahead(
     read: Callable[[list[int]], RawImages], order: Tensor, batch_size: int
 ) -> Iterator[RawImages]:
+    """Read the next batches in another thread.
+
+    There ``read`` has to leave operations to NumPy: PyTorch would start more threads than there are
+    processors, and all of its operations, in the first thread too, would take half as long again.
+    """
     pending: deque[Future[RawImages]] = deque()
     with ThreadPoolExecutor(1) as reader:
         try:
