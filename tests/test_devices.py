@@ -1,5 +1,6 @@
 import copy
 
+import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -80,12 +81,16 @@ def test_the_matrix_limit_is_more_than_one_small_product_reaches():
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_twin_has_the_gradients_of_the_network_whose_weights_it_shares(compiled, folded):
+def test_a_twin_has_the_gradients_of_the_network_whose_weights_it_shares(
+    compiled, folded, monkeypatch
+):
     network = SMALL_NETWORKS["wrn16_1"](10).eval()
     images = torch.rand(4, 3, 16, 16)
     twin = frozen_twin(network)
     assert folded == (folded and fold(twin, images) > 0)
     if compiled:
+        # No compiler follows the checks of types that the tests add: they draw at random.
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         compile_for_search(twin, images)
 
     def gradient(net):
