@@ -346,7 +346,7 @@ def speed_table() -> str:
     for part in parts:
         for name, row in part["rows"].items():
             middle, low, high = row["ratio"]
-            rate = f"{row['rate']:,.0f} {row['unit']}"
+            rate = f"{row['rate']:,.{0 if row['rate'] >= 10 else 1}f} {row['unit']}"
             times = f"{middle:.2f} ({low:.2f} to {high:.2f})"
             rounds = len(row["seconds"])
             lines.append(f"| {part['title']} | {name} | {rate} | {times} | {rounds} |")
