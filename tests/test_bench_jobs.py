@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,8 @@ def test_a_failed_cell_ends_in_an_exit_code_and_a_name(tmp_path, capsys):
         (["run", "none.toml"], "none.toml"),
         (["run", SMOKE, "--limit", "0"], "at least 1"),
         (["run", SMOKE, "--backend", "slurm"], "slurm"),
+        (["run", SMOKE, "--rows", "CLP", "CDB"], "row 'CDB' is unknown; did you mean 'CBD'?"),
+        (["run", SMOKE, "--seeds", "0", "7"], "seed 7 is in no grid; there are [0]"),
     ],
 )
 def test_a_command_that_cannot_run_says_why(words, message, capsys, tmp_path):
@@ -105,6 +108,30 @@ def test_other_images_make_other_cells():
     assert here.cells[0].key != there.cells[0].key
     with pytest.raises(SettingsError, match="pass one grid file"):
         plan_grids([])
+
+
+def test_rows_and_seeds_are_picked_by_name():
+    grids = [Path(SMOKE).with_name(name) for name in ("table1-cpu.toml", "table7-cpu.toml")]
+    rows, seeds = ["No Defense", "eps=2", "Clean victim, CBD, changes of all images"], [0, 2]
+    picked = plan_grids(grids, rows=rows, seeds=seeds)
+    assert [{entry.row for entry in plan.found} for plan in picked] == [
+        {rows[0], rows[2]},
+        {rows[1]},
+    ]
+    everything = plan_grids(grids)
+    for some, plan in zip(picked, everything, strict=True):
+        wanted = [e for e in plan.found if e.row in rows and e.cell.seed in seeds]
+        assert some.found == wanted
+        assert {entry.cell.seed for entry in wanted} == {0, 2}
+    assert plan_grids(grids, rows=rows)[0].found != picked[0].found
+
+
+def test_a_run_of_one_row_leaves_the_others(tmp_path, capsys):
+    command = ["bench", "run", SMOKE, "--results", str(tmp_path), "--rows", "CLP"]
+    assert main([*command, "--device", "cpu"]) == 0
+    assert "1 cells to run" in capsys.readouterr().out
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert record["cell"]["defense"] == "clp"
 
 
 def test_detections_are_kept_of_the_first_seed_of_the_rows_that_the_grid_names():

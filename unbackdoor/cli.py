@@ -82,6 +82,7 @@ Prefix = Annotated[str | None, Parameter(help="Prefix of its keys, where several
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], Parameter(help="Where to compute.")]
 Results = Annotated[Path, Parameter(help="Folder of the records.")]
 Words = Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=True)]
+Seeds = Annotated[tuple[int, ...], Parameter(negative="", consume_multiple=True)]
 
 app = App(
     name="unbackdoor",
@@ -744,6 +745,8 @@ def bench_run(
     backend: Literal["local", "ray"] = "local",
     workers: Whole = 1,
     limit: Whole | None = None,
+    rows: Words = (),
+    seeds: Seeds = (),
     data: str | None = None,
     detection_data: str | None = None,
     retry: Switch = False,
@@ -765,6 +768,10 @@ def bench_run(
         Processes; with Ray, processors a victim and its cells take.
     limit
         Run at most this many cells.
+    rows
+        Run these rows alone, named as in the tables.
+    seeds
+        Run these seeds alone.
     data
         Where the images are, in place of what the grid file says.
     detection_data
@@ -789,6 +796,8 @@ def bench_run(
             backend=backend,
             workers=workers,
             limit=limit,
+            rows=rows,
+            seeds=seeds,
             data=data,
             detection_data=detection_data,
             retry=retry,

@@ -302,7 +302,7 @@ def row_settings(grid: Grid, row: Row, seed: int) -> Any:
         table = dict(row.settings) if alone else _merged(grid.cbd, row.settings)
         preset = table.pop("preset", "default")
         if preset not in PRESETS:
-            raise SettingsError(f"{where}: {_unknown('preset', preset, PRESETS)}")
+            raise SettingsError(f"{where}: {unknown('preset', preset, PRESETS)}")
         return replace(changed(purify_preset(preset), table, where), seed=seed)
     own = is_own(row.defense)
     defaults = _own_defaults(row.defense, where) if own else DEFENSES[row.defense].settings()
@@ -372,7 +372,7 @@ def changed(defaults: Any, table: Mapping[str, Any], where: str) -> Any:
     values = {}
     for name, value in table.items():
         if name not in hints:
-            raise SettingsError(f"{where}: {_unknown('setting', name, hints)}")
+            raise SettingsError(f"{where}: {unknown('setting', name, hints)}")
         before = getattr(defaults, name)
         if is_dataclass(before):
             if not isinstance(value, Mapping):
@@ -412,6 +412,14 @@ def describe_schedule(grid: Grid) -> str:
     return f"Tier {grid.tier}. " + "; ".join(parts) + ". All else is the published value."
 
 
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """Return a message that a name is none of ``known``, with the nearest one."""
+    names = list(known)
+    nearest = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names)}"
+    return f"{what} {name!r} is unknown; {hint}"
+
+
 def _differences(table: Mapping[str, Any]) -> str:
     return "".join(f", {name} {value}" for name, value in flatten(table))
 
@@ -438,7 +446,7 @@ def _make(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
     values = {}
     for name, value in table.items():
         if name not in hints:
-            raise SettingsError(f"{where}: {_unknown('key', name, hints)}")
+            raise SettingsError(f"{where}: {unknown('key', name, hints)}")
         values[name] = _key(hints[name], value, name, where)
     return kind(**values)
 
@@ -452,7 +460,7 @@ def _task(path: Path, table: Any) -> DetectionTask:
     settings = [item.name for item in fields(DetectionSettings) if item.name != "seed"]
     for name in table:
         if name not in own + settings:
-            raise SettingsError(f"{where}: {_unknown('key', name, own + settings)}")
+            raise SettingsError(f"{where}: {unknown('key', name, own + settings)}")
     values = {name: table[name] for name in own if name in table}
     differing = {name: value for name, value in table.items() if name in settings}
     task: DetectionTask = _make(DetectionTask, {**values, "settings": differing}, where)
@@ -465,7 +473,7 @@ def _key(hint: Any, value: Any, name: str, where: str) -> Any:
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise SettingsError(f"{where}: {_unknown(name, value, get_args(hint))}")
+            raise SettingsError(f"{where}: {unknown(name, value, get_args(hint))}")
         return value
     if get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(_key(get_args(hint)[0], item, name, where) for item in value)
@@ -493,7 +501,7 @@ def _check(grid: Grid) -> None:
         *(("pictures", name, [CLEAN_ROW, *(row.name for row in grid.rows)]) for name in drawn),
     ):
         if value not in known:
-            raise SettingsError(f"{grid.name}: {_unknown(name, value, known)}")
+            raise SettingsError(f"{grid.name}: {unknown(name, value, known)}")
     names = [row.name for row in grid.rows]
     if len(set(names)) < len(names) or CLEAN_ROW in names:
         raise SettingsError(f"{grid.name}: two rows have one name: {', '.join(sorted(names))}")
@@ -560,10 +568,3 @@ def _read(kind: Any, value: Any, before: Any, where: str) -> Any:
     if type(value) is not type(before):
         raise SettingsError(f"{where} is of type {type(before).__name__}, got {value!r}")
     return value
-
-
-def _unknown(what: str, name: object, known: Iterable[str]) -> str:
-    names = list(known)
-    nearest = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names)}"
-    return f"{what} {name!r} is unknown; {hint}"

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from unbackdoor.bench.backends import run_local, run_ray
 from unbackdoor.bench.cells import Cell
 from unbackdoor.bench.detection import check_detectors
-from unbackdoor.bench.grid import Entry, Grid, entries, is_own, read_grid, unique_cells
+from unbackdoor.bench.grid import Entry, Grid, entries, is_own, read_grid, unique_cells, unknown
 from unbackdoor.bench.obtain import Place
 from unbackdoor.bench.report import report_of
 from unbackdoor.bench.run import pending
@@ -41,17 +41,24 @@ class Plan(NamedTuple):
 
 
 def plan_grids(
-    paths: Sequence[Path], *, data: str | None = None, detection_data: str | None = None
+    paths: Sequence[Path],
+    *,
+    data: str | None = None,
+    detection_data: str | None = None,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
 ) -> list[Plan]:
     """Read grid files.
 
     Args:
         data: Where the images are, in place of what the files say.
         detection_data: The same for the data of their detectors.
+        rows: Only these, as tables name them; none are all.
+        seeds: Likewise.
 
     Raises:
         SettingsError: See ``read_grid``; or if there is no file, or no detector in one that
-            is given data for them.
+            is given data for them, or a row or a seed in none.
     """
     if not paths:
         raise SettingsError("pass one grid file or more, such as grids/smoke.toml")
@@ -60,7 +67,23 @@ def plan_grids(
         grids = [replace(grid, data=data) for grid in grids]
     if detection_data is not None:
         grids = [_detecting_in(grid, detection_data) for grid in grids]
-    return [Plan(grid, entries(grid)) for grid in grids]
+    plans = [Plan(grid, entries(grid)) for grid in grids]
+    found = [entry for plan in plans for entry in plan.found]
+    for row in rows:
+        if row not in (names := dict.fromkeys(entry.row for entry in found)):
+            raise SettingsError(unknown("row", row, names))
+    for seed in seeds:
+        if seed not in (known := {entry.cell.seed for entry in found}):
+            raise SettingsError(f"seed {seed} is in no grid; there are {sorted(known)}")
+    return [plan._replace(found=_among(plan.found, rows, seeds)) for plan in plans]
+
+
+def _among(found: list[Entry], rows: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
+    return [
+        entry
+        for entry in found
+        if (not rows or entry.row in rows) and (not seeds or entry.cell.seed in seeds)
+    ]
 
 
 def run_grids(
@@ -70,6 +93,8 @@ def run_grids(
     backend: Literal["local", "ray"] = "local",
     workers: int = 1,
     limit: int | None = None,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     data: str | None = None,
     detection_data: str | None = None,
     retry: bool = False,
@@ -90,7 +115,7 @@ def run_grids(
     """
     if workers < 1 or (limit is not None and limit < 1):
         raise SettingsError(f"workers and limit are at least 1, got {workers} and {limit}")
-    plans = plan_grids(paths, data=data, detection_data=detection_data)
+    plans = plan_grids(paths, data=data, detection_data=detection_data, rows=rows, seeds=seeds)
     failed, left, store = 0, limit, open_store(results)
     for plan in plans:
         if retry:
