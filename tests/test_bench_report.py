@@ -6,7 +6,7 @@ import torch
 from unbackdoor.bench.features import as_base64, compressed, from_base64
 from unbackdoor.bench.grid import entries, read_grid
 from unbackdoor.bench.report import Part as ReportPart
-from unbackdoor.bench.report import comparison, figures, report_of, sections_of
+from unbackdoor.bench.report import comparison, figures, origins, report_of, sections_of
 from unbackdoor.bench.tables import lines
 
 SMOKE = Path(__file__).resolve().parents[1] / "grids" / "smoke.toml"
@@ -24,6 +24,9 @@ def record(cell):
         "flags": ["made up"],
         "seconds": {"defense": 1.0, "all": 2.0},
         "data": {"probe": 40, "train_sha256": "a", "test_sha256": "a"},
+        "device": "cpu, 2 threads",
+        "precision": "fp32",
+        "versions": {"python": "3.11", "torch": "2.11"},
         "revision": "abc123",
     }
 
@@ -62,6 +65,15 @@ def test_the_report_is_one_page_with_everything_in_it(part, kept):
         assert words in page
     assert "<script" not in page
     assert "http" not in page.partition("<main>")[2].replace("http://www.w3.org", "")
+
+
+def test_the_report_counts_what_computed_the_records(part):
+    other = next(iter(part.records.values()))
+    other["revision"] = "def456"
+    assert origins([part, part]).text.splitlines() == [
+        "3 × cpu, 2 threads, fp32; revision abc123; python 3.11, torch 2.11",
+        "1 × cpu, 2 threads, fp32; revision def456; python 3.11, torch 2.11",
+    ]
 
 
 def test_the_report_draws_what_detectors_find_row_by_row(part):

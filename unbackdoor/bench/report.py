@@ -1,5 +1,6 @@
 """One self-contained HTML page of all that records say: tables, comparisons, losses, figures."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -60,9 +61,6 @@ def report_of(
         for section in (*sections_of(part), *detected(part.found, detections))
     ]
     pictures = [picture for kept in features.values() for picture in figures(kept)]
-    revisions = sorted(
-        {str(record["revision"]) for part in made for record in part.records.values()}
-    )
     known = {key for part in made for key in part.records}
     wanted = {entry.cell.key for part in made for entry in part.found}
     return render_report(
@@ -71,8 +69,20 @@ def report_of(
         "and accuracy on triggered images (PA) are read by a linear probe on the frozen features, "
         "unless a table says otherwise. What a defense only masks comes back when statistics are "
         "re-estimated or the network is fine-tuned: see the tables that ask whether it lasts.",
-        (*sections, *pictures, Note("Where the numbers come from", "\n".join(revisions))),
+        (*sections, *pictures, origins(made)),
     )
+
+
+def origins(parts: Sequence[Part]) -> Note:
+    """Say what computed the records, with the number of records of each."""
+    records = {key: record for part in parts for key, record in part.records.items()}
+    counts: Counter[str] = Counter()
+    for record in records.values():
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        code = f"revision {record['revision']}; {versions}"
+        counts[f"{record['device']}, {record['precision']}; {code}"] += 1
+    text = "\n".join(f"{count} × {what}" for what, count in sorted(counts.items()))
+    return Note("What computed the records", text)
 
 
 def sections_of(part: Part) -> list[Table | Picture]:
