@@ -119,6 +119,27 @@ def test_several_workers_share_the_victims_and_replace_the_one_that_dies(cells, 
     assert "a worker died" in said[0]
 
 
+def dies(backbone, data, settings, *, device="cpu", on_step=None):
+    """Stand for a defense for which a machine has no memory."""
+    os._exit(9)
+
+
+@pytest.mark.slow
+def test_a_cell_at_which_workers_die_again_and_again_has_failed(cells, place, tmp_path):
+    path, results, said = tmp_path / "grid.toml", tmp_path / "results", []
+    row = f'[[rows]]\nname = "dies"\ndefense = "{Path(__file__).resolve()}:dies"\n'
+    kept, _, _ = path.read_text().partition('[[rows]]\nname = "CBD"')
+    path.write_text(kept + row)
+    grid = read_grid(path)
+    wanted = unique_cells(entries(grid))
+    own = place._replace(own=tuple(row.defense for row in grid.rows))
+    tally = run_local(wanted, results, own, workers=2, say=said.append)
+    assert (tally.done, tally.failed, tally.left) == (2, 1, 0)
+    (dead,) = [cell for cell in wanted if cell.defense not in ("none", "clean")]
+    assert look_at(results).error_of(dead.key) == "its worker died, again and again"
+    assert "dies" in said[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install '.[ray]'")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

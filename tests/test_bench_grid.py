@@ -318,6 +318,8 @@ def test_a_file_without_the_defense_or_the_setting_is_refused(
 def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
     assert read_grid(write()).data == f"cifar10:{tmp_path}/../images"
     assert read_grid(write("cifar10:../images", "fashion-mnist")).data == "fashion-mnist"
+    given = read_grid(write('tier = "cpu"', 'tier = "cpu"\nvictims = "given"')).victims
+    assert Path(given) == tmp_path / "given"
     assert data_name("cifar10:a/b") == "cifar10"
     assert data_name("a/photos") == "photos"
 
@@ -334,6 +336,7 @@ def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
         ('"1/4"', '"1/x"', "epsilon is a number or a ratio, got '1/x'"),
         ('"2/255"', "2", "for 8 grey levels pass 8/255"),
         ("steps = 8", "stesp = 8", "setting 'stesp' is unknown; did you mean 'steps'"),
+        ('arch = "', 'arch = "mine.py:net" # "', "a network in a file cannot be in a grid"),
         ('tier = "cpu"', 'tier = "gpu"', "tier 'gpu' is unknown; did you mean 'cpu'"),
         ('preset = "cpu"', 'preset = "cpus"', "there are paper, cpu"),
         ('preset = "cifar10"', 'preset = "cifar"', "preset 'cifar' is unknown; did you mean"),

@@ -17,7 +17,11 @@ def record(cell, seconds, victim_seconds):
         "schema": SCHEMA,
         "cell": {
             "defense": cell.defense,
-            "victim": {"arch": cell.victim.arch, "training": cell.victim.training},
+            "victim": {
+                "attack": cell.victim.attack,
+                "arch": cell.victim.arch,
+                "training": cell.victim.training,
+            },
             **({"detection": {}} if cell.detection else {}),
         },
         "victim": {"key": cell.victim.key, "seconds": victim_seconds},
@@ -37,6 +41,9 @@ def test_the_estimate_is_the_median_of_the_same_kind_and_that_of_all_is_a_guess(
     assert estimate([detects], [], records) == (20, 1)
     records.append(record(detects, 500.0, 100.0))
     assert estimate([CELL, detects], [], records) == (520, 0)
+    clean = replace(CELL, victim=replace(VICTIM, attack="clean"))
+    records.append(record(clean, 3.0, 100.0))
+    assert estimate([CELL, clean], [], records) == (23, 0)
 
 
 def test_a_status_tells_done_running_failed_and_left(tmp_path):

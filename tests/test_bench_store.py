@@ -3,6 +3,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from unbackdoor.bench.store import (
     SILENT,
     beat,
     claimed,
+    died_at,
     drop_victim,
     forget_failures,
     is_running,
@@ -102,9 +105,45 @@ def test_another_hosts_claim_is_void_after_a_long_silence(store):
     silent = path.stat().st_mtime - SILENT - 1
     os.utime(path, (silent, silent))
     assert not is_running(store, "a")
-    beat(store, "a")  # a sign of life
-    assert is_running(store, "a")
-    beat(store, "of nobody")
+    beat(store)  # holds nothing, so it is no sign of life of others
+    assert not is_running(store, "a")
+
+
+def test_a_sign_of_life_is_one_for_all_that_is_held(store):
+    with claimed(store, "a"), claimed(store, "b"):
+        paths = [store.folder / "running" / f"{key}.json" for key in ("a", "b")]
+        paths[0].with_name("c.json").write_text("{}")
+        for path in (*paths, paths[0].with_name("c.json")):
+            os.utime(path, (0, 0))
+        beat(store)
+        assert min(path.stat().st_mtime for path in paths) > time.time() - 60
+        assert paths[0].with_name("c.json").stat().st_mtime == 0
+        paths[0].unlink()
+        beat(store)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_a_number_that_another_process_has_by_now_is_no_sign_of_life(store):
+    path = store.folder / "running" / "a.json"
+    with claimed(store, "a"):
+        claim = json.loads(path.read_text())
+    path.write_text(json.dumps({**claim, "owner": "x"}))
+    assert is_running(store, "a")  # this very process
+    assert not died_at(store, "a")
+    path.write_text(json.dumps({**claim, "owner": "x", "began": "another boot 1"}))
+    assert not is_running(store, "a")
+    assert died_at(store, "a")
+    with claimed(store, "a") as mine:
+        assert mine
+    assert not died_at(store, "a")
+
+
+def test_a_claim_that_somebody_took_over_is_left_to_them(store):
+    path = store.folder / "running" / "a.json"
+    with claimed(store, "a"):
+        taken = json.dumps({**json.loads(path.read_text()), "owner": "x"})
+        path.write_text(taken)
+    assert path.read_text() == taken
 
 
 def test_a_victim_that_is_dropped_leaves_its_record(store):

@@ -274,6 +274,9 @@ def test_the_note_tells_of_few_seeds_and_of_different_images(grid):
     note = scores_table(made, lines(made, found, records), "probe").note
     assert "The records are of different images." in note
     assert "share one victim" not in note
+    assert "never poisoned" not in note
+    beside = replace(made, clean=True)
+    assert "never poisoned" in scores_table(beside, lines(beside, found, records), "probe").note
     shared = replace(made, victim_seed=0)
     note = scores_table(shared, lines(shared, found, records), "probe").note
     assert "Seeds share one victim: ± is of split and defense alone." in note

@@ -82,7 +82,7 @@ Prefix = Annotated[str | None, Parameter(help="Prefix of its keys, where several
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], Parameter(help="Where to compute.")]
 Results = Annotated[Path, Parameter(help="Folder of the records.")]
 Words = Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=True)]
-Seeds = Annotated[tuple[int, ...], Parameter(negative="", consume_multiple=True)]
+Seeds = Annotated[tuple[Whole, ...], Parameter(negative="", consume_multiple=True)]
 
 app = App(
     name="unbackdoor",
@@ -779,7 +779,7 @@ def bench_run(
     retry
         Run cells that failed again.
     drop_victims
-        Delete a victim's weights after its last cell.
+        Delete a victim's weights when all its cells in these files are done.
     address
         Of a running Ray cluster; without it, one is started on this machine.
     gpus

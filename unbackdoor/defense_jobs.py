@@ -282,7 +282,7 @@ def check_result(result: Any, original: Backbone, name: str) -> None:
     if not isinstance(result.log, dict):
         raise SettingsError(f"{name}: its log must be a dict, got a {type(result.log).__name__}")
     try:
-        json.dumps(result.log)
+        json.dumps(result.log, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{name}: its log must be what JSON can hold: {error}") from error
     before, after = network_state(original), network_state(result.backbone)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unbackdoor.bench.cells import Cell
-from unbackdoor.bench.store import open_store
+from unbackdoor.bench.cells import Cell, describe
+from unbackdoor.bench.store import died_at, open_store, write_failure
 from unbackdoor.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def run_local(
 ) -> "Tally":
     """Run ``cells`` on this machine, in this process or in ``workers`` others.
 
-    Workers that die are replaced, up to ``TRIES`` times.
+    Workers that die are replaced, up to ``TRIES`` times; then what they were at work on is recorded
+    as failed, and all that they have left counts as failed.
     """
     from unbackdoor.bench.run import Tally, run_cells
 
@@ -60,9 +61,9 @@ def run_local(
             raise
         wanted = _wanted(wanted, results)
         if not wanted or all(process.exitcode == 0 for process in processes):
-            break
-        say(f"a worker died; {len(wanted)} cells go on")
-    return _tally(cells, results, Tally)
+            return _tally(cells, results, Tally)
+        say(f"a worker died; {len(wanted)} cells are left")
+    return _lost(wanted, results, _tally(cells, results, Tally), say=say)
 
 
 def run_ray(
@@ -102,24 +103,26 @@ def run_ray(
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
     task = ray.remote(num_cpus=workers or 1, num_gpus=gpus, max_retries=TRIES)(work)
     folder, owner = results.resolve(), os.urandom(8).hex()
-    names = {}
+    jobs = {}
     for victim, group in by_victim(wanted):
         job = task.remote(group, folder, place, workers or 1, owner=f"{owner}-{victim.key}")
-        names[job] = f"{victim.attack}, seed {victim.seed}"
+        jobs[job] = (f"{victim.attack}, seed {victim.seed}", group)
+    lost: list[Cell] = []
     try:
-        while names:
-            (ready,), _ = ray.wait(list(names), num_returns=1)
-            name = names.pop(ready)
+        while jobs:
+            (ready,), _ = ray.wait(list(jobs), num_returns=1)
+            name, group = jobs.pop(ready)
             try:
                 ray.get(ready)
             except ray.exceptions.RayError as error:
-                say(f"{name}: its worker died {TRIES + 1} times: {error}")
+                say(f"{name}: given up: {error}")
+                lost += group
                 continue
             say(f"{name}: finished")
     finally:
         if started:
             ray.shutdown()
-    return _tally(cells, results, Tally)
+    return _lost(lost, results, _tally(cells, results, Tally), say=say)
 
 
 def work(
@@ -139,6 +142,16 @@ def _wanted(cells: Iterable[Cell], results: Path) -> list[Cell]:
     from unbackdoor.bench.run import pending
 
     return pending(cells, open_store(results))
+
+
+def _lost(cells: Iterable[Cell], results: Path, tally: "Tally", *, say: Say) -> "Tally":
+    """Count what no worker has finished as failed, and record the cells that they died at."""
+    store, left = open_store(results), _wanted(cells, results)
+    for cell in left:
+        if died_at(store, cell.key):
+            write_failure(store, cell.key, describe(cell), "its worker died, again and again", "")
+            say(f"failed: {describe(cell)}: its worker died, again and again")
+    return tally._replace(failed=tally.failed + len(left), left=tally.left - len(left))
 
 
 def _tally(cells: Sequence[Cell], results: Path, kind: "type[Tally]") -> "Tally":

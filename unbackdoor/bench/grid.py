@@ -188,7 +188,7 @@ def read_grid(path: Path) -> Grid:
     grid = replace(
         grid,
         data=_beside(path, grid.data),
-        victims=_beside(path, grid.victims),
+        victims=str(path.parent / Path(grid.victims).expanduser()) if grid.victims else "",
         start=str(path.parent / grid.start) if grid.start else "",
     )
     _check(grid)
@@ -487,6 +487,11 @@ def _key(hint: Any, value: Any, name: str, where: str) -> Any:
 
 
 def _check(grid: Grid) -> None:
+    if is_own(grid.arch):
+        raise SettingsError(
+            f"{grid.name}: arch: {grid.arch}: a network in a file cannot be in a grid, as no key "
+            "tells its versions apart; use unbackdoor attack and defend"
+        )
     if grid.start and not Path(grid.start).is_file():
         raise SettingsError(f"{grid.name}: start: {grid.start}: no such file")
     drawn = () if grid.detection is None else grid.detection.pictures

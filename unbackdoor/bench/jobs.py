@@ -1,6 +1,6 @@
 """What the command line does with grid files: run, look, print, report."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,7 +9,7 @@ from unbackdoor.bench.backends import run_local, run_ray
 from unbackdoor.bench.cells import Cell
 from unbackdoor.bench.detection import check_detectors
 from unbackdoor.bench.grid import Entry, Grid, entries, is_own, read_grid, unique_cells, unknown
-from unbackdoor.bench.obtain import Place
+from unbackdoor.bench.obtain import Place, surrogate_of
 from unbackdoor.bench.report import report_of
 from unbackdoor.bench.run import pending
 from unbackdoor.bench.status import as_lines, status_of
@@ -117,6 +117,7 @@ def run_grids(
         raise SettingsError(f"workers and limit are at least 1, got {workers} and {limit}")
     plans = plan_grids(paths, data=data, detection_data=detection_data, rows=rows, seeds=seeds)
     failed, left, store = 0, limit, open_store(results)
+    needed = cells_by_victim(cell for plan in plan_grids(paths, data=data) for cell in plan.cells)
     for plan in plans:
         if retry:
             forget_failures(store, [cell.key for cell in plan.cells])
@@ -129,7 +130,7 @@ def run_grids(
             victims=plan.grid.victims,
             device=device,
             precision=precision,
-            drop_victims=drop_victims,
+            drop=tuple(needed.items()) if drop_victims else (),
             features=tuple(e.cell.key for e in plan.found if e.row in plan.grid.features),
             detection=_detection_data(plan.grid),
             pictures=pictured(plan),
@@ -150,6 +151,16 @@ def run_grids(
         if left == 0:
             break
     return failed
+
+
+def cells_by_victim(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:
+    """Return the keys of the cells that need a victim, CLA's surrogate among them, by its key."""
+    keys: dict[str, tuple[str, ...]] = {}
+    for cell in cells:
+        for victim in (cell.victim, surrogate_of(cell.victim)):
+            if victim is not None:
+                keys[victim.key] = (*keys.get(victim.key, ()), cell.key)
+    return keys
 
 
 def grids_status(paths: Sequence[Path], results: Path) -> list[str]:

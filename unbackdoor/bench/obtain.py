@@ -34,7 +34,8 @@ class Place(NamedTuple):
     victims: str = ""  # a folder where victims may lie already
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    drop_victims: bool = False  # delete a victim's weights after its last cell
+    # Keys of victims, each with those of all cells that need it: after them, weights are deleted.
+    drop: tuple[tuple[str, tuple[str, ...]], ...] = ()
     features: tuple[str, ...] = ()  # keys of cells whose features shall be kept for the report
     detection: str = ""  # see ``load_voc``; for cells with a detector
     pictures: tuple[str, ...] = ()  # keys of cells whose detections shall be kept for the report
@@ -87,18 +88,25 @@ def obtain_victim(
     while (found := find_victim(victim, store, place, load=load, say=say)) is None:
         with claimed(store, victim.key) as mine:
             if not mine:
+                beat(store)
                 time.sleep(WAIT)
                 continue
             surrogate = None
-            if victim.attack == "cla" and victim.settings is not None:
-                clean = replace(
-                    victim, attack=CLEAN, settings=replace(victim.settings, augment="shift")
-                )
+            if clean := surrogate_of(victim):
                 surrogate = obtain_victim(
                     clean, store, place, load=load, say=say, on_step=on_step
                 ).tensors
             _train(victim, store, place, surrogate=surrogate, say=say, on_step=on_step)
+            if find_victim(victim, store, place, load=load, say=say) is None:
+                raise OutputError(f"{victim.stem}: its training left no victim of this grid")
     return found
+
+
+def surrogate_of(victim: Victim) -> Victim | None:
+    """Return the clean victim that CLA perturbs its images by; None for other attacks."""
+    if victim.attack != "cla" or victim.settings is None:
+        return None
+    return replace(victim, attack=CLEAN, settings=replace(victim.settings, augment="shift"))
 
 
 def find_victim(
@@ -175,7 +183,7 @@ def _train(
     state = folder / f"{victim.stem}.state.safetensors"
 
     def step(done: int, steps: int) -> None:
-        beat(store, victim.key)
+        beat(store)
         on_step(done, steps)
 
     def train(*, resume: bool) -> None:

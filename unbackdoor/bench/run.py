@@ -74,6 +74,7 @@ class Repaired(NamedTuple):
     log: dict[str, Any]
     history: list[dict[str, float]]
     told: dict[str, Any]  # of the images and labels that the defense was given
+    seconds: float = 0.0  # that the defense took
 
 
 class Shared(NamedTuple):
@@ -121,16 +122,22 @@ def run_cells(
                 tally = tally._replace(left=tally.left + len(group))
                 continue
 
-            def step(done: int, steps: int, key: str = victim.key) -> None:
-                beat(store, f"{key}-cells")
+            def step(done: int, steps: int) -> None:
+                beat(store)
                 if on_step is not None:
                     on_step(done, steps)
 
             done = _run_group(victim, group, store, place, load=load, say=say, on_step=step)
             tally = tally._replace(done=tally.done + done, failed=tally.failed + len(group) - done)
-            if place.drop_victims:
-                drop_victim(store, victim.key)
+            drop_victims(store, place)
     return tally
+
+
+def drop_victims(store: Store, place: Place) -> None:
+    """Delete the weights of those in ``place.drop`` of which all cells are done or have failed."""
+    for victim, keys in place.drop:
+        if all(store.is_done(key) or store.error_of(key) is not None for key in keys):
+            drop_victim(store, victim)
 
 
 def pending(cells: Iterable[Cell], store: Store) -> list[Cell]:
@@ -171,15 +178,24 @@ def _run_group(
             say(describe(cell))
             try:
                 found = obtain_victim(victim, store, place, load=load, say=say, on_step=on_step)
+            except Exception as error:  # noqa: BLE001, RUF100 - other victims may be had
+                for other in pending(cells, store):
+                    _fail(other, error, store, say)
+                break
+            try:
                 record = run_cell(cell, found, store, place, shared, say=say, on_step=on_step)
+                write_record(store, cell.key, record)
             except Exception as error:  # noqa: BLE001, RUF100 - a failed cell must not stop the others
-                text = f"{type(error).__name__}: {error}"
-                write_failure(store, cell.key, describe(cell), text, traceback.format_exc())
-                say(f"failed: {text}")
+                _fail(cell, error, store, say)
                 continue
-            write_record(store, cell.key, record)
             done += 1
     return done
+
+
+def _fail(cell: Cell, error: Exception, store: Store, say: Say) -> None:
+    text = f"{type(error).__name__}: {error}"
+    write_failure(store, cell.key, describe(cell), text, "".join(traceback.format_exception(error)))
+    say(f"failed: {text}")
 
 
 def defender_images(train: LabeledImages, cell: Cell) -> LabeledImages:
@@ -245,12 +261,13 @@ def defend_cell(
     split = divide(sets.train, sets.test, seed=cell.seed)
     attack = attack_of(cell, found, size=loaded.size)
     delivered = shared.before(found, cell.attack, cell.victim, cell.seed, place, shared.load)
-    defended = time.monotonic()
     alike = (cell.defense, cell.code, cell.settings, cell.labels, cell.share, cell.seed)
     if alike not in shared.repairs:
-        shared.repairs[alike] = repair(cell, loaded, sets.train, store, place, on_step=on_step)
+        begun = time.monotonic()
+        made_now = repair(cell, loaded, sets.train, store, place, on_step=on_step)
+        shared.repairs[alike] = made_now._replace(seconds=time.monotonic() - begun)
     repaired = shared.repairs[alike]
-    seconds = {"defense": time.monotonic() - defended}
+    seconds = {"defense": repaired.seconds}
     reading = delivered
     if cell.defense != NO_DEFENSE:
         reading = read_scores(loaded._replace(backbone=repaired.backbone), split, attack, device)

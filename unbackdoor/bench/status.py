@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unbackdoor.bench.cells import Cell, Victim, describe
+from unbackdoor.bench.cells import CLEAN, Cell, Victim, describe
 from unbackdoor.bench.store import Store, is_running, read_records
 
 
@@ -55,24 +55,27 @@ def estimate(
     """Return the seconds for ``left`` and their victims, and how many cells are a mere guess.
 
     A cell takes the median of the records of its defense and network, with a detector or without,
-    or else of all records; a victim that of the victims of its training and network, or else of
-    all.
+    on a clean victim or not (one repair of it serves all attacks), or else of all records; a victim
+    that of the victims of its training and network, or else of all.
     """
     if not records:
         return (None, len(left)) if left else (0.0, 0)
-    of_kind: dict[tuple[str, str, bool], list[float]] = {}
+    of_kind: dict[tuple[str, str, bool, bool], list[float]] = {}
     trained: dict[str, tuple[tuple[str, str], float]] = {}
     for record in records:
         cell, seconds = record["cell"], record["seconds"]["all"]
         detects = cell.get("detection") is not None
-        of_kind.setdefault((cell["defense"], cell["victim"]["arch"], detects), []).append(seconds)
+        clean = cell["victim"]["attack"] == CLEAN
+        sort = (cell["defense"], cell["victim"]["arch"], detects, clean)
+        of_kind.setdefault(sort, []).append(seconds)
         kind = (cell["victim"]["training"], cell["victim"]["arch"])
         if record["victim"]["seconds"] is not None:
             trained[record["victim"]["key"]] = (kind, record["victim"]["seconds"])
     everything = [second for seconds in of_kind.values() for second in seconds]
     total, guessed = 0.0, 0
     for cell in left:
-        known = of_kind.get((cell.defense, cell.victim.arch, cell.detection is not None))
+        detects, clean = cell.detection is not None, cell.victim.attack == CLEAN
+        known = of_kind.get((cell.defense, cell.victim.arch, detects, clean))
         guessed += known is None
         total += statistics.median(known or everything)
     for victim in victims:

@@ -20,7 +20,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,12 @@ class Store:
         folder: On storage that all machines at work share.
         owner: Who claims: a second claim by the same owner succeeds, so that work that a scheduler
             starts again after a crash goes on.
+        held: Keys that are claimed through this object now.
     """
 
     folder: Path
     owner: str
+    held: set[str] = field(default_factory=set, compare=False)
 
     def record_path(self, key: str) -> Path:
         """Of a finished cell."""
@@ -187,10 +189,13 @@ def claimed(store: Store, key: str) -> Iterator[bool]:
     if not _claim(store, path):
         yield False
         return
+    store.held.add(key)
     try:
         yield True
     finally:
-        path.unlink(missing_ok=True)
+        store.held.discard(key)
+        if (_read_claim(path) or {}).get("owner") == store.owner:  # nobody took it for dead
+            path.unlink(missing_ok=True)
 
 
 def is_running(store: Store, key: str) -> bool:
@@ -198,18 +203,30 @@ def is_running(store: Store, key: str) -> bool:
     return _alive(store.folder / "running" / f"{key}.json") is not None
 
 
-def beat(store: Store, key: str) -> None:
-    """Give a sign of life for a claim, at most every ``BEAT`` seconds."""
+def died_at(store: Store, key: str) -> bool:
+    """Tell whether somebody had claimed ``key`` and is no longer alive."""
     path = store.folder / "running" / f"{key}.json"
-    try:
-        if time.time() - path.stat().st_mtime > BEAT:
-            path.touch()
-    except FileNotFoundError:
-        return
+    return path.exists() and _alive(path) is None
+
+
+def beat(store: Store) -> None:
+    """Give a sign of life for all that ``store`` holds, at most every ``BEAT`` seconds."""
+    for key in store.held:
+        path = store.folder / "running" / f"{key}.json"
+        try:
+            if time.time() - path.stat().st_mtime > BEAT:
+                os.utime(path)
+        except FileNotFoundError:
+            continue
 
 
 def _claim(store: Store, path: Path) -> bool:
-    claim = {"owner": store.owner, "host": socket.gethostname(), "pid": os.getpid()}
+    claim = {
+        "owner": store.owner,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "began": _began(os.getpid()),
+    }
     holder = _alive(path)
     if holder is not None and holder.get("owner") != store.owner:
         return False
@@ -231,21 +248,42 @@ def _claim(store: Store, path: Path) -> bool:
 
 def _alive(path: Path) -> dict[str, Any] | None:
     """Return the claim in ``path`` if there is one and its process is alive, as far as one sees."""
+    claim = _read_claim(path)
+    if claim is None:
+        return None
+    if claim["host"] == socket.gethostname():
+        return claim if _runs(int(claim["pid"]), claim.get("began")) else None
+    try:
+        return claim if time.time() - path.stat().st_mtime < SILENT else None
+    except OSError:
+        return None
+
+
+def _read_claim(path: Path) -> dict[str, Any] | None:
     try:
         claim = dict(json.loads(path.read_text()))
-        age = time.time() - path.stat().st_mtime
     except (OSError, ValueError):
         return None
-    if claim.get("host") == socket.gethostname():
-        return claim if _runs(int(claim["pid"])) else None
-    return claim if age < SILENT else None
+    return claim if {"owner", "host", "pid"} <= claim.keys() else None
 
 
-def _runs(pid: int) -> bool:
+def _runs(pid: int, began: str | None) -> bool:
+    """Tell whether the process of a claim runs; another one may have its number by now."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    now = _began(pid)
+    return began is None or now is None or began == now
+
+
+def _began(pid: int) -> str | None:
+    """Return when a process began, as Linux counts it since a boot that it names; else None."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return f"{boot} {words[19]}"  # field 22 of proc(5), of which two go before the bracket

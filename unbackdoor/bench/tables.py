@@ -301,9 +301,10 @@ def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
     if not grid.compares:
         parts.append("Not comparable with the paper: compare within the table.")
     if records:
+        parts.append(f"Percent. {about or _about_scores(records[0])}")
+    if records and grid.clean:
         parts.append(
-            f"Percent. {about or _about_scores(records[0])} The row {CLEAN_ROW!r} was never "
-            "poisoned: what the trigger does to a clean network."
+            f"The row {CLEAN_ROW!r} was never poisoned: what the trigger does to a clean network."
         )
     if grid.victim_seed is not None:
         rest = "split and defense" if grid.detection is None else "split, defense and detector"
