@@ -69,12 +69,14 @@ def plan_grids(
         grids = [_detecting_in(grid, detection_data) for grid in grids]
     plans = [Plan(grid, entries(grid)) for grid in grids]
     found = [entry for plan in plans for entry in plan.found]
+    known_rows = dict.fromkeys(entry.row for entry in found)
+    known_seeds = {entry.cell.seed for entry in found}
     for row in rows:
-        if row not in (names := dict.fromkeys(entry.row for entry in found)):
-            raise SettingsError(unknown("row", row, names))
+        if row not in known_rows:
+            raise SettingsError(unknown("row", row, known_rows))
     for seed in seeds:
-        if seed not in (known := {entry.cell.seed for entry in found}):
-            raise SettingsError(f"seed {seed} is in no grid; there are {sorted(known)}")
+        if seed not in known_seeds:
+            raise SettingsError(f"seed {seed} is in no grid; there are {sorted(known_seeds)}")
     return [plan._replace(found=_among(plan.found, rows, seeds)) for plan in plans]
 
 
@@ -115,9 +117,10 @@ def run_grids(
     """
     if workers < 1 or (limit is not None and limit < 1):
         raise SettingsError(f"workers and limit are at least 1, got {workers} and {limit}")
-    plans = plan_grids(paths, data=data, detection_data=detection_data, rows=rows, seeds=seeds)
+    where: dict[str, Any] = {"data": data, "detection_data": detection_data}
+    plans = plan_grids(paths, rows=rows, seeds=seeds, **where)
     failed, left, store = 0, limit, open_store(results)
-    needed = cells_by_victim(cell for plan in plan_grids(paths, data=data) for cell in plan.cells)
+    needed = cells_by_victim(cell for plan in plan_grids(paths, **where) for cell in plan.cells)
     for plan in plans:
         if retry:
             forget_failures(store, [cell.key for cell in plan.cells])

@@ -264,8 +264,8 @@ def defend_cell(
     alike = (cell.defense, cell.code, cell.settings, cell.labels, cell.share, cell.seed)
     if alike not in shared.repairs:
         begun = time.monotonic()
-        made_now = repair(cell, loaded, sets.train, store, place, on_step=on_step)
-        shared.repairs[alike] = made_now._replace(seconds=time.monotonic() - begun)
+        result = repair(cell, loaded, sets.train, store, place, on_step=on_step)
+        shared.repairs[alike] = result._replace(seconds=time.monotonic() - begun)
     repaired = shared.repairs[alike]
     seconds = {"defense": repaired.seconds}
     reading = delivered
