@@ -216,7 +216,10 @@ def test_a_defense_in_a_file_is_run_and_scored_like_ours(data, tmp_path, capsys)
     path.write_text(f"{text.replace('[victim]', 'clean = false' + chr(10) + '[victim]')}{ROWS}")
     (tmp_path / "mine.py").write_text(OWN)
     command = ["bench", "run", str(path), "--results", str(results), "--device", "cpu"]
-    assert main(command) == 2
+    assert main([*command, "--rows", "No Defense", "--drop-victims"]) == 0
+    (weights,) = (results / "victims").glob("*/*.safetensors")  # for the other rows
+    assert main([*command, "--drop-victims"]) == 2
+    assert not weights.exists()
     said = capsys.readouterr()
     assert "mine.py:returns_nothing returned a NoneType; a defense returns Defended" in said.out
     assert "mine.py:logs_nothing_finite: its log must be what JSON can hold" in said.out
