@@ -20,7 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,29 @@ def open_points_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def reduced_table(name: str) -> str:
+    """Return the means over the seeds of a grid that have records, row by row, in percent."""
+    scores: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry, record in records_of(name):
+        scores.setdefault((entry.attack, entry.row), []).append(record["scores"]["after"])
+    attacks = read_grid(ROOT / f"grids/{name}.toml").attacks
+    lines = [
+        f"| attack | defense | {' | '.join(READINGS.values())} | seeds |",
+        f"|---{'|---' * 6}|",
+    ]
+    for (attack, row), seeds in sorted(scores.items(), key=lambda row: attacks.index(row[0][0])):
+        means = {
+            reading: {what: statistics.mean(seed[reading][what] for seed in seeds) for what in WHAT}
+            for reading in READINGS
+            if all(seed.get(reading) for seed in seeds)
+        }
+        cells = [
+            *(as_cells(means, [reading])[0] if reading in means else "–" for reading in READINGS)
+        ]
+        lines.append(f"| {' | '.join([attack, row, *cells, str(len(seeds))])} |")
+    return "\n".join(lines) + "\n"
+
+
 def images_table() -> str:
     """Return what our default does with other images, below what it does with the usual 2,500."""
     lines = [
@@ -391,6 +414,14 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/searches.md", "results/searches.json", searches_table),
     ("docs/experiments/changes.md", "results/bench", changes_table),
     ("docs/experiments/changes.md", "results/windows.json", windows_table),
+    *(
+        (
+            "docs/experiments/tables-cpu.md",
+            f"grids/table{n}-cpu.toml",
+            partial(reduced_table, f"table{n}-cpu"),
+        )
+        for n in (1, 2, 7, 8)
+    ),
     ("docs/experiments/changes.md", "results/development/trials.jsonl", trials_table),
     ("docs/experiments/open-points.md", "results/development/open-points.jsonl", open_points_table),
     ("docs/experiments/images.md", "results/images.jsonl", images_table),
