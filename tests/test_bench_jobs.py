@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from unbackdoor.bench.cells import as_record
 from unbackdoor.bench.jobs import pictured, plan_grids
 from unbackdoor.bench.store import SCHEMA, open_store, write_record
 from unbackdoor.cli import main
@@ -23,17 +24,16 @@ def results(tmp_path):
     for cell in plan_grids([Path(SMOKE)])[0].cells:
         record = {
             "schema": SCHEMA,
-            "cell": {
-                "defense": cell.defense,
-                "seed": cell.seed,
-                "victim": {"arch": cell.victim.arch, "training": cell.victim.training},
-            },
+            "cell": as_record(cell),
             "victim": {"key": cell.victim.key, "seconds": None},
             "scores": {"after": dict.fromkeys(readers, scores)},
             "history": [losses] if cell.defense == "cbd" else [],
             "flags": [],
             "seconds": {"defense": 1.0, "all": 2.0},
             "data": {"probe": 40, "train_sha256": "a", "test_sha256": "a"},
+            "device": "cpu, 2 threads",
+            "precision": "fp32",
+            "versions": {"python": "3.11", "torch": "2.11"},
             "revision": "abc123",
         }
         write_record(store, cell.key, record)
