@@ -70,7 +70,8 @@ def test_the_report_is_one_page_with_everything_in_it(part, kept):
 def test_the_report_counts_what_computed_the_records(part):
     other = next(iter(part.records.values()))
     other["revision"] = "def456"
-    assert origins([part, part]).text.splitlines() == [
+    some = part._replace(records=dict(list(part.records.items())[1:]))
+    assert origins([part, some]).text.splitlines() == [
         "3 × cpu, 2 threads, fp32; revision abc123; python 3.11, torch 2.11",
         "1 × cpu, 2 threads, fp32; revision def456; python 3.11, torch 2.11",
     ]
