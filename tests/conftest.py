@@ -1,20 +1,34 @@
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+BEGAN = time.monotonic()
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 torch.set_num_threads(1)  # tiny convolutions run ten times slower on two contended threads
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, each subprocess compiles torch anew
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "skip, and say so, each test that would begin after so many minutes"
+    parser.addoption("--minutes", type=float, help=told)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(900))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - BEGAN > 60 * minutes:
+        pytest.skip(f"the tests' {minutes:g} minutes were spent before it: run it by itself")
 
 
 @pytest.fixture
