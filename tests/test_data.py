@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Re
 
 from unbackdoor import data
 from unbackdoor.data import ImageSource, from_tensor, load_images, load_labeled
-from unbackdoor.errors import DataError
+from unbackdoor.errors import DataError, UnlabeledError
 
 torch.set_num_threads(1)
 
@@ -627,6 +627,27 @@ def test_split_folders_divide_a_set_and_share_the_classes_numbers(tmp_path, test
     assert train.classes == test.classes == ("ant", "bee")
 
 
+def test_files_beside_the_splits_are_no_classes(tmp_path):
+    names = ("train/ant/a", "train/bee/b", "val/bee/c", "assets/logo", "test/0001", "preview")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(encode(noise(1)[0]))
+    labeled = load_labeled(tmp_path, split="train")
+    assert (labeled.labels.tolist(), labeled.classes) == ([0, 1], ("ant", "bee"))
+    assert load_labeled(tmp_path, split="test").labels.tolist() == [1]
+
+
+def test_hidden_labels_matter_only_to_their_own_split(tmp_path):
+    for split, labels in (("train", [1, 0, 2]), ("test", [-1, -1]), ("validation", [2])):
+        write_parquet(tmp_path / f"{split}.parquet", noise(len(labels)), labels=labels)
+    train = load_labeled(tmp_path, split="train")
+    assert (train.labels.tolist(), train.classes) == ([1, 0, 2], ("0", "1", "2"))
+    with pytest.raises(UnlabeledError, match=r"labels of test\.parquet are -1.* move these away"):
+        load_labeled(tmp_path, split="test")
+    (tmp_path / "test.parquet").unlink()
+    assert load_labeled(tmp_path, split="test").labels.tolist() == [2]
+
+
 def test_a_class_may_be_called_train(tmp_path):
     for name in ("bus/a", "train/b"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -655,7 +676,8 @@ def test_labels_and_class_names_come_from_parquet_files(tmp_path):
     ("labels", "message"),
     [
         (None, r"no label column \(label, .*it has img"),
-        ([0, -1], r"all numbers from 0 to 99999; it has -1, 0"),
+        ([0, -2], r"all numbers from 0 to 99999; it has -2, 0"),
+        ([0, -1], r"labels of x\.parquet are -1, so hidden"),
         ([0, 10**12], r"all numbers from 0"),
         ([0, None], r"it has 0, None"),
     ],

@@ -61,6 +61,7 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 KIND_OF_SUFFIX = {"parquet": "parquet", "tar": "tar"} | dict.fromkeys(IMAGE_SUFFIXES, "image")
 SCHEMES = ("cifar10", "fashion-mnist")
 MAX_CLASSES = 100_000
+HIDDEN = -1  # the label of a test image whose class is nobody's business
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 WORDS_FOR_SPLIT = {"train": ("train",), "test": ("test", "val", "validation")}
 
@@ -761,7 +762,8 @@ def _folder_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]:
             raise UnlabeledError(f"{files.root / name} lies in no class folder")
         return parts[0]
 
-    classes = sorted({class_of(name) for name in everything.names})
+    divided = [name for name in everything.names if _split_word(name)]  # others lie beside them
+    classes = sorted({class_of(name) for name in divided or everything.names})
     number = {name: i for i, name in enumerate(classes)}
     return torch.tensor([number[class_of(name)] for name in files.names]), tuple(classes)
 
@@ -780,7 +782,13 @@ def _parquet_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]
                 )
             values[name] = parquet.read(columns=[column]).column(0).to_pylist()
             named = _class_names(schema.metadata, column) or named
-    distinct = set(itertools.chain(*values.values()))
+    wanted = [value for name in files.names for value in values[name]]
+    if HIDDEN in wanted:
+        raise UnlabeledError(
+            f"{files.root}: labels of {files.names[0]} are {HIDDEN}, so hidden; pass labeled "
+            "files, or move these away where others hold the same split"
+        )
+    distinct = set(itertools.chain(*values.values())) - {HIDDEN}  # of another split
     if all(isinstance(value, str) for value in distinct):
         classes = tuple(sorted(distinct))
         number = {value: i for i, value in enumerate(classes)}
@@ -795,8 +803,7 @@ def _parquet_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]
         )
     if distinct and max(number.values()) >= len(classes):
         raise DataError(f"{files.root}: a label is {max(distinct)}, of {len(classes)} classes")
-    labels = [number[value] for name in files.names for value in values[name]]
-    return torch.tensor(labels), classes
+    return torch.tensor([number[value] for value in wanted]), classes
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> Classes:
