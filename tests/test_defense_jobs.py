@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,6 +77,15 @@ def wants_a_setting(backbone, data, settings: Bare, *, device="cpu", on_step=Non
 def names_no_type(backbone, data, settings: "Nowhere", *, device="cpu", on_step=None):
     pass
 """
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Settings of somebody's own, of kinds that ours are not of."""
+
+    maybe: float | None = None
+    pair: tuple[int, float] = (1, 2.0)
+    either: int | str = 1
 
 
 @pytest.fixture
@@ -201,7 +211,25 @@ def test_a_share_that_cannot_be_is_refused(photos, share):
 def test_a_broken_image_does_not_make_a_labeled_set_unlabeled(photos):
     (Path(photos) / "class0" / "000.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="1 of its images are broken"):
-        load_pool(photos, size=16, labels="none", share=0.5, seed=0)
+        load_pool(photos, size=16, labels="given", share=0.5, seed=0)
+
+
+def test_where_no_labels_are_asked_for_a_broken_image_is_replaced_and_named(
+    victim, photos, tmp_path, capsys
+):
+    sound = load_pool(photos, size=16, labels="none", share=0.5, seed=0)
+    (Path(photos) / "class0" / "000.png").write_bytes(b"no image")
+    pool = load_pool(photos, size=16, labels="none", share=0.5, seed=0)
+    differs = (pool.images != sound.images).flatten(1).any(1)
+    assert differs.sum() <= 1  # the order of the files is the same
+    words = (
+        f"defend bcu {victim} --arch cifar/wrn16_1 --data {photos} --out {tmp_path}/x.safetensors"
+    )
+    words += " --labels none --share 0.9 --set tuning.epochs=1"
+    assert main(words.split()) == 0
+    assert "1 broken images were replaced: class0/000.png" in capsys.readouterr().out
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["images"]["broken"] == ["class0/000.png"]
 
 
 def test_test_images_are_given_to_no_defense_even_without_labels(tmp_path):
@@ -311,6 +339,16 @@ def test_settings_are_read_as_what_they_are():
     shares = settings_from(BcuSettings(), ["shares=0,0,0,0,0,1/2"]).shares
     assert shares == (0, 0, 0, 0, 0, 0.5)
     assert settings_from(AdversarialSettings(), ["epsilon=8/255"]).epsilon == 8 / 255
+    own = settings_from(Odd(), ["maybe=2", "pair=3,1/2"])
+    assert (own.maybe, own.pair) == (2.0, (3, 0.5))
+    assert settings_from(own, ["maybe=none"]).maybe is None
+    for text, message in (
+        ("pair=3", "pair is of type tuple, got '3'"),
+        ("maybe=x", "maybe is of type .* got 'x'"),
+        ("either=3", "cannot be given as a text"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            settings_from(Odd(), [text])
 
 
 def test_the_seed_is_the_defenses_too_unless_it_is_set():

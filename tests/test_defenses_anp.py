@@ -4,11 +4,19 @@ from dataclasses import replace
 import pytest
 import torch
 from test_defenses import QUICK, features, make_backbone, make_data, with_its_own_labels
+from timm.layers import StdConv2d
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from unbackdoor.backbones import Backbone
-from unbackdoor.defenses.anp import neuron_layers, prune_by_masks, prune_sensitive, search_masks
+from unbackdoor.defenses.anp import (
+    Noise,
+    masked_loss,
+    neuron_layers,
+    prune_by_masks,
+    prune_sensitive,
+    search_masks,
+)
 from unbackdoor.defenses.common import copy_of, split_off
 from unbackdoor.defenses.settings import AnpSettings
 
@@ -148,6 +156,30 @@ def test_neurons_are_batch_norm_channels_or_else_outputs_of_layers(arch, kind):
     layers = neuron_layers(backbone)
     assert layers
     assert all(isinstance(backbone.body.get_submodule(name), kind) for name in layers)
+
+
+def test_masks_count_where_a_layer_standardizes_its_weights():
+    """Such a layer undoes any scale of its weights, so a mask has to go behind it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(StdConv2d(3, 6, 3, bias=True), nn.ReLU(), nn.Flatten())
+        network.add_module("fc", nn.Linear(6 * 16 * 16, 3))
+    backbone = Backbone(network, ("fc",), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    data = make_data(16)
+    half = {"0": torch.full((6,), 0.5)}
+    images = data.images.float() / 255
+    found = masked_loss(backbone, half, None, images, data.labels)
+    halved = backbone.heads[0](0.5 * backbone(images))
+    torch.testing.assert_close(found, nn.functional.cross_entropy(halved, data.labels))
+    torch.testing.assert_close(  # and leaves nothing behind
+        nn.functional.cross_entropy(backbone.logits(images), data.labels),
+        masked_loss(backbone, {"0": torch.ones(6)}, None, images, data.labels),
+    )
+    noise = Noise({"0": torch.zeros(6)}, {"0": torch.full((6,), 0.5)})
+    only_shift = masked_loss(backbone, {"0": torch.zeros(6)}, noise, images, data.labels)
+    shift = 0.5 * network[0].bias.relu().repeat_interleave(16 * 16).expand(8, -1)
+    expected = nn.functional.cross_entropy(backbone.heads[0](shift), data.labels)
+    torch.testing.assert_close(only_shift, expected)
 
 
 def test_the_adversary_moves_the_masks():

@@ -21,12 +21,40 @@ from unbackdoor.errors import ArchitectureError
 def test_a_share_of_the_weights_is_drawn_anew_and_the_others_stay(generator):
     layer = nn.Conv2d(4, 10, 5)
     before = layer.weight.detach().clone()
-    redraw(layer, 0.27, generator=generator)
+    redraw(layer.weight, 0.27, generator=generator)
     changed = layer.weight != before
     assert changed.sum() == 270
     assert layer.weight[changed].abs().max() <= 1 / (4 * 25) ** 0.5
-    redraw(layer, 0.0, generator=generator)
+    redraw(layer.weight, 0.0, generator=generator)
     assert (layer.weight != before).equal(changed)
+
+
+def test_convolutions_may_be_drawn_as_resnets_begin(generator):
+    layer, matrix = nn.Conv2d(16, 64, 5), nn.Linear(30, 40)
+    redraw(layer.weight, 1.0, generator=generator, spread="kaiming")
+    assert layer.weight.detach().std() == pytest.approx((2 / (64 * 25)) ** 0.5, rel=0.02)
+    redraw(matrix.weight, 1.0, generator=generator, spread="kaiming")
+    assert matrix.weight.abs().max() <= 1 / 30**0.5
+
+
+def test_attention_that_calls_no_layers_of_its_own_is_drawn_anew_too():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 4, stride=4)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, images):
+            tokens = self.stem(images).flatten(2).mT
+            return self.attention(tokens, tokens, tokens)[0].mean(1)
+
+    backbone = Backbone(Attends(), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    still = replace(ONE, learning_rate=1e-12, weight_decay=0.0)
+    settings = BcuSettings(shares=(1,) * 6, tuning=still)
+    after = cleanse(backbone, make_data(16), settings).backbone.body.attention
+    before = backbone.body.attention
+    for name in ("in_proj_weight", "out_proj.weight"):
+        assert (after.get_parameter(name) != before.get_parameter(name)).all()
 
 
 def test_in_a_resnet18_the_groups_are_the_stem_and_about_the_stages():
@@ -89,7 +117,7 @@ def test_soft_labels_grow_softer_by_the_epoch():
     groups = [*layer_groups(student, data.images), [*student.heads]]
     for share, layers in zip(settings.shares, groups, strict=True):
         for layer in layers:
-            redraw(layer, share, generator=generator)
+            redraw(layer.weight, share, generator=generator)
 
     def loss_of(images, _):
         with torch.no_grad():

@@ -1,8 +1,13 @@
+from dataclasses import replace
+
+import pytest
 import torch
 from test_defenses import make_backbone, make_data
 
-from unbackdoor.defenses.common import copy_of, rate_at, split_off, tune, zero_rows
+from unbackdoor.backbones import Backbone
+from unbackdoor.defenses.common import copy_of, labels_of, rate_at, split_off, tune, zero_rows
 from unbackdoor.defenses.settings import Tuning
+from unbackdoor.errors import ArchitectureError
 
 
 def test_the_held_out_part_is_disjoint_and_the_rest_is_the_rest():
@@ -34,6 +39,25 @@ def test_tuning_lowers_the_loss_and_leaves_no_gradients_behind():
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
     assert len(losses) == 30
     assert not tuned.training
+
+
+def test_the_backbone_that_is_given_stays_as_it_is_in_training_mode_too():
+    backbone, data = make_backbone("cifar/wrn16_1").train(), make_data(16)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    labels_of(backbone, data)
+    torch.testing.assert_close(dict(backbone.state_dict()), before, rtol=0, atol=0)
+    assert backbone.training
+
+
+def test_labels_of_any_integers_will_do_but_not_a_head_that_yields_a_map():
+    backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
+    assert labels_of(backbone, replace(data, labels=data.labels)).dtype == torch.int64
+    network = torch.nn.Sequential()
+    network.add_module("conv", torch.nn.Conv2d(3, 4, 16))
+    network.add_module("fc", torch.nn.Conv2d(4, 3, 1))
+    maps = Backbone(network, ("fc",), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    with pytest.raises(ArchitectureError, match=r"the head yields \(1, 3, 1, 1\)"):
+        labels_of(maps, data)
 
 
 def test_zeroed_rows_emit_nothing_not_even_their_shift():

@@ -92,8 +92,10 @@ def test_with_all_accuracy_to_be_kept_and_none_to_spare_little_is_pruned(backbon
     assert strict < loose
 
 
-def test_one_channel_always_stays(backbone, data):
-    assert fine_prune(backbone, data, replace(SETTINGS, kept=0.0)).log["pruned"] == 63
+@pytest.mark.parametrize("per_check", [1, 60, 64])
+def test_one_channel_always_stays(per_check, backbone, data):
+    settings = replace(SETTINGS, kept=0.0, per_check=per_check)
+    assert fine_prune(backbone, data, settings).log["pruned"] == 63
 
 
 def test_a_stage_can_be_named():

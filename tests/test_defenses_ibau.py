@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 from test_defenses import QUICK, make_backbone, make_data
+from torch import nn
 
-from unbackdoor.backbones import network_state
+from unbackdoor.backbones import Backbone, network_state
 from unbackdoor.defenses.common import cross_entropy
 from unbackdoor.defenses.ibau import (
     find_trigger,
@@ -85,6 +86,29 @@ def test_unlearning_goes_through_the_trigger_and_moves_no_statistics():
         assert buffer.equal(buffers[name]), name
     after = network_state(plain)
     assert any(not value.equal(after[key]) for key, value in network_state(through).items())
+
+
+class Keeps(nn.Module):
+    """Like a LeViT: in eval mode it keeps what it computed from its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+        self.shift, self.kept = nn.Parameter(torch.zeros(4)), {}
+
+    def train(self, mode=True):
+        self.kept.clear()
+        return super().train(mode)
+
+    def forward(self, images):
+        shift = self.kept.setdefault("shift", 2 * self.shift)
+        return self.fc((self.conv(images).mean((2, 3)) + shift).relu())
+
+
+def test_weights_behind_what_a_network_keeps_are_unlearned_too():
+    backbone = Backbone(Keeps(), ("fc",), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    repaired = unlearn(backbone, make_data(16), QUICK["ibau"]).backbone
+    assert repaired.body.shift.any()
 
 
 def test_the_trigger_is_one_gradient_step_a_batch_and_changes_predictions():

@@ -20,6 +20,8 @@ def test_the_table_and_its_settings_need_no_torch(name):
         (lambda: settings.Tuning(epochs=0), "tuning.epochs must be at least 1, got 0"),
         (lambda: settings.FinePruningSettings(kept=2), "kept must be at least 0 and at most 1"),
         (lambda: settings.AnpSettings(threshold=-1), "threshold must be at least 0"),
+        (lambda: settings.ContrastiveSettings(epochs=0), "epochs must be at least 1, got 0"),
+        (lambda: settings.ContrastiveSettings(temperature=0.0), "temperature must be above 0"),
         (lambda: settings.BcuSettings(shares=(0.1,)), "shares are six: .*; got 1"),
         (lambda: settings.AdversarialSettings(epsilon=8), "epsilon must be .* at most 1, got 8"),
     ],

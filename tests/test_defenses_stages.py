@@ -1,7 +1,12 @@
+import math
+
 import pytest
 import torch
-from test_defenses import ARCHITECTURES, make_backbone, make_data
+from test_defenses import ARCHITECTURES, QUICK, make_backbone, make_data
+from torch import nn
 
+from unbackdoor.backbones import Backbone
+from unbackdoor.defenses.nad import distill_attention
 from unbackdoor.defenses.stages import find_stage, find_writers, map_of, prune
 from unbackdoor.errors import ArchitectureError
 
@@ -30,6 +35,62 @@ SIZES |= {"torchvision/vgg11": 64, "timm/swin_tiny_patch4_window7_224": 224}
 def test_the_last_stage_is_found_without_being_named(arch):
     stage = find_stage(make_backbone(arch), make_data(SIZES[arch], count=2).images)
     assert (stage.name, stage.positions) == FOUND[arch]
+
+
+class PoolsByAttention(nn.Module):
+    """Ends in a map of 16 channels, which a module with maps of its own pools."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 16, 4, stride=4), nn.Module()
+        self.pool.norm = nn.LayerNorm(16)
+        self.pool.forward = lambda tokens: self.pool.norm(tokens).mean(1)
+
+    def forward(self, images):
+        return self.pool(self.conv(images).flatten(2).mT)
+
+
+def test_what_pools_a_map_is_no_stage():
+    backbone = Backbone(PoolsByAttention(), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    assert find_stage(backbone, make_data(16).images)[:2] == ("conv", 1)
+
+
+def test_a_head_before_the_pooling_is_no_stage():
+    """Its map is of classes, and only there while the head is in its place."""
+    network = nn.Sequential()
+    network.add_module("conv", nn.Conv2d(3, 8, 3))
+    network.add_module("head", nn.Conv2d(8, 3, 1))
+    network.add_module("pool", nn.Sequential(nn.ReLU(), nn.AvgPool2d(2)))
+    network.add_module("flat", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    backbone = Backbone(network, ("head",), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    data = make_data(16)
+    assert find_stage(backbone, data.images).name == "conv"
+    log = distill_attention(backbone, data, QUICK["nad"]).log
+    assert log["positions"] == 14 * 14
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((2, 64, 5, 5), 1), ((2, 5, 5, 64), 3), ((2, 7, 5, 9), 1)]
+)
+def test_channels_are_found_where_there_are_other_features(shape, axis):
+    class Reshapes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = nn.Unflatten(1, shape[1:])
+
+        def forward(self, images):
+            return self.map(images.flatten(1)[:, : math.prod(shape[1:])]).flatten(1)[:, :6]
+
+    backbone = Backbone(Reshapes(), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    assert find_stage(backbone, make_data(32).images).axis == axis
+
+
+def test_a_map_is_seen_as_its_layer_made_it():
+    """ReLU in place goes on to change what the layer named has put out."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten())
+    backbone = Backbone(network, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    images = make_data(16).images
+    assert (map_of(backbone, find_stage(backbone, images, name="0"), images) < 0).any()
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "cifar/resnet18"])

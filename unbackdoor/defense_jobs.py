@@ -6,8 +6,10 @@ import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -17,7 +19,7 @@ from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import Defended, DefenseData, predict
 from unbackdoor.devices import pick_device
 from unbackdoor.diagnostics import measure
-from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError
+from unbackdoor.errors import DataError, DivergedError, SettingsError
 from unbackdoor.jobs import (
     MEASURED,
     Outputs,
@@ -63,6 +65,7 @@ class Pool(NamedTuple):
 
     images: RawImages
     truth: Labels | None
+    broken: tuple[str, ...] = ()  # images that could not be decoded, replaced by others
 
 
 def defend_file(
@@ -110,6 +113,8 @@ def defend_file(
         given = label(loaded.backbone.to(where), pool, kind)
     agreement = pseudo_label_accuracy(given, pool, kind)
     say(f"{data}: {len(pool.images)} images, labels: {kind}")
+    if pool.broken:
+        say(f"{len(pool.broken)} broken images were replaced: {', '.join(pool.broken[:5])}")
     if agreement is not None:
         say(f"pseudo-labels are right for {agreement:.1%} of them")
 
@@ -128,6 +133,7 @@ def defend_file(
         }
     photos = from_tensor(pool.images)
     record = make_record(source, loaded, data, photos, chosen.settings, (), evidence)
+    record["images"]["broken"] = list(pool.broken)
     record |= {
         "defense": Path(chosen.name).name,
         "head_tuned": bool(tuned),
@@ -211,16 +217,16 @@ def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, s
     share = SHARES[labels] if share is None else share
     if not 0 < share <= 1:
         raise DataError(f"--share is above 0 and at most 1, got {share}")
-    truth = None
+    draw = partial(defender_rows, labeled=labels == "given", share=share, seed=seed)
     try:
         images, truth, _ = load_labeled(data, split="train", size=size)
-    except UnlabeledError:
+    except DataError:  # no labels, or a broken image
         if labels == "given":
             raise
         photos = load_images(data, size=size, split="train")
-        images = photos.read(range(len(photos)))
-    taken = defender_rows(len(images), labeled=labels == "given", share=share, seed=seed)
-    return Pool(images[taken], None if truth is None else truth[taken])
+        return Pool(photos.read(draw(len(photos)).tolist()), None, tuple(photos.broken))
+    taken = draw(len(images))
+    return Pool(images[taken], truth[taken])
 
 
 def label(backbone: Backbone, pool: Pool, kind: LabelKind) -> DefenseData:
@@ -357,6 +363,11 @@ def _with(settings: Any, name: str, value: str, *, whole: str) -> Any:
     if rest:
         return replace(settings, **{first: _with(before, rest, value, whole=whole)})
     kind = get_type_hints(type(settings))[first]
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        kinds = [each for each in get_args(kind) if each is not NoneType]
+        if value.lower() == "none" and len(kinds) < len(get_args(kind)):
+            return replace(settings, **{first: None})
+        kind = kinds[0] if len(kinds) == 1 else kind
     if get_origin(kind) is Literal and value not in get_args(kind):
         raise SettingsError(f"{whole} is one of {', '.join(get_args(kind))}, got {value!r}")
     try:
@@ -370,13 +381,22 @@ def _with(settings: Any, name: str, value: str, *, whole: str) -> Any:
 def _read(kind: Any, value: str) -> Any:
     """Read ``value`` as what the type ``kind`` of a setting says."""
     if get_origin(kind) is tuple:
-        return tuple(_read(get_args(kind)[0], part) for part in value.split(","))
+        parts, kinds = value.split(","), get_args(kind)
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(parts)
+        return tuple(_read(each, part) for each, part in zip(kinds, parts, strict=True))
     if kind is float:
         above, slash, below = value.partition("/")
         return float(above) / float(below) if slash else float(above)
     if kind is bool:
         return {"true": True, "false": False}[value.lower()]
-    return int(value) if kind is int else value
+    if kind is int:
+        return int(value)
+    if kind is str or get_origin(kind) is Literal:
+        return value
+    raise SettingsError(
+        f"a setting of the type {kind} cannot be given as a text, such as {value!r}"
+    )
 
 
 def _nested(settings: Any) -> dict[str, Any]:

@@ -113,6 +113,14 @@ def deterministic() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = before
 
 
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators while inside, for dropout draws from nothing else."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the peak bytes so far: of the device's allocator, or of the process on a CPU."""
     if device.type == "cuda":

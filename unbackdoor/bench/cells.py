@@ -83,7 +83,8 @@ class Cell:
             any.
         defense: ``none``, ``cbd``, a name in ``DEFENSES``, or ``file.py:function``, no folder.
         settings: All of the defense's as sorted pairs of a dotted name and a value; without
-            ``changes.*`` where no changes are learned, and ``trim`` where nothing is trimmed.
+            ``changes.*`` where no changes are learned, ``trim`` where nothing is trimmed, and BCU's
+            ``spread`` where it is PyTorch's.
         labels: What the defense is told beside the images.
         share: Of the training images, that the defense has.
         seed: Of the split and of the defense.

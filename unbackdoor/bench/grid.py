@@ -259,6 +259,8 @@ def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> C
         del values["changes"]  # of no effect
     if row.defense == CBD and not settings.trim:
         del values["trim"]  # likewise; which cells did not have before there was that setting
+    if row.defense == "bcu" and settings.spread == "pytorch":
+        del values["spread"]  # likewise
     return Cell(
         victim=victim,
         attack=attack,

@@ -1,6 +1,8 @@
 """Adversarial neuron pruning (ANP): silence the neurons that an adversary of the weights uses."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ from unbackdoor.devices import deterministic
 from unbackdoor.errors import ArchitectureError
 from unbackdoor.types import Images, Labels, RawImages, Scalar
 
+KINDS = (nn.Conv2d, nn.Linear)
 GRID = 0.05  # between thresholds that are tried
 Factors = Float[Tensor, " neurons"]
 
@@ -90,8 +93,7 @@ def neuron_layers(backbone: Backbone) -> tuple[str, ...]:
     modules = dict(backbone.body.named_modules())
     names = [name for name, module in modules.items() if _is_affine_batch_norm(module)]
     if not names:
-        kinds = nn.Conv2d | nn.Linear
-        names = [name for name, module in modules.items() if isinstance(module, kinds)]
+        names = [name for name, module in modules.items() if isinstance(module, KINDS)]
     if not names:
         raise ArchitectureError("the network has no batch norm, convolution or linear layer")
     return tuple(names)
@@ -193,18 +195,39 @@ def masked_loss(
     images: Images,
     labels: Labels,
 ) -> Scalar:
-    """Return the cross-entropy with every neuron's weights and shift times its mask plus noise."""
+    """Return the cross-entropy with every neuron's weights and shift times its mask plus noise.
+
+    Of a layer with a forward pass of its own, what it emits is scaled in place of its weights: one
+    that standardizes these would undo their scale.
+    """
     changed: dict[str, Tensor] = {}
-    for name, mask in masks.items():
-        module = backbone.body.get_submodule(name)
-        weight, shift = _weight(module), module.bias
-        scale = mask if noise is None else mask + noise.scale[name]
-        changed[f"backbone.body.{name}.weight"] = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-        if isinstance(shift, Tensor):
+    with ExitStack() as hooks:
+        for name, mask in masks.items():
+            module = backbone.body.get_submodule(name)
+            scale = mask if noise is None else mask + noise.scale[name]
             factor = mask if noise is None else mask + noise.shift[name]
-            changed[f"backbone.body.{name}.bias"] = shift * factor
-    logits = functional_call(Classifier(backbone), changed, (images,))
+            if isinstance(module, KINDS) and not _is_plain(module):
+                hook = module.register_forward_hook(partial(_scaled, scale=scale, factor=factor))
+                hooks.callback(hook.remove)
+                continue
+            weight, shift = _weight(module), module.bias
+            shape = (-1, *[1] * (weight.ndim - 1))
+            changed[f"backbone.body.{name}.weight"] = weight * scale.view(shape)
+            if isinstance(shift, Tensor):
+                changed[f"backbone.body.{name}.bias"] = shift * factor
+        logits = functional_call(Classifier(backbone), changed, (images,))
     return F.cross_entropy(logits, labels)
+
+
+def _scaled(
+    module: nn.Module, _: object, output: Tensor, *, scale: Tensor, factor: Tensor
+) -> Tensor:
+    """Return what a convolution or linear layer emits, its weights' and its shift's part scaled."""
+    shape = (-1, 1, 1) if isinstance(module, nn.Conv2d) else (-1,)
+    if not isinstance(module.bias, Tensor):
+        return output * scale.view(shape)
+    shift = module.bias.view(shape)
+    return (output - shift) * scale.view(shape) + shift * factor.view(shape)
 
 
 def prune_by_masks(
@@ -270,6 +293,10 @@ def _weight(module: nn.Module) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{type(module).__name__} has no weight")
     return weight
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
 
 
 def _is_affine_batch_norm(module: nn.Module) -> bool:

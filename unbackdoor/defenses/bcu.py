@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ def cleanse(
     generator = torch.Generator().manual_seed(settings.seed)
     for share, layers in zip(settings.shares, [*groups, head], strict=True):
         for layer in layers:
-            redraw(layer, share, generator=generator)
+            for weight in weights_of(layer):
+                redraw(weight, share, generator=generator, spread=settings.spread)
 
     tuning, temperature = settings.tuning, 1.0
     distance = feature_distance if settings.match == "features" else None
@@ -97,7 +99,7 @@ def cleanse(
 
 
 def layer_groups(backbone: Backbone, images: RawImages) -> list[list[nn.Module]]:
-    """Return the body's convolutions and linear layers: the first, and four groups of equal depth.
+    """Return the body's layers with weight matrices: the first, and four groups of equal depth.
 
     Depth is the order in which layers finish in a pass; a layer that runs twice counts once.
     """
@@ -109,19 +111,40 @@ def layer_groups(backbone: Backbone, images: RawImages) -> list[list[nn.Module]]
 
 
 def _with_weights(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    return [module for module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [module for module in modules if weights_of(module)]
+
+
+def weights_of(layer: nn.Module) -> list[Tensor]:
+    """Return the matrices of a convolution, a linear layer or PyTorch's attention; else none."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        return [layer.weight]
+    if isinstance(layer, nn.MultiheadAttention):  # which never calls its own linear layers
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        found = [getattr(layer, name) for name in names]
+        return [weight for weight in found if weight is not None] + [layer.out_proj.weight]
+    return []
 
 
 @torch.no_grad()
-def redraw(layer: nn.Module, share: float, *, generator: torch.Generator) -> None:
-    """Draw a random share of the weights of ``layer`` anew, in place, as PyTorch does by default.
+def redraw(
+    weight: Tensor,
+    share: float,
+    *,
+    generator: torch.Generator,
+    spread: Literal["pytorch", "kaiming"] = "pytorch",
+) -> None:
+    """Draw a random share of ``weight`` anew, in place.
 
     Args:
         generator: On the CPU.
+        spread: ``pytorch``: uniform, as its layers are by default; ``kaiming``: matrices likewise,
+            convolutions normal, with a variance of 2 / fan out, as ResNets commonly begin.
     """
-    weight = layer.get_parameter("weight")
     bound = 1 / math.sqrt(weight[0].numel())
     fresh = bound * (2 * torch.rand(weight.shape, generator=generator) - 1)
+    if spread == "kaiming" and weight.ndim == 4:
+        fan_out = len(weight) * weight[0, 0].numel()
+        fresh = math.sqrt(2 / fan_out) * torch.randn(weight.shape, generator=generator)
     chosen = torch.randperm(weight.numel(), generator=generator)[: round(share * weight.numel())]
     mask = torch.zeros(weight.numel(), dtype=torch.bool)
     mask[chosen] = True

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.backbones import Backbone
 from unbackdoor.defenses.settings import Tuning
-from unbackdoor.devices import deterministic
+from unbackdoor.devices import deterministic, seeded
 from unbackdoor.errors import ArchitectureError, DataError, DivergedError
 from unbackdoor.types import Images, Labels, RawImages, Scalar
 from unbackdoor.views import shift_and_flip
@@ -28,9 +27,9 @@ class DefenseData:
     """All that a defense is given beside the backbone.
 
     Attributes:
-        images: The defender's own, clean, shape ``(n, c, h, w)``.
+        images: The defender's own, clean, shape ``(n, c, h, w)``, on the CPU.
         labels: Of these images, shape ``(n,)``: given by somebody, or what the victim itself
-            predicts; ``None`` if there are none.
+            predicts; ``None`` if there are none. On the CPU.
     """
 
     images: RawImages
@@ -87,11 +86,15 @@ def labels_of(backbone: Backbone, data: DefenseData) -> Labels:
             f"a defense needs two images or more and a label of each, got {len(data.images)} "
             f"images and {len(data.labels)} labels"
         )
-    classes = logits_of(backbone, data.images[:1]).shape[1]
+    logits = logits_of(copy.deepcopy(backbone).eval(), data.images[:1])
+    if logits.ndim != 2:
+        shape = tuple(logits.shape)
+        raise ArchitectureError(f"a defense needs logits (n, classes), the head yields {shape}")
+    classes = logits.shape[1]
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= classes:
         raise DataError(f"labels are of classes {low} to {high}, but the head has {classes}")
-    return data.labels
+    return data.labels.long()
 
 
 @torch.no_grad()
@@ -239,14 +242,6 @@ def check_finite(loss: Tensor, when: str) -> None:
         raise DivergedError(
             f"{when}: the loss is no longer finite; start again with a lower learning rate"
         )
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators while inside, for dropout draws from nothing else."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def modules_with_rows(network: nn.Module) -> dict[str, nn.Module]:

@@ -116,8 +116,10 @@ def prune_while_kept(
     least = settings.kept * before
     trial, refused = copy.deepcopy(backbone), None
     pruned, reached = 0, before
-    for end in range(settings.per_check, len(order), settings.per_check):
-        prune(trial, writers, order[end - settings.per_check : end])
+    last = len(order) - 1
+    for start in range(0, last, settings.per_check):
+        end = min(start + settings.per_check, last)
+        prune(trial, writers, order[start:end])
         score = accuracy(trial, split.held_images, split.held_labels)
         if score < least:
             refused = score

@@ -24,7 +24,7 @@ from unbackdoor.defenses.common import (
 )
 from unbackdoor.defenses.settings import IbauSettings
 from unbackdoor.devices import deterministic
-from unbackdoor.types import Labels, RawImages, Scalar
+from unbackdoor.types import Images, Labels, RawImages, Scalar
 
 Objective = Callable[[Tensor], Scalar]
 
@@ -59,7 +59,7 @@ def unlearn(
     weights = list(repaired.parameters())
     optimizer = torch.optim.Adam(weights, lr=settings.learning_rate)
     generator = torch.Generator().manual_seed(settings.seed)
-    loss_of = cross_entropy(repaired)
+    loss_of = _loss_of(repaired)
     parts = list(shuffled(len(labels), settings.batch_size, generator=generator))
     batches = [data.images[rows] for rows in parts]
     count = counter(settings.rounds * 2 * len(parts), on_step)
@@ -88,6 +88,20 @@ def unlearn(
             check_finite(torch.tensor(total), "unlearning")
             found_losses.append(total)
     return Defended(finished(repaired), {"losses": found_losses})
+
+
+def _loss_of(backbone: Backbone) -> Loss:
+    """Return the cross-entropy, by the weights as they are: a LeViT keeps biases of earlier ones.
+
+    Such networks drop what they keep when they are set to eval mode.
+    """
+    entropy = cross_entropy(backbone)
+
+    def loss(images: Images, labels: Labels) -> Scalar:
+        backbone.eval()
+        return entropy(images, labels)
+
+    return loss
 
 
 def perturbed_count(images: int, settings: IbauSettings) -> int:
@@ -122,7 +136,7 @@ def find_trigger(
     From zero, one gradient step a batch on the cross-entropy to the backbone's own predictions,
     less ``penalty`` times the perturbation's squared length.
     """
-    loss_of = cross_entropy(backbone)
+    loss_of = _loss_of(backbone)
     delta = torch.zeros(1, *batches[0].shape[1:], device=backbone.mean.device)
     for raw in batches:
         objective = perturbed_loss(loss_of, raw, predict(backbone, raw), backbone.mean)

@@ -253,6 +253,12 @@ class ContrastiveSettings:
     batch_norm: Literal["batch", "joint", "frozen", "reference"] = "reference"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        in_range("epochs", self.epochs, least=1)
+        in_range("batch_size", self.batch_size, least=2)
+        for name in ("learning_rate", "temperature"):
+            in_range(name, getattr(self, name), above=0)
+
 
 @dataclass(frozen=True)
 class BcuSettings:
@@ -263,6 +269,8 @@ class BcuSettings:
             in the head. Pang et al. 2023, for ResNet-18 (the authors' ``run_defense.sh``).
         match: What is distilled: features, which every backbone has (ours), or the published
             logits.
+        spread: Of the weights drawn anew: as PyTorch's layers begin (ours), or ``kaiming`` for
+            convolutions, as the network in the authors' code begins.
         tuning: Of the distillation. 100 epochs, rate .01, a cosine, batch 256: the authors'
             ``config/defense/ft/cifar10.yaml``.
         seed: Of the weights, order and augmentation.
@@ -270,6 +278,7 @@ class BcuSettings:
 
     shares: tuple[float, ...] = (0.01, 0.01, 0.03, 0.09, 0.27, 0.10)
     match: Literal["features", "logits"] = "features"
+    spread: Literal["pytorch", "kaiming"] = "pytorch"
     tuning: Tuning = field(default_factory=lambda: Tuning(epochs=100))
     seed: int = 0
 

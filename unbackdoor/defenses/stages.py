@@ -33,8 +33,10 @@ def find_stage(backbone: Backbone, images: RawImages, *, name: str = "") -> Stag
     """Return the last layer that finishes with a map, or the layer ``name``.
 
     A map is an output ``(n, c, h, w)``, ``(n, h, w, c)`` or ``(n, tokens, c)`` of more than one
-    position: in a ResNet the last stage, in a ViT the last normalization. In four axes, the
-    channels are where there are as many as features, otherwise axis 1.
+    position: in a ResNet the last stage, in a ViT the last normalization. Parts of a module that
+    yields no map itself, as of a pooling by attention, come last. In four axes, the channels are
+    where there are as many as features, otherwise axis 1, unless two equal axes come before the
+    last.
 
     Raises:
         ArchitectureError: If there is no such layer, or it yields no map.
@@ -45,17 +47,23 @@ def find_stage(backbone: Backbone, images: RawImages, *, name: str = "") -> Stag
             f"the network has no stage {name!r}; it has {', '.join(list(modules)[-5:])}"
         )
     found: list[Stage] = []
+    pooled: list[str] = []
     features = _features(backbone, images)
     for ended, output in run_watched(backbone, images[:TRIED]):
+        if ended in backbone.head_names:
+            break  # what comes after it is not of features any more, once the head is there
         stage = _stage_of(ended, output, features=features)
-        if stage is not None and name in ("", ended):
+        if stage is None:
+            pooled.append(f"{ended}.")
+        elif name in ("", ended):
             found.append(stage)
+    outer = [stage for stage in found if not stage.name.startswith(tuple(pooled))]
     if not found:
         what = f"stage {name!r} yields no" if name else "no layer of this network yields a"
         raise ArchitectureError(
             f"{what} map of more than one position; name one that does: --set stage=NAME"
         )
-    return found[-1]
+    return (outer or found)[-1]
 
 
 @contextmanager
@@ -64,7 +72,7 @@ def watching(backbone: Backbone, stage: Stage) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, __: object, output: Tensor) -> None:
-        seen[:] = [output]
+        seen[:] = [output.clone()]  # the network may go on to change it in place
 
     hook = backbone.body.get_submodule(stage.name).register_forward_hook(keep)
     try:
@@ -152,10 +160,11 @@ def _stage_of(name: str, output: object, *, features: int) -> Stage | None:
     """Return what the output of the layer ``name`` is as a stage; None if it is no map."""
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         return None
-    last = output.ndim - 1
-    axis = 1 if output.ndim == 4 and output.shape[1] == features else last
-    if output.ndim == 4 and output.shape[last] != features:
-        axis = 1
+    axis = output.ndim - 1
+    if output.ndim == 4:
+        _, second, third, last = output.shape
+        is_last = last == features or (second == third != last)
+        axis = 3 if second != features and is_last else 1
     channels = output.shape[axis]
     positions = output[0].numel() // channels
     return Stage(name, axis, channels, positions) if positions > 1 else None

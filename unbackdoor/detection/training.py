@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unbackdoor.data import CACHE_BYTES, THREADS
 from unbackdoor.detection.network import FittedImages, fit
 from unbackdoor.detection.voc import Boxes, VocImages
-from unbackdoor.devices import deterministic
+from unbackdoor.devices import deterministic, seeded
 from unbackdoor.errors import DivergedError
 from unbackdoor.settings import DetectionSettings
 
@@ -142,8 +142,7 @@ def batch_loss(
             boxes = torch.stack([width - right, top, width - left, bottom], dim=1)
         images.append(image[0].to(device).float() / 255)
         targets.append({"boxes": boxes.to(device), "labels": sample.labels.to(device)})
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(_mixed(settings.seed, step))
+    with seeded(_mixed(settings.seed, step), device):
         losses = detector(images, targets)
     total: Tensor = torch.stack(list(losses.values())).sum()
     return total
