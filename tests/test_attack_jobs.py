@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from unbackdoor import attack_jobs
 from unbackdoor.attack_jobs import attack_options, make_victim, plan_files, show_attacks
@@ -197,9 +198,116 @@ def test_cla_resumes_in_its_surrogate_and_in_itself(make, monkeypatch, tmp_path)
     assert (tmp_path / "out/clean-supervised-seed0.state.safetensors").exists()
     with pytest.raises(OutputError, match="pass --resume"):
         make("cla")
-    _, _, said = make("cla", resume=True)
-    assert "resuming after epoch 1 of 2" in said
-    assert (tmp_path / "out/cla-supervised-seed0.json").exists()
+    surrogate = tmp_path / "out/clean-supervised-seed0.json"
+
+    def stop_later(step, steps):
+        if step == 30 and surrogate.exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make("cla", resume=True, on_step=stop_later)
+    state = tmp_path / "out/cla-supervised-seed0.state.safetensors"
+    kept = state.read_bytes()
+    files, _, said = make("cla", resume=True)
+    assert said.count("resuming after epoch 1 of 2") == 1
+    ended = weights(files)
+    for path in (files.tensors, files.record):
+        path.unlink()
+    _, _, said = make("cla", resume=True)  # as when killed before its first state
+    assert "resuming" not in said
+    torch.testing.assert_close(weights(files), ended, rtol=0, atol=0)
+    for path in (files.tensors, files.record):
+        path.unlink()
+    state.write_bytes(kept)
+    other = make("clean", replace(QUICK, seed=1))[0].tensors
+    with pytest.raises(OutputError, match="belongs to another run: surrogate was"):
+        make("cla", resume=True, surrogate=other)
+
+
+def test_force_starts_an_interrupted_surrogate_again(make, monkeypatch, tmp_path):
+    monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
+
+    def stop(step, steps):
+        if step == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(OutputError, match=r"clean-.* there is nothing to resume"):
+        make("cla", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        make("cla", on_step=stop)
+    _, _, said = make("cla", overwrite=True)
+    assert "resuming" not in said
+    assert [path.suffix for path in (tmp_path / "out").iterdir()].count(".json") == 2
+
+
+class ThreeClasses(nn.Module):
+    """Says of three classes whatever the data have, and breaks once it was trained."""
+
+    mean, std, size = (0.5,) * 3, (0.5,) * 3, 8
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, images):
+        self.batches += self.training
+        broken = torch.nan if self.batches > 0 and not self.training else 0.0
+        return self.head(self.conv(images).mean((2, 3)) + broken)
+
+
+def three_classes():
+    return ThreeClasses()
+
+
+def two_classes(classes):
+    network = ThreeClasses()
+    network.head = nn.Linear(4, classes)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        (f"{__file__}:three_classes", "tells 3 classes apart, the data have 2"),
+        ("vit_tiny_patch16_224", "fails on 8-pixel RGB images"),
+    ],
+)
+def test_a_network_that_cannot_take_the_data_is_refused_before_the_training(
+    arch, message, data, tmp_path
+):
+    with pytest.raises(ArchitectureError, match=message):
+        make_victim("clean", data, arch, tmp_path / "out", QUICK, options={"target": 1}, size=8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_victim_that_cannot_be_scored_keeps_its_training(data, tmp_path):
+    def run(**options):
+        return make_victim(
+            "clean",
+            data,
+            f"{__file__}:two_classes",
+            tmp_path,
+            QUICK,
+            options={"target": 1},
+            say=lines.append,
+            **options,
+        )
+
+    lines = []
+    with pytest.raises(CheckpointError, match="yields NaN or infinite features"):
+        run()
+    assert (tmp_path / "clean-supervised-seed0.state.safetensors").exists()
+    with pytest.raises(CheckpointError, match="yields NaN or infinite features"):
+        run(resume=True)
+    assert sum("epoch 2/2" in line for line in lines) == 1  # it was not trained again
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused(data, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may do everything
+    with pytest.raises(OutputError, match="may not be written to"):
+        make_victim("clean", data, "cifar/wrn16_1", tmp_path / "out", QUICK)
 
 
 def test_a_surrogate_for_nobody_or_of_other_classes_is_refused(make, tmp_path):
@@ -208,7 +316,7 @@ def test_a_surrogate_for_nobody_or_of_other_classes_is_refused(make, tmp_path):
         make("badnets", surrogate=files.tensors)
     other = build("cifar/wrn16_1", classes=3).network.state_dict()
     torch.save(other, tmp_path / "other.pt")
-    with pytest.raises(MismatchError, match="one linear head of 2 classes"):
+    with pytest.raises(MismatchError, match="a surrogate has a head for 2 classes"):
         make("cla", surrogate=tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"none\.pt"):
         make("cla", surrogate=tmp_path / "none.pt")
@@ -267,7 +375,7 @@ def test_what_cannot_be_made_is_refused_and_nothing_is_written(
 ):
     with pytest.raises(error, match=message):
         make(name, **options)
-    assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_without_labels_or_of_one_class_are_refused(make, data, tmp_path):
@@ -388,6 +496,17 @@ def test_the_picture_shows_every_trigger(data, tmp_path):
         assert f"<h2>{name}</h2>" in page or f">{name}<" in page
     with pytest.raises(OutputError, match="exists already"):
         show_attacks(data, tmp_path / "a.html", size=32)
+
+
+def test_a_trigger_is_drawn_on_the_images_of_an_architecture_labeled_or_not(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i in range(2):
+        Image.new("RGB", (80, 80), (40 * i, 90, 90)).save(tmp_path / f"flat/{i}.png")
+    options = {"arch": "test_resnet", "name": "badnets"}
+    page = show_attacks(str(tmp_path / "flat"), tmp_path / "a.html", **options).read_text()
+    assert "BadNets(size=32, cell=4" in page  # test_resnet takes 160 pixels
+    page = show_attacks(str(tmp_path / "flat"), tmp_path / "b.html", size=32, **options).read_text()
+    assert "BadNets(size=3, cell=1" in page
 
 
 def test_one_trigger_is_drawn_with_its_options(data, tmp_path):

@@ -175,6 +175,21 @@ def test_adversarial_images_stay_near_and_are_taken_for_another_class(generator)
     assert (predicted != labels).all()
 
 
+def test_fewer_adversarial_images_are_made_at_once_of_larger_ones(generator):
+    sizes = []
+
+    class Watched(BrightIsOne):
+        def forward(self, images):
+            sizes.append(len(images))
+            return super().forward(images)
+
+    for side in (8, 256):
+        images = torch.zeros(20, 3, side, side, dtype=torch.uint8)
+        labels = torch.zeros(20, dtype=torch.int64)
+        adversarial_images(Watched(), images, labels, generator=generator, steps=1)
+    assert sizes == [20, 15, 5]  # 250 images of 64 pixels are as many pixels as 15 of 256
+
+
 def test_an_adversarial_attack_perturbs_before_it_triggers(dataset, generator):
     images, labels = dataset
     attack = replace(CLEAN_LABEL, adversarial=True)

@@ -157,25 +157,44 @@ def test_a_victims_record_says_which_images_its_backbone_takes(source, tmp_path)
     assert like_victim(source, record).size == 16  # what is given goes first
     assert like_victim(plain, "badnets") == plain
     assert like_victim(plain, write_record(tmp_path, **{**images, "arch": "resnet18"})) == plain
+    own = write_record(tmp_path, **{**images, "arch": "net.py:build"})
+    assert like_victim(replace(plain, arch="a/net.py:build"), own).size == 28
 
 
 def test_doubts_are_said():
     many, few = (Reading(None, Scores(1, 1, 1, 10, n), Scores(1, 1, 1, 10, n)) for n in (900, 9))
-    assert doubts(Known(ATTACK, "x", True, 0.95), many) == doubts(
-        Known(ATTACK, "x", False, 0.2, 0.3), many
+    probe = LabeledImages(torch.zeros(3, 3, 8, 8).byte(), torch.arange(3), ("a", "b", "c"))
+    assert doubts(Known(ATTACK, "x", True, 0.95), many, probe) == doubts(
+        Known(ATTACK, "x", False, 0.2, 0.3), many, probe
     )
-    unmoved = doubts(Known(ATTACK, "x", False, None, 0.019), many)
+    unmoved = doubts(Known(ATTACK, "x", False, None, 0.019), many, probe)
     assert unmoved[0].startswith("the victim lost 1.9 points on triggered images, less than 15")
-    weak = doubts(Known(ATTACK, "x", True, 0.5), few)
+    weak = doubts(Known(ATTACK, "x", True, 0.5), few, probe)
     assert "the victim's own ASR was 50.0 %" in weak[0]
     assert weak[1] == "only 9 triggered images"
     to_all = replace(ATTACK, goal="all-to-all")  # of what is recognized
-    assert doubts(Known(to_all, "x", True, 0.73, None, 0.8), many) == doubts(
-        Known(ATTACK, "x", True, 0.95, None, 0.8), many
+    assert doubts(Known(to_all, "x", True, 0.73, None, 0.8), many, probe) == doubts(
+        Known(ATTACK, "x", True, 0.95, None, 0.8), many, probe
     )
-    some = doubts(Known(to_all, "x", True, 0.71, None, 0.8), many)
+    some = doubts(Known(to_all, "x", True, 0.71, None, 0.8), many, probe)
     assert "the victim's own ASR was 71.0 %, below 72 %" in some[0]
     assert "three seeds" in weak[-1]
+
+
+def test_classes_without_a_labeled_image_are_doubted():
+    """The attacker's own above all: nothing is ever taken for it then, whatever the network."""
+    reading = Reading(None, Scores(1, 0, 1, 10, 900), Scores(1, 0, 1, 10, 900))
+    images, classes = torch.zeros(3, 3, 8, 8).byte(), ("a", "b", "c")
+    known = Known(ATTACK, "x", True, 0.95)
+
+    def said(labels, attack=ATTACK):
+        probe = LabeledImages(images, torch.tensor(labels), classes)
+        return doubts(known._replace(attack=attack), reading, probe)[0]
+
+    assert said([0, 0, 1]).startswith("1 of 3 classes have none of the 3 labeled images")
+    assert "target" not in said([0, 0, 1])
+    assert "the target 1 too: their ASR is 0 whatever the network" in said([0, 2, 2])
+    assert "target" not in said([0, 2, 2], replace(ATTACK, goal="all-to-all"))
 
 
 def test_a_head_of_other_classes_is_not_scored(source):

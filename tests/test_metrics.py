@@ -109,6 +109,14 @@ def test_fine_tuning_learns_and_leaves_its_input_alone(two_kinds):
     assert not tuned.training
 
 
+def test_fine_tuning_with_dropout_is_the_same_whatever_else_draws(two_kinds):
+    network, (images, labels, _) = two_kinds
+    network = nn.Sequential(network, nn.Dropout(0.5))
+    head = nn.Linear(8, 2)
+    one, other = (fine_tune(network, head, images, labels)[0].state_dict() for _ in range(2))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_a_durable_reading_sees_a_backdoor_that_hides_behind_the_statistics(two_kinds):
     network, labeled = two_kinds
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from unbackdoor.errors import DataError
-from unbackdoor.probe import NearestNeighbours, extract, linear_probe
+from unbackdoor.errors import CheckpointError, DataError
+from unbackdoor.probe import PART, NearestNeighbours, extract, linear_probe
 
 
 @pytest.fixture
@@ -21,6 +21,15 @@ def test_extract_equals_one_pass_and_is_float32(generator):
     features = extract(network, images, batch_size=3)
     torch.testing.assert_close(features, network(images.float() / 255))
     assert not features.requires_grad
+
+
+def test_features_that_are_no_numbers_are_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    images = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    for value in (torch.nan, torch.inf):
+        nn.init.constant_(network[1].bias, value)
+        with pytest.raises(CheckpointError, match="yields NaN or infinite features"):
+            extract(network, images)
 
 
 def test_the_probe_separates_clusters_and_is_deterministic(clusters):
@@ -80,6 +89,15 @@ def test_neighbours_vote_with_weights_as_counted_by_hand():
     # cosines 1, 0, .7071: the two nearest are rows 0 and 2
     expected = [0, math.exp(0.70711 / 0.5), math.exp(1 / 0.5), 0]
     torch.testing.assert_close(votes, torch.tensor(expected), atol=1e-3, rtol=0)
+
+
+def test_neighbours_of_many_features_are_found_in_parts(clusters):
+    features, labels = clusters
+    voters = NearestNeighbours(features, labels, classes=3)
+    many = torch.randn(PART + 3, features.shape[1], generator=torch.Generator().manual_seed(1))
+    votes = voters(many)
+    assert votes.shape == (PART + 3, 3)
+    torch.testing.assert_close(votes[-5:], voters(many[-5:]))
 
 
 def test_more_neighbours_than_labels_are_all_of_them():

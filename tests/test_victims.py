@@ -86,6 +86,19 @@ def test_a_resumed_training_ends_in_the_same_bits(optimizer, task):
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
+def test_dropout_is_drawn_by_the_seed_and_goes_on_where_it_was(task):
+    def network():
+        return nn.Sequential(nn.Dropout(0.5), classifier())
+
+    states = []
+    whole = train_supervised(network(), *task, QUICK, on_epoch=states.append)
+    torch.rand(7)  # whatever else draws
+    resumed = train_supervised(network(), *task, QUICK, state=states[0])
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    off = train_supervised(nn.Sequential(nn.Dropout(0.0), classifier()), *task, QUICK)
+    assert not off[1][0].weight.equal(whole[1][0].weight)
+
+
 def test_an_attack_that_is_redrawn_reaches_the_network_in_every_batch(task):
     images, labels = task
     attack = Attack(BadNets(size=2), target=1, share=0.3, redrawn=True)

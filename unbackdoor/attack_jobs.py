@@ -1,7 +1,9 @@
 """Make a victim: everything around its training, from the data to the file and its record."""
 
+import copy
 import hashlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -30,18 +32,26 @@ from unbackdoor.backbones import (
     network_state,
     public_name,
     settle_pixels,
+    try_features,
 )
 from unbackdoor.checkpoint import Tree, check_output, sha256_of, write_tensors, write_text
-from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_labeled
+from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_images, load_labeled
 from unbackdoor.devices import (
     Precision,
+    deterministic,
     flops,
     matrix_limit,
     peak_memory,
     pick_device,
     pick_precision,
 )
-from unbackdoor.errors import DataError, MismatchError, OutputError, SettingsError
+from unbackdoor.errors import (
+    ArchitectureError,
+    DataError,
+    MismatchError,
+    OutputError,
+    SettingsError,
+)
 from unbackdoor.evaluation import (
     DEFINITIONS,
     Known,
@@ -66,7 +76,7 @@ from unbackdoor.report import (
 from unbackdoor.resume import as_texts, read_state, write_state
 from unbackdoor.settings import VictimSettings
 from unbackdoor.types import Labels, RawImages
-from unbackdoor.victims import Epoch, TrainingState, train_simclr, train_supervised
+from unbackdoor.victims import Epoch, TrainingState, count_steps, train_simclr, train_supervised
 
 CLEAN = "clean"  # the name of a victim that is none
 SHOWN = 6  # images in a picture
@@ -105,7 +115,7 @@ class Plan(NamedTuple):
     rows: Tensor  # their numbers in the training set
     split: Split  # to score with
     scored: Mapping[str, Attack]  # by name, what the victim is scored under
-    surrogate: Backbone | None  # a clean classifier, if one was given
+    surrogate: Loaded | None  # a clean classifier, if one was given
     start: Loaded | None  # to train on, in place of new weights
 
 
@@ -181,19 +191,20 @@ def make_victim(
     except OSError as error:
         raise OutputError(f"{out}: cannot be made: {error.strerror}") from error
     if plan.attack is not None and plan.attack.adversarial and plan.surrogate is None:
-        surrogate, resumed = _make_surrogate(
+        surrogate = _make_surrogate(
             plan,
             data,
             out,
             settings,
             device=device,
             precision=precision,
+            overwrite=overwrite,
             resume=resume,
             say=say,
             on_step=on_step,
         )
         plan = plan._replace(surrogate=open_surrogate(surrogate, plan))
-        resume = resume and not (resumed and not files.state.exists())
+        resume = resume and files.state.exists()  # else it was killed before it had one
     with told_of_memory(where):
         poisoned = poisoned_set(plan, settings, device=where)
         say(describe_shares(plan, poisoned))
@@ -238,7 +249,7 @@ def make_victim(
             "images": len(poisoned.labels),
             "sha256": from_tensor(plan.data.images).fingerprint,
         },
-        "surrogate": None if surrogate is None else sha256_of(surrogate),
+        "surrogate": None if plan.surrogate is None else plan.surrogate.checkpoint.sha256,
         "start": None if plan.start is None else plan.start.checkpoint.sha256,
         "device": describe_device(where),
         "precision": how,
@@ -297,13 +308,15 @@ def plan_files(
 
     Raises:
         OutputError: If one exists, or an interrupted run left its state, and neither ``overwrite``
-            nor ``resume`` is given; or if ``out`` is a file.
+            nor ``resume`` is given; or if ``out`` is a file, or may not be written to.
     """
     stem = f"{name}-{training}-seed{settings.seed}"
     suffixes = (".safetensors", ".json", ".state.safetensors")
     files = VictimFiles(*(out / f"{stem}{suffix}" for suffix in suffixes))
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: is a file; --out takes a folder")
+    if out.exists() and not os.access(out, os.W_OK):
+        raise OutputError(f"{out}: may not be written to; pass another --out")
     if overwrite and resume:
         raise SettingsError("--force starts again and --resume goes on; pass one of them")
     last = files[1:2] if resume else files[:2]  # the record is written last
@@ -330,10 +343,11 @@ def plan_victim(
 
     Raises:
         SettingsError: If there is no such attack, or an option is unknown or out of range.
-        ArchitectureError: See ``build``.
+        ArchitectureError: See ``build`` and ``try_features``; or if the network has another number
+            of classes than the data.
         MismatchError: If the surrogate is of other classes.
         DataError: See ``load_labeled``, ``divide`` and ``count_poisoned``; or if the images are too
-            small for a trigger.
+            small for a trigger, or do not fill one batch.
     """
     if name != CLEAN and name not in ATTACKS:
         named_attack(name, size=32, training=training)  # says what is wrong before data are read
@@ -353,6 +367,7 @@ def plan_victim(
     if settings.limit:
         rows = torch.from_numpy(draw_rows(len(train.labels), settings.limit, seed=settings.seed))
         taken = LabeledImages(train.images[rows], train.labels[rows], train.classes)
+    count_steps(len(taken.labels), settings)
     classes = len(train.classes)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # of weights that `initialize` does not draw
@@ -370,6 +385,7 @@ def plan_victim(
             f"{arch} has no head that is known: call its last layer fc, linear, head or "
             "classifier, or pass --simclr"
         )
+    _try_network(architecture, pixels, arch=arch, classes=classes, training=training)
     begun = None if start is None else open_source(Source(start, arch, *pixels))
     plan = Plan(
         name, attack, training, arch, architecture, pixels, taken, rows, split, scored, None, begun
@@ -381,19 +397,42 @@ def plan_victim(
     return plan._replace(surrogate=open_surrogate(surrogate, plan))
 
 
-def open_surrogate(path: Path, plan: Plan) -> Backbone:
+def _try_network(
+    architecture: Architecture, pixels: Pixels, *, arch: str, classes: int, training: Training
+) -> None:
+    """Run a copy of the untrained network on two images, so that no training ends in its error."""
+    network = copy.deepcopy(architecture.network)
+    backbone = Backbone(network, architecture.heads, mean=pixels.mean, std=pixels.std).eval()
+    try_features(backbone, arch=arch, size=pixels.size)
+    found = _count_classes(backbone, pixels) if training == "supervised" else classes
+    if found != classes:
+        raise ArchitectureError(
+            f"{arch} tells {found} classes apart, the data have {classes}; a function of your own "
+            "takes their number as its argument classes"
+        )
+
+
+def _count_classes(backbone: Backbone, pixels: Pixels) -> int | None:
+    """Return how many logits an image has; ``None`` if they are no rows of numbers."""
+    with torch.no_grad():
+        logits = backbone.logits(torch.zeros(2, 3, pixels.size, pixels.size))
+    return logits.shape[1] if isinstance(logits, Tensor) and logits.ndim == 2 else None
+
+
+def open_surrogate(path: Path, plan: Plan) -> Loaded:
     """Return the clean classifier in ``path``.
 
     Raises:
-        UnbackdoorError: As ``open_source``; or if it has no head for the classes of the data.
+        UnbackdoorError: As ``open_source``; or if it is no classifier of the data's classes.
     """
-    backbone = open_source(Source(path, plan.arch, *plan.pixels)).backbone
+    loaded = open_source(Source(path, plan.arch, *plan.pixels))
     classes = len(plan.data.classes)
-    if own_head(backbone, classes=classes) is None:
+    backbone = loaded.backbone
+    if not backbone.heads or _count_classes(backbone, plan.pixels) != classes:
         raise MismatchError(
-            f"{path}: a surrogate has one linear head of {classes} classes; pass another, or none"
+            f"{path}: a surrogate has a head for {classes} classes; pass another, or none"
         )
-    return backbone
+    return loaded
 
 
 def poisoned_set(plan: Plan, settings: VictimSettings, *, device: torch.device) -> PoisonedSet:
@@ -405,11 +444,15 @@ def poisoned_set(plan: Plan, settings: VictimSettings, *, device: torch.device) 
     generator = torch.Generator().manual_seed(settings.seed)
     perturb = None
     if plan.surrogate is not None:
-        network = Classifier(plan.surrogate.to(device))
+        surrogate = plan.surrogate.backbone.requires_grad_(False)
         draws = torch.Generator(device).manual_seed(settings.seed)
 
         def perturb(raw: RawImages, truth: Labels) -> RawImages:
-            return adversarial_images(network, raw, truth, generator=draws)
+            network = Classifier(surrogate.to(device))
+            with deterministic():
+                found = adversarial_images(network, raw, truth, generator=draws)
+            surrogate.cpu()  # the victim has the device to itself
+            return found
 
     return poison(
         images, labels, plan.attack, classes=len(classes), generator=generator, perturb=perturb
@@ -479,7 +522,7 @@ def train_with_state(
     say: Say,
     on_step: Callable[[int, int], None] | None,
 ) -> tuple[Backbone, tuple[Epoch, ...]]:
-    """Train, say how it goes, and keep the state in ``path`` about once a minute.
+    """Train, say how it goes, and keep the state in ``path`` about once a minute and at the end.
 
     Returns:
         The trained backbone, and the history of its epochs.
@@ -494,9 +537,11 @@ def train_with_state(
         "device": str(device),
         "precision": precision,
         "pixels": json.dumps(plan.pixels),
-        "images": from_tensor(poisoned.images).fingerprint,
-        "labels": hashlib.sha256(poisoned.labels.numpy().data).hexdigest(),
+        # As they were: a device may compute CLA's images a little differently the next time.
+        "images": from_tensor(plan.data.images).fingerprint,
+        "labels": hashlib.sha256(plan.data.labels.numpy().data).hexdigest(),
         "attack": json.dumps(None if plan.attack is None else attack_record(plan.attack)),
+        "surrogate": "" if plan.surrogate is None else plan.surrogate.checkpoint.sha256,
         "start": "" if plan.start is None else plan.start.checkpoint.sha256,
         **as_texts(settings),
     }
@@ -514,7 +559,7 @@ def train_with_state(
         loss, seconds = history[-1]
         say(f"epoch {len(history)}/{settings.epochs}  loss {loss:.3f}  {seconds:.0f} s")
         waited = time.monotonic() - kept_at
-        if waited >= SECONDS_BETWEEN_STATES and len(history) < settings.epochs:
+        if waited >= SECONDS_BETWEEN_STATES or len(history) == settings.epochs:
             _save(path, reached, of)
             kept_at = time.monotonic()
 
@@ -549,11 +594,12 @@ def score_victim(backbone: Backbone, plan: Plan) -> dict[str, Reading]:
     """Return the scores of a victim under its attack; of a clean one under every attack."""
     images, labels, classes = plan.split.test
     head = own_head(backbone, classes=len(classes))
-    tests = {
-        name: make_test_set(images, labels, attack, classes=len(classes))
-        for name, attack in plan.scored.items()
-    }
-    return {name: read(backbone, head, plan.split.probe, test) for name, test in tests.items()}
+
+    def scored(attack: Attack) -> Reading:
+        test = make_test_set(images, labels, attack, classes=len(classes))
+        return read(backbone, head, plan.split.probe, test)
+
+    return {name: scored(attack) for name, attack in plan.scored.items()}
 
 
 def victim_doubts(plan: Plan, backbone: Backbone, reading: Reading) -> list[str]:
@@ -569,7 +615,7 @@ def victim_doubts(plan: Plan, backbone: Backbone, reading: Reading) -> list[str]
         None if reading.head is None else reading.head.acc,
     )
     unread = unread_head(backbone, reading, classes=len(plan.data.classes))
-    return unread + doubts(known, reading)
+    return unread + doubts(known, reading, plan.split.probe)
 
 
 def describe_plan(plan: Plan) -> str:
@@ -675,7 +721,8 @@ def show_attacks(
     data: str,
     out: Path,
     *,
-    size: int,
+    arch: str | None = None,
+    size: int | None = None,
     name: str | None = None,
     training: Training = "supervised",
     trigger: Mapping[str, str] | None = None,
@@ -684,16 +731,21 @@ def show_attacks(
     """Draw triggers on images of ``data`` and write them to ``out``, an HTML page.
 
     Args:
+        arch: Whose images are drawn on, where no ``size`` is given; without both, 32 pixels.
         name: Of one attack; without it every trigger is drawn, as in the paper's Figure 2.
         training: Of a victim of that attack.
         trigger: Attributes of its trigger to replace, as texts.
 
     Raises:
         SettingsError: If there is no such attack, or a trigger's option has no attack.
-        DataError: See ``load_labeled``.
+        ArchitectureError: See ``build``.
+        DataError: See ``load_images``.
         OutputError: If ``out`` exists and must not be replaced, or lies in no folder.
     """
     check_output(out, overwrite=overwrite)
+    if size is None and arch is not None:
+        size = settle_pixels(arch, build(arch), mean=None, std=None, size=None).size
+    size = size or 32
     if name is not None:
         attack = named_attack(name, size=size, training=training, trigger=trigger)
         shown = {name: attack}
@@ -702,7 +754,8 @@ def show_attacks(
     else:
         shown = attacks_of_clean(size, "supervised")
         shown["badnets, SimCLR"] = named_attack("badnets", size=size, training="simclr")
-    images = load_labeled(data, split="test", size=size).images[:SHOWN]
+    source = load_images(data, size=size, split="test")
+    images = source.read(range(min(SHOWN, len(source))))
     page = render_report(
         "The attacks",
         "What a trigger does to images. CLA has that of BadNets; what it poisons is perturbed "
@@ -734,11 +787,12 @@ def _make_surrogate(
     *,
     device: Literal["auto", "cpu", "cuda", "mps"],
     precision: Literal["auto", "fp32", "bf16"],
+    overwrite: bool,
     resume: bool,
     say: Say,
     on_step: Callable[[int, int], None] | None,
-) -> tuple[Path, bool]:
-    """Return a clean network of the same kind, and whether its training was resumed.
+) -> Path:
+    """Return a clean network of the same kind.
 
     It is made as a victim of its own, with augmentation, or found in ``out`` from an earlier time.
     """
@@ -759,10 +813,12 @@ def _make_surrogate(
                 "pass --surrogate, or another --out"
             )
         say(f"the surrogate is {tensors}")
-        return tensors, False
+        return tensors
     say("training a clean surrogate first; --surrogate FILE would spare that")
-    resumed = resume and tensors.with_suffix(".state.safetensors").exists()
-    files = make_victim(
+    state = tensors.with_suffix(".state.safetensors")
+    if resume and not state.exists():
+        raise OutputError(f"{state}: there is nothing to resume; run without --resume")
+    return make_victim(
         CLEAN,
         data,
         plan.arch,
@@ -774,11 +830,11 @@ def _make_surrogate(
         size=plan.pixels.size,
         device=device,
         precision=precision,
-        resume=resumed,
+        overwrite=overwrite,
+        resume=resume,
         say=say,
         on_step=on_step,
-    )
-    return files.tensors, resumed
+    ).tensors
 
 
 def _save(path: Path, state: TrainingState, of: dict[str, str]) -> None:

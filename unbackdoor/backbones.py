@@ -268,7 +268,7 @@ def open_backbone(
     )
     backbone = Backbone(architecture.network, heads, mean=pixels.mean, std=pixels.std).eval()
     size = pixels.size
-    dimension = _try(backbone, arch=arch, size=size)
+    dimension = try_features(backbone, arch=arch, size=size)
     return Loaded(backbone, source, match, size, dimension)
 
 
@@ -527,8 +527,14 @@ def _fill(
     return heads
 
 
-def _try(backbone: Backbone, *, arch: str, size: int) -> int:
-    """Return the number of features of two noise images, or raise what is wrong with them."""
+def try_features(backbone: Backbone, *, arch: str, size: int) -> int:
+    """Return the number of features of two noise images, or raise what is wrong with them.
+
+    Raises:
+        ArchitectureError: If the network fails on images of this size, or its features cannot tell
+            images apart.
+        CheckpointError: If they are NaN or infinite.
+    """
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
@@ -551,7 +557,7 @@ def _has_logits(backbone: Backbone, images: Images) -> bool:
     try:
         with torch.no_grad():
             backbone.logits(images)
-    except Exception:  # as in _try
+    except Exception:  # as in try_features
         return False
     return True
 

@@ -339,7 +339,8 @@ def attack(
         attack_jobs.show_attacks(
             data,
             out,
-            size=size or 32,
+            arch=arch,
+            size=size,
             name=name,
             training=training,
             trigger=trigger,

@@ -106,7 +106,7 @@ def evaluate_file(
     head = own_head(backbone, classes=classes)
     with told_of_memory(where):
         reading = read(backbone, head, split.probe, test, plain=plain)
-    flags = unread_head(backbone, reading, classes=classes) + doubts(known, reading)
+    flags = unread_head(backbone, reading, classes=classes) + doubts(known, reading, split.probe)
     record = {
         "schema": 1,
         "checkpoint": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
@@ -171,7 +171,7 @@ def like_victim(source: Source, attack: str) -> Source:
     if attack in ATTACKS or not Path(attack).is_file():
         return source
     record = read_record(attack)
-    if record.get("arch") != source.arch:
+    if record.get("arch") != public_name(source.arch):
         return source
 
     def levels(name: str) -> tuple[float, ...] | None:
@@ -280,9 +280,18 @@ def unread_head(backbone: Backbone, reading: Reading, *, classes: int) -> list[s
     return [f"the own head ({names}) is not one linear layer of {classes} classes: unread"]
 
 
-def doubts(known: Known, reading: Reading) -> list[str]:
-    """Return why these scores should be read with care."""
+def doubts(known: Known, reading: Reading, probe: LabeledImages) -> list[str]:
+    """Return why these scores, read with the labels of ``probe``, should be read with care."""
     found = not_taken(known)
+    absent = sorted(set(range(len(probe.classes))) - set(probe.labels.tolist()))
+    if absent:
+        is_target = known.attack.goal == "all-to-one" and known.attack.target in absent
+        of_target = f", the target {known.attack.target} too: their ASR is 0 whatever the network"
+        found.append(
+            f"{len(absent)} of {len(probe.classes)} classes have none of the "
+            f"{len(probe.labels)} labeled images, so probe and neighbours never name them"
+            + (of_target if is_target else "")
+        )
     if reading.probe.triggered < FEW:
         found.append(f"only {reading.probe.triggered} triggered images")
     found.append("one victim, one split: a table needs three seeds")

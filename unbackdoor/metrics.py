@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from unbackdoor.attacks.poisoning import PART, Attack, goal_labels
 from unbackdoor.batchnorm import reestimate
 from unbackdoor.data import LabeledImages
+from unbackdoor.devices import deterministic, seeded
 from unbackdoor.errors import CheckpointError, DataError
 from unbackdoor.probe import NearestNeighbours, extract, linear_probe
 from unbackdoor.types import Labels, RawImages
@@ -216,7 +217,7 @@ def fine_tune(
     """Return copies of backbone and head after plain supervised fine-tuning, in eval mode.
 
     SGD with momentum 0.9, weight decay 5e-4 and a cosine, batch norm in training mode, images as
-    they are: what a downstream user does to a backbone.
+    they are: what a downstream user does to a backbone. The same in every run.
     """
     device = next(backbone.parameters()).device
     backbone, head = copy.deepcopy(backbone).train(), copy.deepcopy(head).to(device).train()
@@ -226,16 +227,17 @@ def fine_tune(
     optimizer = torch.optim.SGD(weights, lr=learning_rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(batch_size):
-            if len(rows) < 2:
-                continue  # one image has no batch statistics
-            logits = head(backbone(images[rows].to(device).float() / 255))
-            loss = F.cross_entropy(logits, labels[rows].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
+    with deterministic(), seeded(seed, device):
+        for _ in range(epochs):
+            for rows in torch.randperm(len(images), generator=generator).split(batch_size):
+                if len(rows) < 2:
+                    continue  # one image has no batch statistics
+                logits = head(backbone(images[rows].to(device).float() / 255))
+                loss = F.cross_entropy(logits, labels[rows].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
     for weight in weights:
         weight.requires_grad_(False)
     return backbone.eval(), head.eval()

@@ -6,10 +6,11 @@ from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from unbackdoor.errors import DataError
+from unbackdoor.errors import CheckpointError, DataError
 from unbackdoor.types import Features, Labels, RawImages
 
 ITERATIONS = 5_000  # of L-BFGS; it converges in a few hundred
+PART = 2_500  # features whose neighbours are found at a time
 
 
 @torch.no_grad()
@@ -20,10 +21,19 @@ def extract(backbone: nn.Module, images: RawImages, *, batch_size: int = 100) ->
         backbone: Maps images in [0, 1] to features; used as it is, so in eval mode.
         images: On any device; batches go to the backbone's.
         batch_size: On a CPU more is slower: 250 images of 32 pixels do not fit its cache.
+
+    Raises:
+        CheckpointError: If a feature is NaN or infinite.
     """
     device = next(backbone.parameters()).device
     batches = images.split(batch_size)
-    return torch.cat([backbone(batch.to(device).float() / 255).float().cpu() for batch in batches])
+    features = [backbone(batch.to(device).float() / 255).float().cpu() for batch in batches]
+    found = torch.cat(features)
+    if not found.isfinite().all():
+        raise CheckpointError(
+            "the backbone yields NaN or infinite features; its weights are damaged"
+        )
+    return found
 
 
 def linear_probe(features: Features, labels: Labels, *, classes: int) -> nn.Linear:
@@ -87,13 +97,17 @@ class NearestNeighbours(nn.Module):
         super().__init__()
         self.neighbours = min(neighbours, len(labels))
         self.temperature = temperature
+        self.classes = classes
         self.register_buffer("keys", F.normalize(features, dim=1))
-        self.register_buffer("votes", F.one_hot(labels, classes).float())
+        self.register_buffer("labels", labels)
 
     def forward(self, features: Features) -> Tensor:
         """Return the weight of the votes for each class, shape ``(n, classes)``."""
-        keys, votes = self.get_buffer("keys"), self.get_buffer("votes")
-        similarity = F.normalize(features, dim=1) @ keys.T
+        return torch.cat([self._votes(part) for part in features.split(PART)])
+
+    def _votes(self, features: Features) -> Tensor:
+        similarity = F.normalize(features, dim=1) @ self.get_buffer("keys").T
         nearest, rows = similarity.topk(self.neighbours, dim=1)
         weights = (nearest / self.temperature).exp()
-        return (weights[:, :, None] * votes[rows]).sum(1)
+        votes = weights.new_zeros(len(features), self.classes)
+        return votes.scatter_add_(1, self.get_buffer("labels")[rows], weights)

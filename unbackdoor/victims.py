@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from unbackdoor.attacks.poisoning import Attack, poison_batch
-from unbackdoor.devices import Precision, deterministic, in_precision
+from unbackdoor.devices import Precision, deterministic, in_precision, seeded
 from unbackdoor.errors import DataError, DivergedError
 from unbackdoor.losses import nt_xent
 from unbackdoor.networks import initialize
@@ -69,7 +69,7 @@ def train_supervised(
         DataError: If the images do not fill one batch.
         DivergedError: If the loss is no longer finite.
     """
-    per_epoch = _steps_per_epoch(len(images), settings)
+    per_epoch = count_steps(len(images), settings)
 
     def loss_of(rows: Tensor, step: int, generator: torch.Generator) -> Scalar:
         batch, truth = images[rows], labels[rows]
@@ -121,7 +121,7 @@ def train_simclr(
     Source:
         SimCLR, Algorithm 1, https://arxiv.org/abs/2002.05709.
     """
-    per_epoch = _steps_per_epoch(len(images), settings)
+    per_epoch = count_steps(len(images), settings)
     with torch.no_grad():
         width = backbone.eval()(images[:2].cpu().float() / 255).shape[1]
     draws = torch.Generator().manual_seed(settings.seed)
@@ -213,7 +213,8 @@ def _train(
             for rows in order[: steps_per_epoch * batch_size].split(batch_size):
                 for group in optimizer.param_groups:
                     group["lr"] = rate_at(settings, step / steps_per_epoch)
-                loss = loss_of(rows, step, generator)
+                with seeded((settings.seed * 1_000_003 + step) % 2**63, device):
+                    loss = loss_of(rows, step, generator)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -247,7 +248,12 @@ def _optimizer(network: nn.Module, settings: VictimSettings) -> torch.optim.Opti
     return Lars(groups, lr=rate, momentum=0.9)
 
 
-def _steps_per_epoch(images: int, settings: VictimSettings) -> int:
+def count_steps(images: int, settings: VictimSettings) -> int:
+    """Return the steps of an epoch over so many images.
+
+    Raises:
+        DataError: If they do not fill one batch.
+    """
     steps = images // settings.batch_size
     if steps == 0:
         raise DataError(

@@ -17,6 +17,7 @@ from unbackdoor.types import Images, Labels, RawImages, Scalar
 
 PART = 1000  # images at once, so that a float copy of a large set is never made
 PGD_EPSILON, PGD_STEPS = 16 / 255, 7  # of CLA, the paper's
+PGD_BATCH = 250
 
 Perturb = Callable[[RawImages, Labels], RawImages]
 
@@ -225,14 +226,15 @@ def adversarial_images(
     generator: torch.Generator,
     epsilon: float = PGD_EPSILON,
     steps: int = PGD_STEPS,
-    batch_size: int = 250,
+    batch_size: int | None = None,
 ) -> RawImages:
     """Perturb ``images`` until ``network`` no longer knows their class: untargeted L∞ PGD.
 
     Args:
-        network: A clean classifier of images in [0, 1], in eval mode.
+        network: A clean classifier of images in [0, 1], in eval mode; its weights need no gradient.
         generator: Draws the starts; on the network's device.
         epsilon: Radius on the [0, 1] scale; a step is 2.5 epsilon / steps.
+        batch_size: Images at once; by default 250 of up to 64 × 64 pixels, fewer of larger ones.
 
     Source:
         Turner et al. 2019, section 4.2, https://arxiv.org/abs/1912.02771; radius and steps from
@@ -241,6 +243,8 @@ def adversarial_images(
     Not given in the paper: the surrogate network, the length of a step, the random start.
     """
     device = generator.device
+    pixels = images.shape[2] * images.shape[3]
+    batch_size = batch_size or max(1, min(PGD_BATCH, PGD_BATCH * 64**2 // pixels))
     found = []
     for batch, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         true_classes = truth.to(device)
