@@ -16,6 +16,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, each subprocess comp
 def pytest_addoption(parser: pytest.Parser) -> None:
     told = "skip, and say so, each test that would begin after so many minutes"
     parser.addoption("--minutes", type=float, help=told)
+    told = "judge the demo whose files are in this folder, instead of running it"
+    parser.addoption("--demo", type=Path, help=told)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,3 +1,4 @@
+import importlib.resources
 import json
 import re
 from dataclasses import replace
@@ -6,12 +7,14 @@ import pytest
 import torch
 
 from unbackdoor import demo
+from unbackdoor.cbd import purify
 from unbackdoor.cli import app
 from unbackdoor.data import LabeledImages, load_images
 from unbackdoor.demo import SETTINGS, UNLABELED, command_line, run_demo, split_images
 from unbackdoor.errors import OutputError
-from unbackdoor.evaluation import Split
-from unbackdoor.jobs import Source
+from unbackdoor.evaluation import Split, find_attack
+from unbackdoor.jobs import Source, open_source
+from unbackdoor.metrics import make_test_set, score
 
 
 def test_no_image_has_two_roles_and_the_unlabeled_ones_are_what_purify_draws():
@@ -28,21 +31,34 @@ def test_no_image_has_two_roles_and_the_unlabeled_ones_are_what_purify_draws():
 
 
 @pytest.mark.slow
-def test_the_demo_removes_the_backdoor_durably(tmp_path):
-    result = run_demo(tmp_path, say=lambda _: None)
-    assert result.victim.head.asr >= 0.95
-    assert result.fine_tuned.head.asr > 0.5
-    assert result.purified.head.asr <= 0.10
-    assert result.purified.worst.asr <= 0.10
-    assert result.purified.probe.acc >= result.victim.probe.acc - 0.04
-    assert result.purified.head.acc >= result.victim.head.acc - 0.04
+def test_the_demo_removes_the_backdoor_durably(tmp_path, request):
+    folder = request.config.getoption("--demo")
+    if folder is None:
+        folder = tmp_path
+        run_demo(folder, say=lambda _: None)
+    scores = json.loads((folder / "scores.json").read_text())["scores"]
+    victim, fine_tuned, purified = (scores[of] for of in ("victim", "fine_tuned", "purified"))
+    assert victim["head"]["asr"] >= 0.95
+    assert fine_tuned["head"]["asr"] > 0.5
+    for reading in ("head", "probe", "reestimated", "fine_tuned"):
+        assert purified[reading]["asr"] <= 0.10
+    for reading in ("head", "probe"):
+        assert purified[reading]["acc"] >= victim[reading]["acc"] - 0.04
 
 
 @pytest.mark.slow
-def test_the_same_run_without_the_pull_term_keeps_the_backdoor(tmp_path):
+def test_the_same_repair_without_the_pull_term_keeps_the_backdoor():
+    assets, splits = importlib.resources.files("unbackdoor") / "assets", split_images(0)
+    made = json.loads((assets / "demo_victim.json").read_text())
+    images, labels, _ = splits.test
+    attack = find_attack(str(assets / "demo_victim.json"), size=images.shape[-1]).attack
+    test = make_test_set(images, labels, attack, classes=10)
+    with importlib.resources.as_file(assets / "demo_victim.safetensors") as checkpoint:
+        pixels = (tuple(made["mean"]), tuple(made["std"]), images.shape[-1])
+        victim = open_source(Source(checkpoint, made["arch"], *pixels)).backbone
     control = replace(SETTINGS, pull=0.0, distill=SETTINGS.pull + SETTINGS.distill)
-    result = run_demo(tmp_path, settings=control, say=lambda _: None)
-    assert result.purified.head.asr >= 0.90
+    repaired = purify(victim, splits.unlabeled, control).backbone
+    assert score(repaired, {"head": repaired.heads[0]}, test)["head"].asr >= 0.90
 
 
 def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
