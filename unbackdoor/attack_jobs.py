@@ -815,9 +815,6 @@ def _make_surrogate(
         say(f"the surrogate is {tensors}")
         return tensors
     say("training a clean surrogate first; --surrogate FILE would spare that")
-    state = tensors.with_suffix(".state.safetensors")
-    if resume and not state.exists():
-        raise OutputError(f"{state}: there is nothing to resume; run without --resume")
     return make_victim(
         CLEAN,
         data,
