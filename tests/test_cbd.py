@@ -395,6 +395,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(network, images):
         purify(network, images, replace(QUICK, learning_rate=1e30))
 
 
+def test_features_that_end_in_nan_stop_the_run(network, images):
+    one_step = replace(QUICK, epochs=1, batch_size=len(images), learning_rate=1e30)
+    with pytest.raises(DivergedError, match=r"features have collapsed"):
+        purify(network, images, one_step)
+
+
 def test_collapsed_features_stop_the_run(images):
     class Fades(nn.Module):
         """Returns one and the same features once its weight has moved."""

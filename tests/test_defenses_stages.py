@@ -20,6 +20,7 @@ FOUND = {  # stage, positions, and all layers that write to its channels
     "torchvision/convnext_tiny": ("features", 4),
     "torchvision/vgg11": ("avgpool", 49),
     "timm/swin_tiny_patch4_window7_224": ("norm", 49),
+    "timm/pit_ti_224": ("transformers.2.blocks", 50),
 }
 WRITERS = {
     "cifar/resnet18": ("layer4.0.bn2", "layer4.0.downsample.1", "layer4.1.bn2"),
@@ -29,6 +30,7 @@ WRITERS = {
 }
 SIZES = {**ARCHITECTURES, "cifar/resnet18": 16, "torchvision/convnext_tiny": 64}
 SIZES |= {"torchvision/vgg11": 64, "timm/swin_tiny_patch4_window7_224": 224}
+SIZES["timm/pit_ti_224"] = 224
 
 
 @pytest.mark.parametrize("arch", FOUND)
@@ -53,6 +55,15 @@ class PoolsByAttention(nn.Module):
 def test_what_pools_a_map_is_no_stage():
     backbone = Backbone(PoolsByAttention(), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
     assert find_stage(backbone, make_data(16).images)[:2] == ("conv", 1)
+
+
+def test_a_trunk_that_pools_at_its_end_has_the_stage_inside():
+    trunk = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential()
+    network.add_module("stem", nn.Conv2d(3, 8, 3))
+    network.add_module("trunk", trunk)
+    backbone = Backbone(network, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    assert find_stage(backbone, make_data(16).images).name == "trunk.1"
 
 
 def test_a_head_before_the_pooling_is_no_stage():

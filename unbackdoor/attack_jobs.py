@@ -33,6 +33,7 @@ from unbackdoor.backbones import (
     public_name,
     settle_pixels,
     try_features,
+    try_logits,
 )
 from unbackdoor.checkpoint import Tree, check_output, sha256_of, write_tensors, write_text
 from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_images, load_labeled
@@ -47,7 +48,9 @@ from unbackdoor.devices import (
 )
 from unbackdoor.errors import (
     ArchitectureError,
+    CheckpointError,
     DataError,
+    DivergedError,
     MismatchError,
     OutputError,
     SettingsError,
@@ -186,6 +189,7 @@ def make_victim(
         size=size,
     )
     say(describe_plan(plan))
+    from_state = resume
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -204,7 +208,9 @@ def make_victim(
             on_step=on_step,
         )
         plan = plan._replace(surrogate=open_surrogate(surrogate, plan))
-        resume = resume and files.state.exists()  # else it was killed before it had one
+        from_state = resume and files.state.exists()
+        if resume and not from_state:
+            say("no epoch with this surrogate was kept, so the first begins")
     with told_of_memory(where):
         poisoned = poisoned_set(plan, settings, device=where)
         say(describe_shares(plan, poisoned))
@@ -215,7 +221,7 @@ def make_victim(
             files.state,
             device=where,
             precision=how,
-            resume=resume,
+            resume=from_state,
             say=say,
             on_step=on_step,
         )
@@ -226,8 +232,14 @@ def make_victim(
     )
 
     say("scoring")
-    with told_of_memory(where):
-        readings = score_victim(backbone, plan)
+    try:
+        with told_of_memory(where):
+            readings = score_victim(backbone, plan)
+    except CheckpointError as error:
+        raise DivergedError(
+            f"the trained network cannot be scored: {error}; start again with --force and a "
+            "smaller --learning-rate"
+        ) from error
     for attack, reading in readings.items():
         say("\n".join(as_text(scores_table(reading, title=f"Scores under {attack}, percent"))))
     say(f"{DEFINITIONS} Probe and neighbours: {len(plan.split.probe.labels)} labeled images.")
@@ -404,19 +416,14 @@ def _try_network(
     network = copy.deepcopy(architecture.network)
     backbone = Backbone(network, architecture.heads, mean=pixels.mean, std=pixels.std).eval()
     try_features(backbone, arch=arch, size=pixels.size)
-    found = _count_classes(backbone, pixels) if training == "supervised" else classes
+    if training == "simclr":
+        return
+    found = try_logits(backbone, arch=arch, size=pixels.size)
     if found != classes:
         raise ArchitectureError(
             f"{arch} tells {found} classes apart, the data have {classes}; a function of your own "
             "takes their number as its argument classes"
         )
-
-
-def _count_classes(backbone: Backbone, pixels: Pixels) -> int | None:
-    """Return how many logits an image has; ``None`` if they are no rows of numbers."""
-    with torch.no_grad():
-        logits = backbone.logits(torch.zeros(2, 3, pixels.size, pixels.size))
-    return logits.shape[1] if isinstance(logits, Tensor) and logits.ndim == 2 else None
 
 
 def open_surrogate(path: Path, plan: Plan) -> Loaded:
@@ -426,9 +433,9 @@ def open_surrogate(path: Path, plan: Plan) -> Loaded:
         UnbackdoorError: As ``open_source``; or if it is no classifier of the data's classes.
     """
     loaded = open_source(Source(path, plan.arch, *plan.pixels))
-    classes = len(plan.data.classes)
-    backbone = loaded.backbone
-    if not backbone.heads or _count_classes(backbone, plan.pixels) != classes:
+    backbone, classes = loaded.backbone, len(plan.data.classes)
+    size = plan.pixels.size
+    if not backbone.heads or try_logits(backbone, arch=plan.arch, size=size) != classes:
         raise MismatchError(
             f"{path}: a surrogate has a head for {classes} classes; pass another, or none"
         )

@@ -553,6 +553,28 @@ def try_features(backbone: Backbone, *, arch: str, size: int) -> int:
     return int(features.shape[1])
 
 
+def try_logits(backbone: Backbone, *, arch: str, size: int) -> int:
+    """Return the number of classes that the heads of a backbone tell apart.
+
+    Raises:
+        ArchitectureError: If it fails with them on images of this size, or yields something else.
+    """
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            logits = backbone.logits(images)
+    except Exception as error:  # as in try_features
+        cause = f"fails on {size}-pixel RGB images: {_in_short(error)}"
+        raise ArchitectureError(f"{arch} with {', '.join(backbone.head_names)} {cause}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ArchitectureError(f"{arch} yields no logits (n, classes), but {_kind_of(logits)}")
+    return int(logits.shape[1])
+
+
+def _kind_of(output: object) -> str:
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+
+
 def _has_logits(backbone: Backbone, images: Images) -> bool:
     try:
         with torch.no_grad():

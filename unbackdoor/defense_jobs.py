@@ -19,7 +19,7 @@ from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import Defended, DefenseData, predict
 from unbackdoor.devices import pick_device
 from unbackdoor.diagnostics import measure
-from unbackdoor.errors import DataError, DivergedError, SettingsError
+from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError
 from unbackdoor.jobs import (
     MEASURED,
     Outputs,
@@ -220,7 +220,7 @@ def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, s
     draw = partial(defender_rows, labeled=labels == "given", share=share, seed=seed)
     try:
         images, truth, _ = load_labeled(data, split="train", size=size)
-    except DataError:  # no labels, or a broken image
+    except UnlabeledError:
         if labels == "given":
             raise
         photos = load_images(data, size=size, split="train")
@@ -373,8 +373,7 @@ def _with(settings: Any, name: str, value: str, *, whole: str) -> Any:
     try:
         read = _read(kind, value)
     except (ValueError, KeyError, ZeroDivisionError) as error:
-        kind_name = type(before).__name__
-        raise SettingsError(f"{whole} is of type {kind_name}, got {value!r}") from error
+        raise SettingsError(f"{whole} is of type {kind.__name__}, got {value!r}") from error
     return replace(settings, **{first: read})
 
 

@@ -21,19 +21,10 @@ def extract(backbone: nn.Module, images: RawImages, *, batch_size: int = 100) ->
         backbone: Maps images in [0, 1] to features; used as it is, so in eval mode.
         images: On any device; batches go to the backbone's.
         batch_size: On a CPU more is slower: 250 images of 32 pixels do not fit its cache.
-
-    Raises:
-        CheckpointError: If a feature is NaN or infinite.
     """
     device = next(backbone.parameters()).device
     batches = images.split(batch_size)
-    features = [backbone(batch.to(device).float() / 255).float().cpu() for batch in batches]
-    found = torch.cat(features)
-    if not found.isfinite().all():
-        raise CheckpointError(
-            "the backbone yields NaN or infinite features; its weights are damaged"
-        )
-    return found
+    return torch.cat([backbone(batch.to(device).float() / 255).float().cpu() for batch in batches])
 
 
 def linear_probe(features: Features, labels: Labels, *, classes: int) -> nn.Linear:
@@ -44,8 +35,13 @@ def linear_probe(features: Features, labels: Labels, *, classes: int) -> nn.Line
     folded into the layer's weights. A class without examples is never predicted.
 
     Raises:
+        CheckpointError: If a feature is NaN or infinite.
         DataError: If the labels are of fewer than two classes, or out of range.
     """
+    if not features.isfinite().all():
+        raise CheckpointError(
+            "the backbone yields NaN or infinite features; its weights are damaged"
+        )
     present = labels.unique()
     if len(present) < 2:
         raise DataError(f"a probe needs two classes or more, got labels of {len(present)}")

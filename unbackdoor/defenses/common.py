@@ -94,7 +94,7 @@ def labels_of(backbone: Backbone, data: DefenseData) -> Labels:
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= classes:
         raise DataError(f"labels are of classes {low} to {high}, but the head has {classes}")
-    return data.labels.long()
+    return data.labels
 
 
 @torch.no_grad()

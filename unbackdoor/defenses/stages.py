@@ -33,10 +33,10 @@ def find_stage(backbone: Backbone, images: RawImages, *, name: str = "") -> Stag
     """Return the last layer that finishes with a map, or the layer ``name``.
 
     A map is an output ``(n, c, h, w)``, ``(n, h, w, c)`` or ``(n, tokens, c)`` of more than one
-    position: in a ResNet the last stage, in a ViT the last normalization. Parts of a module that
-    yields no map itself, as of a pooling by attention, come last. In four axes, the channels are
-    where there are as many as features, otherwise axis 1, unless two equal axes come before the
-    last.
+    position: in a ResNet the last stage, in a ViT the last normalization. Parts of what pools a map
+    are left out: of a module that yields vectors and holds less than half of the weights. In four
+    axes, the channels are where there are as many as features, otherwise axis 1, unless two equal
+    axes come before the last.
 
     Raises:
         ArchitectureError: If there is no such layer, or it yields no map.
@@ -47,23 +47,24 @@ def find_stage(backbone: Backbone, images: RawImages, *, name: str = "") -> Stag
             f"the network has no stage {name!r}; it has {', '.join(list(modules)[-5:])}"
         )
     found: list[Stage] = []
-    pooled: list[str] = []
+    pools: list[str] = []
     features = _features(backbone, images)
     for ended, output in run_watched(backbone, images[:TRIED]):
         if ended in backbone.head_names:
             break  # what comes after it is not of features any more, once the head is there
         stage = _stage_of(ended, output, features=features)
-        if stage is None:
-            pooled.append(f"{ended}.")
-        elif name in ("", ended):
+        if stage is not None and name in ("", ended):
             found.append(stage)
-    outer = [stage for stage in found if not stage.name.startswith(tuple(pooled))]
+        if isinstance(output, Tensor) and output.ndim == 2 and _is_small(modules[ended], backbone):
+            pools.append(f"{ended}.")
+    if not name:
+        found = [stage for stage in found if not stage.name.startswith(tuple(pools))]
     if not found:
         what = f"stage {name!r} yields no" if name else "no layer of this network yields a"
         raise ArchitectureError(
             f"{what} map of more than one position; name one that does: --set stage=NAME"
         )
-    return (outer or found)[-1]
+    return found[-1]
 
 
 @contextmanager
@@ -168,6 +169,11 @@ def _stage_of(name: str, output: object, *, features: int) -> Stage | None:
     channels = output.shape[axis]
     positions = output[0].numel() // channels
     return Stage(name, axis, channels, positions) if positions > 1 else None
+
+
+def _is_small(module: nn.Module, backbone: Backbone) -> bool:
+    part, whole = (sum(map(Tensor.numel, of.parameters())) for of in (module, backbone.body))
+    return part < whole / 2
 
 
 @torch.no_grad()
