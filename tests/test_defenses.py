@@ -158,7 +158,6 @@ SCORED = 1_000  # test images
 EFFECTS = {  # row of grids/defenses-cpu.toml -> its control, ASR it may leave, ACC it may cost
     "I-BAU": ({"perturbed": 0.0}, 0.1, 0.13),
     "FT, NAD's settings, 5 % labels": (None, 0.1, 0.13),  # None: the control is the victim
-    "Contrastive": (None, 0.25, 0.23),
 }
 
 
