@@ -457,7 +457,7 @@ def test_flags_tell_what_to_doubt(cells):
     assert flags_of(told, took, many) == ["a label-free method was given labels"]
 
 
-@pytest.mark.timeout(300)  # seconds on an idle machine
+@pytest.mark.slow
 def test_the_smoke_grid_runs_on_what_comes_with_the_package(tmp_path):
     path = GRIDS / "smoke.toml"
     grid = read_grid(path)

@@ -25,7 +25,7 @@ from unbackdoor.errors import (
     UnlabeledError,
 )
 from unbackdoor.jobs import Source
-from unbackdoor.roles import divide_rows
+from unbackdoor.roles import defender_rows, divide_rows
 
 OWN = """
 import copy
@@ -214,21 +214,23 @@ def test_a_broken_image_does_not_make_a_labeled_set_unlabeled(photos):
         load_pool(photos, size=16, labels="none", share=0.5, seed=0)
 
 
-def test_a_broken_image_without_a_label_is_replaced_and_named(victim, photos, tmp_path, capsys):
+def test_a_broken_image_without_a_label_is_replaced_and_named(victim, photos, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in Path(photos).rglob("*.png"):
         path.rename(flat / path.name)
-    sound = load_pool(str(flat), size=16, labels="none", share=0.9, seed=0)
-    (flat / "007.png").write_bytes(b"no image")
-    pool = load_pool(str(flat), size=16, labels="none", share=0.9, seed=0)
-    assert (pool.images != sound.images).flatten(1).any(1).sum() == 1
-    words = f"defend bcu {victim} --arch cifar/wrn16_1 --data {flat} --out {tmp_path}/x.safetensors"
-    words += " --labels none --share 0.9 --set tuning.epochs=1"
-    assert main(words.split()) == 0
-    assert "1 broken images were replaced: 007.png" in capsys.readouterr().out
-    record = json.loads((tmp_path / "x.json").read_text())
-    assert record["images"]["broken"] == ["007.png"]
+    sound = load_pool(str(flat), size=16, labels="none", share=0.05, seed=0)
+    row = defender_rows(200, labeled=False, share=0.05, seed=0)[3]
+    (flat / f"{row:03}.png").write_bytes(b"no image")
+    pool = load_pool(str(flat), size=16, labels="none", share=0.05, seed=0)
+    assert (pool.images != sound.images).flatten(1).any(1).nonzero().flatten().tolist() == [3]
+    out, lines = tmp_path / "x.safetensors", []
+    source = Source(victim, "cifar/wrn16_1", size=16)
+    options = {"labels": "none", "share": 0.05, "values": ["tuning.epochs=1"], "device": "cpu"}
+    outputs = defend_file("bcu", source, str(flat), out, say=lines.append, **options)
+    assert f"1 broken images were replaced: {row:03}.png" in lines
+    record = json.loads(outputs.record.read_text())
+    assert record["images"]["broken"] == [f"{row:03}.png"]
 
 
 def test_test_images_are_given_to_no_defense_even_without_labels(tmp_path):
