@@ -54,7 +54,6 @@ def epoch_seconds(way: Way, purify: list[str], folder: Path) -> float:
         check=True,
         env=environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
     )
     return float(json.loads(out.with_suffix(".json").read_text())["history"][-1]["seconds"])
 
@@ -71,7 +70,7 @@ def main() -> None:
     device = pick_device("auto")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        count, epochs, repeats = (128, 1, 1) if given.quick else (given.images, 2, given.repeats)
+        count, epochs, repeats = (64, 1, 1) if given.quick else (given.images, 2, given.repeats)
         record: dict[str, Any] = {"on": describe(device), "images": count, "ways": {}}
         source = write_images(folder, count=count, size=32)
         purify = [str(VICTIM), "--arch", "cifar/wrn16_1", "--images", str(source)]

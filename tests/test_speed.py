@@ -14,7 +14,7 @@ def test_the_measurement_of_speed_runs_and_times_every_part(tmp_path):
     out = tmp_path / "speed.json"
     command = [sys.executable, str(ROOT / "benchmarks/run.py"), "--quick", *ONE]
     parts = ["views", "search", "training", "whole", "variants", "victims"]  # no downloads
-    subprocess.run([*command, "--out", str(out), "--only", *parts], check=True, timeout=300)
+    subprocess.run([*command, "--out", str(out), "--only", *parts], check=True)
     record = json.loads(out.read_text())
     timed = {part["title"].partition(": ")[2].partition(",")[0]: part for part in record["parts"]}
     assert {"views", "search", "training step", "whole purify"} <= timed.keys()
@@ -28,7 +28,7 @@ def test_the_measurement_of_speed_runs_and_times_every_part(tmp_path):
 def test_the_measurement_of_several_processes_times_every_way(tmp_path):
     out = tmp_path / "scaling.json"
     command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--quick", "--out", str(out)]
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True)
     ways = json.loads(out.read_text())["ways"]
     assert {"one process", "2 processes"} <= ways.keys()
     alone = ways["one process"]["seconds"]
@@ -43,7 +43,7 @@ def test_the_measurement_of_costs_runs_and_draws_its_curves(tmp_path):
     out, plot = tmp_path / "curves.json", tmp_path / "curves.svg"
     command = [sys.executable, str(ROOT / "benchmarks/curves.py"), "--quick", *ONE]
     command += ["--timed", "2", "--out", str(out), "--plot", str(plot)]
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True)
     points = json.loads(out.read_text())["points"]
     assert [(point["curve"], point["value"]) for point in points] == [("images", 200), ("size", 16)]
     for point in points:
