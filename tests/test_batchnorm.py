@@ -13,6 +13,7 @@ from unbackdoor.batchnorm import (
     reference_statistics,
 )
 from unbackdoor.devices import frozen_twin
+from unbackdoor.errors import DataError
 from unbackdoor.networks import SMALL_NETWORKS
 
 
@@ -138,6 +139,11 @@ def test_a_network_without_batch_norm_is_left_alone():
     network = nn.Linear(2, 2)
     reestimate(network, no_batches())
     assert batch_norms(network) == []
+
+
+def test_statistics_of_no_images_are_refused(network):
+    with pytest.raises(DataError, match="no plain images"):
+        reestimate(network, iter(()))
 
 
 def changed_layers(network, kind=nn.Module):

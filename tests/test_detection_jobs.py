@@ -12,6 +12,7 @@ from unbackdoor.detection.jobs import name_files, open_detector, train_file
 from unbackdoor.errors import (
     ArchitectureError,
     CheckpointError,
+    DivergedError,
     MismatchError,
     OutputError,
     SettingsError,
@@ -23,6 +24,7 @@ from unbackdoor.settings import DetectionSettings
 TINY = DetectionSettings(
     shorter=24, longer=32, pyramid=8, box_head=16, batch_size=2, warmup=0, epochs=1
 )
+PIXELS = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 def write_victim(folder):
@@ -70,7 +72,8 @@ def test_three_steps_write_a_file_and_a_record_that_open_as_the_same_detector(
     record = json.loads(files.record.read_text())
     assert (record["schema"], record["kind"]) == (1, "detector")
     assert record["sha256"] == sha256_of(out)
-    assert record["backbone"] == {"name": "victim.pt", "sha256": sha256_of(source.checkpoint)}
+    came = {"name": "victim.pt", "sha256": sha256_of(source.checkpoint)}
+    assert record["backbone"] == {**came, "nesting": [], "prefix": ""}
     assert record["stages"] == ["block1", "block2", "relu"]
     assert record["data"]["set"] == "trainval"
     assert record["settings"]["box_head"] == 16
@@ -109,6 +112,31 @@ def test_a_killed_run_resumes_to_the_same_file(source, voc, tmp_path, trained):
     assert "resuming after step 2" in said
     assert files.tensors.read_bytes() == trained.tensors.read_bytes()
     assert not state.exists()
+
+
+def test_a_run_does_not_go_on_with_other_weights_of_the_same_file(source, voc, tmp_path):
+    state = torch.load(source.checkpoint, weights_only=True)
+    torch.save({"teacher": state, "student": state}, source.checkpoint)
+    teacher, student = (replace(source, nesting=name) for name in ("teacher", "student"))
+    out = tmp_path / "d.safetensors"
+
+    def kill(step, steps):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(teacher, voc, out, on_step=kill, seconds_between_states=0.0)
+    with pytest.raises(OutputError, match="belongs to another run: place was teacher"):
+        train(student, voc, out, resume=True)
+    files = train(teacher, voc, out, resume=True)
+    assert json.loads(files.record.read_text())["backbone"]["nesting"] == ["teacher"]
+
+
+def test_a_last_step_to_infinity_is_not_written(source, voc, tmp_path):
+    far = replace(TINY, learning_rate=1e38, weight_decay=1e10, batch_size=6)
+    with pytest.raises(DivergedError, match="the last step left NaN or infinite weights"):
+        train(source, voc, tmp_path / "d.safetensors", far)
+    assert not list(tmp_path.glob("d.*"))
 
 
 def test_nothing_is_replaced_without_being_told_to(source, voc, tmp_path, trained):
@@ -185,7 +213,11 @@ def test_ones_own_network_is_named_again_to_open_its_detector(source, voc, tmp_p
     [
         ({"kind": "victim"}, CheckpointError, "is no detector's record .*its kind is 'victim'"),
         ({"classes": []}, CheckpointError, "names no class"),
+        ({"classes": ["dog", "\x1b]0;x"]}, CheckpointError, r"'\\x1b\]0;x' is no name of a class"),
         ({"pixels": {"mean": "x"}}, CheckpointError, "is no detector's record"),
+        ({"pixels": {**PIXELS, "size": float("inf")}}, CheckpointError, "images of inf pixels"),
+        ({"pixels": {**PIXELS, "size": 0}}, CheckpointError, "images of 0 pixels"),
+        ({"data": [1]}, CheckpointError, "is no detector's record"),
         ({"settings": {"pyramid": 10**9}}, CheckpointError, "pyramid must be .* at most 4096"),
         ({"settings": {"pyramid": "8"}}, CheckpointError, "pyramid is '8'"),
         ({"settings": {"piramid": 8}}, CheckpointError, "piramid is 8"),

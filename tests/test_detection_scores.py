@@ -17,7 +17,7 @@ from unbackdoor.detection.scores import (
     trained_side,
 )
 from unbackdoor.detection.voc import load_voc
-from unbackdoor.errors import DataError, OutputError, SettingsError
+from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
 from unbackdoor.jobs import Source
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import DetectionSettings
@@ -156,9 +156,23 @@ def test_a_trained_detector_is_scored_and_drawn(source, voc, tmp_path, record):
         )
     assert not scored
 
-    assert "the detector was trained on these very images" not in made["flags"]
-    learned = evaluate(files, voc, name="trainval", measure="voc07")
-    assert "the detector was trained on these very images" in learned["flags"]
+    assert not any("very images" in flag for flag in made["flags"])
+    names = (voc / "ImageSets/Main/trainval.txt").read_text().splitlines()
+    (voc / "ImageSets/Main/part.txt").write_text("\n".join([*names[:2], "008"]))
+    learned = evaluate(files, voc, name="part", measure="voc07")
+    assert "the detector was trained on 2 of these very images" in learned["flags"]
+
+    for read in (files.tensors, files.record, record):
+        with pytest.raises(OutputError, match="would change the input"):
+            evaluate(files, voc, attack=str(record), out=read, overwrite=True)
+    with pytest.raises(OutputError, match="both the scores and the report"):
+        evaluate(files, voc, out=out, report=out, overwrite=True)
+    written = json.loads(files.record.read_text())
+    large = {**written, "pixels": {**written["pixels"], "size": 200_000}}
+    files.record.write_text(json.dumps(large))
+    with pytest.raises(CheckpointError, match="images of 200000 pixels a side"):
+        evaluate(files, voc, attack="badnets")
+    files.record.write_text(json.dumps(written))
 
     plain = evaluate(files, voc, measure="voc07", overwrite=True, out=out)
     assert plain["attack"] is None

@@ -172,13 +172,35 @@ def test_a_missing_or_broken_image_is_refused_by_name(voc):
         load(voc)
 
 
-def test_an_image_that_its_orientation_turns_is_not_what_its_annotation_says(voc):
+@pytest.mark.parametrize("orientation", [3, 6])  # half a turn, a quarter
+def test_an_image_is_read_as_it_is_stored_for_so_are_its_boxes(voc, orientation):
     path = voc / "JPEGImages/006.png"
+    before = load(voc).read(0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
+    exif[0x0112] = orientation
     Image.open(path).save(path, exif=exif)
-    with pytest.raises(DataError, match=r"006\.png: the image has 48 × 64 pixels"):
-        load(voc).read(0)
+    assert torch.equal(load(voc).read(0), before)
+
+
+def test_a_set_of_difficult_objects_alone_is_refused(voc):
+    extra = "<difficult>1</difficult>"
+    for path in (voc / "Annotations").iterdir():
+        path.write_text(voc_annotation([("red", "1 1 9 9")], extra=extra))
+    with pytest.raises(DataError, match=r"test\.txt: no object .* but difficult ones"):
+        load(voc)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["red", "green", " "], "' ' is no name of a class"),
+        (["red", "green", "b\x9bue"], r"'b\\x9bue' is no name of a class"),
+        (["red", "green", "red"], "the class 'red' is given 2 times"),
+    ],
+)
+def test_classes_have_names_that_can_be_told_apart(voc, classes, message):
+    with pytest.raises(DataError, match=message):
+        load(voc, classes=classes)
 
 
 def test_the_blood_cells_are_read_whole(shared_data):

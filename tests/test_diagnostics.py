@@ -62,6 +62,16 @@ def test_the_concentration_of_several_changes_is_that_of_the_highest(generator):
     assert highest_concentration(clean, moved, which) == pytest.approx(1, abs=1e-4)
 
 
+def test_few_scattered_images_are_not_called_concentrated(generator):
+    found = []
+    for _ in range(200):
+        moved = torch.randn(8, 20, generator=generator)
+        found.append(highest_concentration(torch.zeros(8, 20), moved, torch.zeros(8)))
+    assert abs(sum(found) / len(found)) < 0.01  # 1 / 8 if chance counted
+    assert highest_concentration(moved[:7], moved[:7], torch.zeros(7)) is None
+    assert highest_concentration(moved, moved, torch.arange(8) // 4) is None
+
+
 def test_neighbour_overlap_is_counted_by_hand():
     line = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
     swapped = line[[0, 2, 1, 3]]  # now 0 is near 2, and 1 near 3

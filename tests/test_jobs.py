@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from unbackdoor.backbones import build, network_state
 from unbackdoor.errors import DataError, DeviceError, DivergedError, OutputError
-from unbackdoor.jobs import Source, dry_run, open_source, plan_outputs, purify_file
+from unbackdoor.jobs import Source, dry_run, open_source, plan_outputs, purify_file, report_of
 from unbackdoor.ranks import Ranks
 from unbackdoor.settings import ChangeSettings, PurifySettings
 
@@ -88,6 +88,9 @@ def test_a_safetensors_output_is_flat_and_tells_where_it_comes_from(victim, phot
     page = outputs.report.read_text()
     assert page.startswith("<!DOCTYPE html>")
     assert "Label-free evidence" in page
+    assert "Changes of all images, learned so that" in page
+    around = {**record, "settings": {**record["settings"], "search": {"kind": "image"}}}
+    assert "Images searched for by the contrastive loss moved them by" in report_of(around)
     assert "https://" not in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 
@@ -199,7 +202,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(victim, photos, tmp_
     [
         ("clean.onnx", r"end it in .safetensors, .pt, .pth, .bin"),
         ("nowhere/clean.pt", "there is no folder"),
-        ("victim.pth", "would change the input .*, which never happens; pass another --out"),
+        ("victim.pth", "would change the input .*, which never happens; pass another file"),
         ("folder.pt", "is a folder; pass another --out"),
         ("old.pt", "exists already; pass --force"),
     ],

@@ -134,6 +134,22 @@ def test_a_durable_reading_sees_a_backdoor_that_hides_behind_the_statistics(two_
     assert reading.worst.asr == max(scores.asr for scores in reading.durable.values())
 
 
+def test_a_few_images_more_hardly_move_a_reading_after_reestimation(two_kinds):
+    network, labeled = two_kinds
+    test = make_test_set(
+        labeled.images, labeled.labels, Attack(lambda raw: raw, target=1), classes=2
+    )
+    masked = copy.deepcopy(network)
+    masked[1].running_mean += 1e3
+    plain = labeled.images.repeat(250 // len(labeled.images) + 1, 1, 1, 1)[:250]
+    white = torch.full_like(plain[:2], 255)
+    few, more = (
+        read(masked, None, labeled, test, plain=images).reestimated.acc
+        for images in (plain, torch.cat([plain, white]))
+    )
+    assert few == pytest.approx(more, abs=0.02)
+
+
 def test_a_reading_goes_through_head_probe_and_neighbours(two_kinds):
     network, labeled = two_kinds
     test = make_test_set(

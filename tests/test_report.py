@@ -18,6 +18,7 @@ from unbackdoor.report import (
     Picture,
     Table,
     amplified_difference,
+    as_text,
     bars_picture,
     boxes_picture,
     curves_picture,
@@ -78,7 +79,8 @@ def every_part(text: str) -> list[Table | Picture | Note]:
         images_picture(text, {text: images.to(torch.uint8)}, caption=text),
         boxes_picture(
             text,
-            {text: BoxedImage(images[:1].to(torch.uint8), torch.tensor([[2.0, 3, 9, 20]]), [text])},
+            {text: BoxedImage(images[:1].to(torch.uint8), torch.ones(1, 4), [text], [text])},
+            classes=[text],
             caption=text,
         ),
         tsne_picture(text, {text: groups}, strong=[text], seed=0, caption=text),
@@ -245,11 +247,11 @@ def test_images_picture_refuses_rows_of_different_shapes() -> None:
 def test_boxes_are_drawn_where_they_are() -> None:
     black = torch.zeros(1, 3, 600, 800).byte()
     corners = [[100.0, 150.0, 500.0, 450.0], [600.0, 0.0, 800.0, 300.0]]
-    panel = BoxedImage(black, torch.tensor(corners), ["red 0.9", "green 0.8"])
-    drawn = boxes_picture("t", {"found": panel})
+    panel = BoxedImage(black, torch.tensor(corners), ["red", "green"], ["red 0.9", "green 0.8"])
+    drawn = boxes_picture("t", {"found": panel}, classes=["green", "red", "blue"])
     (pixels,) = pixels_of(drawn)
     assert pixels.shape[:2] == (200, 266)  # a third
-    assert drawn.panels[0].alt == "found: 2 boxes. green 1, red 1"
+    assert drawn.panels[0].alt == "found: 2 boxes. green 1, red 1, blue 0"
     outlines = re.findall(r'd="M ([\d. ML]+) z[^>]*? style="fill: none', drawn.panels[0].svg)
     extents = []
     for outline in outlines:
@@ -263,24 +265,33 @@ def test_boxes_are_drawn_where_they_are() -> None:
 
 def test_a_class_has_its_colour_in_every_picture() -> None:
     black, box = torch.zeros(1, 3, 8, 8).byte(), torch.tensor([[1.0, 1.0, 5.0, 5.0]])
-    colors = []
-    for label in ("red 0.9", "green 0.8"):
-        panel = BoxedImage(black, box, [label])
-        for classes in ((), ("green", "red")):
-            (drawn,) = boxes_picture("t", {"found": panel}, classes=classes).panels
-            colors += re.findall(r"style=\"fill: none; stroke: (#\w+)", drawn.svg)
-    red, red_of_two, green, green_of_two = colors
-    assert red == green == green_of_two != red_of_two
+    classes, colors = ("traffic sign", "traffic light", ""), []
+    for label, others in zip(
+        (*classes, "traffic sign"), ([], [], [], ["traffic light"]), strict=True
+    ):
+        labels = [label, *others]
+        panel = BoxedImage(black, box.repeat(len(labels), 1), labels, ["0.9"] * len(labels))
+        (drawn,) = boxes_picture("t", {"found": panel}, classes=classes).panels
+        colors.append(re.findall(r"style=\"fill: none; stroke: (#\w+)", drawn.svg))
+    assert colors[3] == [*colors[0], *colors[1]]
+    assert len({color for (color,) in colors[:3]}) == 3
 
 
-def test_boxes_picture_refuses_a_box_without_a_label() -> None:
+def test_boxes_picture_refuses_a_box_without_a_class_or_text() -> None:
     image = torch.zeros(1, 3, 8, 8).byte()
     for panel in (
-        BoxedImage(image, torch.zeros(1, 4), []),
-        BoxedImage(image.expand(2, 3, 8, 8), torch.zeros(0, 4), []),
+        BoxedImage(image, torch.zeros(1, 4), [], ["a"]),
+        BoxedImage(image, torch.zeros(1, 4), ["a"], []),
+        BoxedImage(image, torch.zeros(1, 4), ["b"], ["b"]),
+        BoxedImage(image.expand(2, 3, 8, 8), torch.zeros(0, 4), [], []),
     ):
         with pytest.raises(ValueError, match="panel 'found' of picture 't' needs one RGB image"):
-            boxes_picture("t", {"found": panel})
+            boxes_picture("t", {"found": panel}, classes=["a"])
+
+
+def test_a_table_as_text_steers_no_terminal_and_shows_what_is_missing() -> None:
+    lines = as_text(Table("t\x1b[2J", ("n", "AP"), [("dog\x1b]0;x\x07", None), ("cat", 1.5)]))
+    assert lines == ["", "t?[2J", "n           AP", "dog?]0;x?    \N{EN DASH}", "cat        1.5"]
 
 
 def test_amplified_difference_is_grey_without_change_and_clipped() -> None:

@@ -68,6 +68,12 @@ def test_a_file_is_scored_and_nothing_replaced(source, data, tmp_path):
     assert any("ACC" in line and "PA" in line for line in said)
     with pytest.raises(OutputError, match="exists already; pass --force"):
         transfer_file(source, data, "badnets", **options)
+    before = source.checkpoint.read_bytes()
+    with pytest.raises(
+        OutputError, match=r"net\.pt: would change the input .*net\.pt, which never"
+    ):
+        transfer_file(source, data, "badnets", device="cpu", out=source.checkpoint, overwrite=True)
+    assert source.checkpoint.read_bytes() == before
     with pytest.raises(SettingsError, match="labels must be at least 2, got 1"):
         transfer_file(source, data, "badnets", labels=1, device="cpu")
     words = [str(source.checkpoint), "--arch", "cifar/wrn16_1", "--data", data]

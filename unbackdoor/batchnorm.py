@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from unbackdoor.errors import DataError
 from unbackdoor.ranks import ALONE, Ranks, add_up, gather
 from unbackdoor.types import Images
 
@@ -107,6 +108,10 @@ def reestimate(module: nn.Module, batches: Iterable[Images], *, ranks: Ranks = A
 
     Args:
         batches: Plain images in [0, 1], in batches of two images or more, of all ranks together.
+            Each counts the same, so that they should be of about one size.
+
+    Raises:
+        DataError: If there is no batch.
     """
     layers = batch_norms(module)
     if not layers:
@@ -117,8 +122,12 @@ def reestimate(module: nn.Module, batches: Iterable[Images], *, ranks: Ranks = A
         layer.momentum = None  # a cumulative mean
     try:
         with batch_statistics(module, batch=True, ranks=ranks):
+            seen = 0
             for images in batches:
                 module(images)
+                seen += len(images)
+        if not seen:
+            raise DataError("no plain images to estimate batch-norm statistics on")
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

@@ -179,16 +179,37 @@ def write_tensors(path: Path, tree: Tree, *, metadata: Mapping[str, str], overwr
         )
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+def check_output(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse a path that nothing can be written to, before anything is computed for it.
 
+    Args:
+        inputs: What the command reads, files or folders.
+
     Raises:
-        OutputError: If the file exists and must not be replaced, or lies in no folder.
+        OutputError: If the file exists and must not be replaced, is one of ``inputs`` or lies in
+            one, is a folder, or lies in none.
     """
+    refuse_inputs(path, inputs)
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; pass a file")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; pass --force to replace it")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}")
+
+
+def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to write to what is being read, whatever shall be overwritten.
+
+    Raises:
+        OutputError: If ``path`` is one of ``inputs``, or lies in one that is a folder.
+    """
+    place = path.resolve()
+    for given in inputs:
+        if given.resolve() in (place, *place.parents):
+            raise OutputError(
+                f"{path}: would change the input {given}, which never happens; pass another file"
+            )
 
 
 def write_text(path: Path, text: str, *, overwrite: bool) -> None:

@@ -665,7 +665,7 @@ def detect_train(
             )
     except KeyboardInterrupt:
         if detection_jobs.name_files(out).state.exists():
-            print("run the same command with --resume to continue", file=sys.stderr)
+            print("run it again with --resume, without --force, to continue", file=sys.stderr)
         raise
 
 

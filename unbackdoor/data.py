@@ -429,11 +429,17 @@ def _read_ahead(
                 batch.cancel()
 
 
-def open_image(encoded: bytes) -> Image.Image:
-    """Decode one image to RGB; any exception means that it is broken."""
+def open_image(encoded: bytes, *, upright: bool = True) -> Image.Image:
+    """Decode one image to RGB; any exception means that it is broken.
+
+    Args:
+        upright: Turn it as its EXIF says; otherwise pixels are as they are stored.
+    """
     if not encoded:
         raise ValueError("empty, or cannot be read")
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS))
+    image: Image.Image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
+    if upright:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
     if image.mode.startswith("I"):

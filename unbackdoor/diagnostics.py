@@ -18,6 +18,7 @@ from unbackdoor.types import Features, Images, RawImages
 from unbackdoor.views import random_views
 
 NEIGHBOURS = 10
+FEWEST = 8  # images in which a concentration can be told from chance
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Evidence:
         adversarial: Mean cosine distance that the search's images move from their clean ones.
         noise: The same for the control: random noise of the same radius, or the same changes of all
             images before they were learned.
-        concentration: How much the features of the search's images gather at one place, 0 to 1, see
-            ``changes.concentration``; the highest of all changes where there are several.
+        concentration: How much the features of the search's images gather at one place, at most 1,
+            see :func:`highest_concentration`; the highest of all changes where there are several.
+            None on too few images.
         noise_concentration: The same for the control.
     """
 
@@ -45,8 +47,8 @@ class Evidence:
     uniformity: float
     adversarial: float
     noise: float
-    concentration: float
-    noise_concentration: float
+    concentration: float | None
+    noise_concentration: float | None
 
 
 def measure(
@@ -163,13 +165,21 @@ def neighbour_overlap(a: Features, b: Features, *, neighbours: int = NEIGHBOURS)
     return (nearest(a) & nearest(b)).sum(1).float().mean().item() / count
 
 
-def highest_concentration(clean: Features, moved: Features, which: Tensor) -> float:
+def highest_concentration(clean: Features, moved: Features, which: Tensor) -> float | None:
     """Return the concentration of the rows that share a number, for the number where it is highest.
+
+    It is that of ``changes.concentration`` without the share that a few scattered images have by
+    chance: 0 is expected where they do not gather, 1 is all at one place. None where no number has
+    ``FEWEST`` rows.
 
     Args:
         clean: Features of unchanged images, whose mean is the centre.
         moved: Features of changed ones; they are not whitened here, other than in the search.
         which: The number of each row of ``moved``, shape ``(n,)``.
     """
-    groups = (which == number for number in which.unique())
-    return max(concentration(moved[rows], clean.mean(0)).item() for rows in groups)
+    found = []
+    for number in which.unique():
+        rows = moved[which == number]
+        if (n := len(rows)) >= FEWEST:
+            found.append((n * concentration(rows, clean.mean(0)).item() - 1) / (n - 1))
+    return max(found, default=None)

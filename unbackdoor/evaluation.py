@@ -88,7 +88,7 @@ def evaluate_file(
     """
     started = time.monotonic()
     if out is not None:
-        check_output(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite, inputs=files_read(source, attack))
     source = like_victim(source, attack)
     loaded = open_source(source)
     known = find_attack(attack, size=loaded.size, training=training, target=target)
@@ -163,12 +163,22 @@ def divide(train: LabeledImages, test: LabeledImages, *, seed: int) -> Split:
     return Split(train.images[rows.unlabeled], labeled(rows.probe), test, labeled(rows.validation))
 
 
+def is_record(attack: str) -> bool:
+    """Return whether ``attack`` is a victim's record; the name of an attack goes first."""
+    return attack not in ATTACKS and Path(attack).is_file()
+
+
+def files_read(source: Source, attack: str) -> list[Path]:
+    """Return the files that a scoring reads, and never writes, beside its data."""
+    return [source.checkpoint, *([Path(attack)] if is_record(attack) else [])]
+
+
 def like_victim(source: Source, attack: str) -> Source:
     """Return ``source`` with the images' size and normalization of the victim in the record.
 
     What is given goes first; a record of another architecture, or a name, says nothing.
     """
-    if attack in ATTACKS or not Path(attack).is_file():
+    if not is_record(attack):
         return source
     record = read_record(attack)
     if record.get("arch") != public_name(source.arch):
@@ -283,19 +293,30 @@ def unread_head(backbone: Backbone, reading: Reading, *, classes: int) -> list[s
 def doubts(known: Known, reading: Reading, probe: LabeledImages) -> list[str]:
     """Return why these scores, read with the labels of ``probe``, should be read with care."""
     found = not_taken(known)
-    absent = sorted(set(range(len(probe.classes))) - set(probe.labels.tolist()))
-    if absent:
-        is_target = known.attack.goal == "all-to-one" and known.attack.target in absent
-        of_target = f", the target {known.attack.target} too: their ASR is 0 whatever the network"
-        found.append(
-            f"{len(absent)} of {len(probe.classes)} classes have none of the "
-            f"{len(probe.labels)} labeled images, so probe and neighbours never name them"
-            + (of_target if is_target else "")
-        )
+    target = known.attack.target if known.attack.goal == "all-to-one" else None
+    found += without_labels(probe, target=target)
     if reading.probe.triggered < FEW:
         found.append(f"only {reading.probe.triggered} triggered images")
     found.append("one victim, one split: a table needs three seeds")
     return found
+
+
+def without_labels(probe: LabeledImages, *, target: int | None = None) -> list[str]:
+    """Return a doubt where classes have no image that probe and neighbours could know them by.
+
+    Args:
+        target: The one class that an attack's success is counted by, if it is.
+    """
+    absent = set(range(len(probe.classes))) - set(probe.labels.tolist())
+    if not absent:
+        return []
+    doubt = (
+        f"{len(absent)} of {len(probe.classes)} classes have none of the {len(probe.labels)} "
+        "labeled images, so probe and neighbours never name them"
+    )
+    if target in absent:
+        doubt += f", the target {target} too: their ASR is 0 whatever the network"
+    return [doubt]
 
 
 def not_taken(known: Known) -> list[str]:

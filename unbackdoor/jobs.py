@@ -23,7 +23,7 @@ from unbackdoor.cbd import (
     steps_per_epoch,
 )
 from unbackdoor.changes import learn_changes
-from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
+from unbackdoor.checkpoint import Tree, refuse_inputs, sha256_of, write_tensors, write_text
 from unbackdoor.data import ImageSource, load_images
 from unbackdoor.devices import peak_memory, pick_device, pick_precision
 from unbackdoor.diagnostics import Evidence, measure
@@ -317,13 +317,8 @@ def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) 
     if not out.parent.is_dir():
         raise OutputError(f"{out}: there is no folder {out.parent}")
     outputs = name_outputs(out)
-    given = checkpoint.resolve()
     for path in outputs:
-        if path.resolve() == given or given in path.resolve().parents:
-            raise OutputError(
-                f"{path}: would change the input {checkpoint}, which never happens; "
-                "pass another --out"
-            )
+        refuse_inputs(path, [checkpoint])
         if path.is_dir():
             raise OutputError(f"{path}: is a folder; pass another --out")
     written = () if resume else outputs[:3]
@@ -495,12 +490,19 @@ def report_of(record: Mapping[str, Any]) -> str:
     """Return the report of one finished job as an HTML page."""
     before, after = record["evidence"]["before"], record["evidence"]["after"]
     source = record["input"]
+    searched, control = (
+        (
+            "Changes of all images, learned so that they gather features at one place,",
+            "the same changes before they were learned",
+        )
+        if record["settings"]["search"]["kind"] == "changes"
+        else ("Images searched for by the contrastive loss", "random noise of the same radius")
+    )
     summary = (
         f"{source['name']} was tuned on {record['images']['count']} unlabeled images. Its features "
         f"of clean images keep a cosine of {after['cosine']:.3f} to the original and "
-        f"{after['neighbours']:.0%} of their nearest neighbours. Images searched for by the "
-        f"contrastive loss moved them by {before['adversarial']:.3f} before and "
-        f"{after['adversarial']:.3f} after; random noise of the same radius by "
+        f"{after['neighbours']:.0%} of their nearest neighbours. {searched} moved them by "
+        f"{before['adversarial']:.3f} before and {after['adversarial']:.3f} after; {control} by "
         f"{before['noise']:.3f} and {after['noise']:.3f}. None of this says that the file was, or "
         "is no longer, backdoored."
     )

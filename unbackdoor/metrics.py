@@ -1,6 +1,7 @@
 """Scores of a classifier under attack, and whether they last."""
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -192,7 +193,8 @@ def read(
 
     device = next(backbone.parameters()).device
     renewed = copy.deepcopy(backbone)
-    batches = (part.to(device) for part in plain.split(250) if len(part) > 1)
+    parts = plain.chunk(math.ceil(len(plain) / 250))  # a short last one would count as much
+    batches = (part.to(device) for part in parts)
     reestimate(renewed, (part.float() / 255 for part in batches))
     features = extract(renewed, labeled.images)
     renewed_probe = linear_probe(features, labeled.labels, classes=classes)

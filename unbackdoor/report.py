@@ -28,6 +28,7 @@ from sklearn.manifold import TSNE  # type: ignore[import-untyped]  # ships no an
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from unbackdoor.checkpoint import printable
 from unbackdoor.types import RawImages
 
 INK, PAPER = "#010203", "#fdfefc"  # stand-ins, replaced by the reader's light or dark colours
@@ -206,10 +207,15 @@ def as_text(table: Table) -> list[str]:
     """Return a table of words and numbers as aligned lines for a terminal."""
     places = 1 if table.decimals is None else table.decimals
     cells = [
-        [f"{cell:.{places}f}" if isinstance(cell, float) else str(cell) for cell in row]
+        [
+            _number(cell, places)
+            if cell is None or isinstance(cell, float)
+            else printable(f"{cell}")
+            for cell in row
+        ]
         for row in table.rows
     ]
-    lines = [list(table.columns), *cells]
+    lines = [[printable(name) for name in table.columns], *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     body = [
         "  ".join(
@@ -220,7 +226,7 @@ def as_text(table: Table) -> list[str]:
         )
         for line in lines
     ]
-    return ["", table.title, *body]
+    return ["", printable(table.title), *body]
 
 
 def curves_picture(
@@ -381,33 +387,35 @@ def images_picture(title: str, rows: Mapping[str, RawImages], *, caption: str = 
 
 
 class BoxedImage(NamedTuple):
-    """One image with labelled boxes in it: left, top, right, bottom in pixels."""
+    """One image with boxes: left, top, right, bottom in pixels; the class and text of each."""
 
     image: RawImages
     boxes: Float[Tensor, "k 4"]
-    labels: Sequence[str]
+    labels: list[str]
+    texts: list[str]
 
 
 def boxes_picture(
-    title: str, panels: Mapping[str, BoxedImage], *, classes: Sequence[str] = (), caption: str = ""
+    title: str, panels: Mapping[str, BoxedImage], *, classes: Sequence[str], caption: str = ""
 ) -> Picture:
-    """Draw boxes in images, a panel for every name; a colour for every first word of a label.
+    """Draw boxes in images, a panel for every name; a colour for every class.
 
     Args:
         panels: One image each, RGB; those above 336 pixels are averaged down.
         classes: Have their colours in this order, in every picture that is given the same.
 
     Raises:
-        ValueError: If a panel holds another number of images than one, or of labels than boxes.
+        ValueError: If a panel holds another number of images than one, or of labels or texts than
+            boxes, or a label that is no class.
     """
-    labeled = sorted(label for panel in panels.values() for label in panel.labels)
-    words = [*dict.fromkeys(label.split()[0] for label in (*classes, *labeled))]
-    colors = {word: PALETTE[index % len(PALETTE)] for index, word in enumerate(words)}
+    colors = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(classes)}
     drawn = []
-    for name, (image, boxes, labels) in panels.items():
-        if image.shape[:2] != (1, 3) or len(boxes) != len(labels):
+    for name, (image, boxes, labels, texts) in panels.items():
+        fits = len(boxes) == len(labels) == len(texts) and colors.keys() >= set(labels)
+        if image.shape[:2] != (1, 3) or not fits:
             raise ValueError(
-                f"panel {name!r} of picture {title!r} needs one RGB image and a label for each box"
+                f"panel {name!r} of picture {title!r} needs one RGB image, and a class and a "
+                "text for each box"
             )
         height, width = image.shape[2:]
         shrink = math.ceil(max(height, width) / LARGEST_BOXED)
@@ -418,14 +426,14 @@ def boxes_picture(
             axes = figure.subplots()
             extent = (0, width, height, 0)
             axes.imshow(small[0].permute(1, 2, 0).numpy(), interpolation="none", extent=extent)
-            for (left, top, right, bottom), label in zip(boxes.tolist(), labels, strict=True):
-                color = colors[label.split()[0]]
+            for box, label, text in zip(boxes.tolist(), labels, texts, strict=True):
+                (left, top, right, bottom), color = box, colors[label]
                 across, down = right - left, bottom - top
                 axes.add_patch(Rectangle((left, top), across, down, fill=False, edgecolor=color))
                 axes.text(
                     left,
                     top,
-                    _label(label),
+                    _label(text),
                     color="white",
                     fontsize=7,
                     clip_on=True,
@@ -434,7 +442,7 @@ def boxes_picture(
             axes.set(title=_label(name), xlim=(0, width), ylim=(height, 0))
             axes.set_axis_off()
             svg = _svg(figure)
-        counted = ", ".join(f"{word} {sum(x.split()[0] == word for x in labels)}" for word in words)
+        counted = ", ".join(f"{each} {labels.count(each)}" for each in classes)
         drawn.append(Panel(svg, f"{name}: {len(boxes)} boxes. {counted}"))
     return Picture(title, drawn, caption)
 

@@ -20,7 +20,14 @@ from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, draw_rows, load_labeled
 from unbackdoor.devices import pick_device
 from unbackdoor.errors import DataError
-from unbackdoor.evaluation import FEW, find_attack, like_victim, not_taken
+from unbackdoor.evaluation import (
+    FEW,
+    files_read,
+    find_attack,
+    like_victim,
+    not_taken,
+    without_labels,
+)
 from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Scores, TestSet, read
 from unbackdoor.report import Table, as_text
@@ -76,7 +83,7 @@ def transfer_file(
     started = time.monotonic()
     in_range("labels", labels, least=2)
     if out is not None:
-        check_output(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite, inputs=files_read(source, attack))
     source = like_victim(source, attack)
     loaded = open_source(source)
     known = find_attack(attack, size=loaded.size, training=training)
@@ -88,7 +95,7 @@ def transfer_file(
     with told_of_memory(where):
         reading = read(backbone, None, parts.probe, test)
     scores = {"probe": reading.probe, "neighbours": reading.neighbours}
-    flags = not_taken(known)
+    flags = not_taken(known) + without_labels(parts.probe)
     if len(test.labels) < FEW:
         flags.append(f"only {len(test.labels)} test images")
     flags.append("one backbone, one split: a table needs three seeds")

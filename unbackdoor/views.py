@@ -107,7 +107,10 @@ def recolour(
 def blur(
     images: Images, settings: ViewSettings, *, generator: torch.Generator, ranks: Ranks = ALONE
 ) -> Images:
-    """Blur some images with a Gaussian of 0.1 to 2 pixels (at 224; in proportion elsewhere)."""
+    """Blur some images with a Gaussian of 0.1 to 2 pixels at 224, in proportion at other sizes.
+
+    Below 56 pixels it is as at 56: smaller ones would change nothing.
+    """
     n, channels, height, width = images.shape
     radius = max(1, round(0.05 * min(height, width)))  # SimCLR: a kernel of a tenth of the side
     scale = min(height, width) / 224

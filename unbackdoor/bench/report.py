@@ -142,8 +142,9 @@ def figures(kept: Mapping[str, Any]) -> list[Picture]:
             panels,
             strong=kept["strong"],
             seed=0,
-            caption="Test images. Adversarial ones are those that the contrastive search finds in "
-            "each backbone. Features are reduced to their first components before.",
+            caption="Test images. Adversarial ones are those that the row's search, or the "
+            "default one, finds in each backbone. Features are reduced to their first components "
+            "before.",
         ),
         images_picture(
             f"Trigger: {kept['title']}",

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.backbones import Backbone, build, public_name
-from unbackdoor.checkpoint import Tree, read_checkpoint, sha256_of, write_tensors, write_text
+from unbackdoor.checkpoint import (
+    Tree,
+    read_checkpoint,
+    refuse_inputs,
+    sha256_of,
+    write_tensors,
+    write_text,
+)
 from unbackdoor.detection.network import Level, find_levels, make_detector
 from unbackdoor.detection.training import (
     SECONDS_BETWEEN_STATES,
@@ -19,16 +26,25 @@ from unbackdoor.detection.training import (
     TrainingState,
     train_detector,
 )
-from unbackdoor.detection.voc import VocImages, load_voc
+from unbackdoor.detection.voc import VocImages, check_classes, load_voc
 from unbackdoor.devices import Precision, peak_memory, pick_device, pick_precision
 from unbackdoor.errors import (
     ArchitectureError,
     CheckpointError,
+    DataError,
+    DivergedError,
     MismatchError,
     OutputError,
     SettingsError,
 )
-from unbackdoor.jobs import Source, open_source, refuse_existing, told_of_memory, versions
+from unbackdoor.jobs import (
+    Source,
+    describe_network,
+    open_source,
+    refuse_existing,
+    told_of_memory,
+    versions,
+)
 from unbackdoor.resume import as_texts, read_state, write_state
 from unbackdoor.settings import DetectionSettings
 
@@ -54,6 +70,7 @@ class Opened(NamedTuple):
         classes: Names, by number.
         settings: Of its training.
         size: Side of the images that its backbone was trained on, in pixels.
+        trained_on: ``VocImages.fingerprints`` of the images of its training.
         record: All that stands beside the file.
         sha256: Of the file.
         name: Of the file.
@@ -63,6 +80,7 @@ class Opened(NamedTuple):
     classes: tuple[str, ...]
     settings: DetectionSettings
     size: int
+    trained_on: frozenset[str]
     record: Mapping[str, Any]
     sha256: str
     name: str
@@ -118,9 +136,8 @@ def train_file(
     say(describe(images, levels, settings))
     of = {
         "backbone": loaded.checkpoint.sha256,
-        "arch": source.arch,
+        **describe_network(source, loaded),
         "stages": json.dumps(levels),
-        "pixels": json.dumps(_pixels(loaded.backbone)),
         "images": images.fingerprint,
         "device": str(where),
         "precision": how,
@@ -142,7 +159,12 @@ def train_file(
     record = {
         "schema": 1,
         "kind": KIND,
-        "backbone": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
+        "backbone": {
+            "name": loaded.checkpoint.path.name,
+            "sha256": loaded.checkpoint.sha256,
+            "nesting": list(loaded.match.nesting),
+            "prefix": loaded.match.prefix,
+        },
         "arch": public_name(source.arch),
         "head": source.head,
         "pixels": {**_pixels(loaded.backbone), "size": loaded.size},
@@ -154,6 +176,7 @@ def train_file(
             "images": len(images),
             "objects": sum(len(there.labels) for there in images.objects),
             "sha256": images.fingerprint,
+            "each": sorted(images.fingerprints),
         },
         "settings": asdict(settings),
         "history": [[round(loss, 4), round(seconds, 1)] for loss, seconds in history],
@@ -162,6 +185,10 @@ def train_file(
         "seconds_of_training": round(sum(epoch.seconds for epoch in history), 1),
     }
     tree: Tree = {key: value.cpu().contiguous() for key, value in detector.state_dict().items()}
+    if not all(value.isfinite().all() for value in tree.values() if isinstance(value, Tensor)):
+        raise DivergedError(
+            "the last step left NaN or infinite weights; pass a smaller --learning-rate"
+        )
     replacing = overwrite or resume
     write_tensors(files.tensors, tree, metadata={"format": "pt"}, overwrite=replacing)
     record["sha256"] = sha256_of(files.tensors)
@@ -187,8 +214,7 @@ def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> D
         raise SettingsError("--force starts again and --resume goes on; pass one of them")
     files = name_files(out)
     for path in files:
-        if path.resolve() == backbone.resolve():
-            raise OutputError(f"{path}: would change the input, which never happens")
+        refuse_inputs(path, [backbone])
     last = files[1:2] if resume else files[:2]  # the record is written last
     refuse_existing(last, files.state, overwrite=overwrite, resume=resume)
     return files
@@ -222,11 +248,25 @@ def open_detector(path: Path, *, arch: str | None = None, precision: Precision =
         pixels, stages = record["pixels"], [str(stage) for stage in record["stages"]]
         classes = tuple(str(word) for word in record["classes"])
         settings = DetectionSettings(**_numbers(record["settings"]))
-        mean, std, size = pixels["mean"], pixels["std"], int(pixels["size"])
+        mean, std, size = pixels["mean"], pixels["std"], pixels["size"]
         mean, std = ([float(value) for value in row] for row in (mean, std))
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"images of {size!r} pixels")
+        trained_on = frozenset(str(each) for each in record["data"]["each"])
         if not classes or not stages or not (head is None or isinstance(head, str)):
             raise ValueError("it names no class, no stage, or no head")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SettingsError) as error:
+        check_classes(classes)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        DataError,
+        SettingsError,
+    ) as error:
         raise CheckpointError(
             f"{beside}: is no detector's record ({type(error).__name__}: {error}); it lies beside "
             "the tensors, as detect train writes it"
@@ -242,7 +282,16 @@ def open_detector(path: Path, *, arch: str | None = None, precision: Precision =
     levels = find_levels(backbone.body, arch or named, stages)
     detector = make_detector(backbone, levels, settings, classes=len(classes), precision=precision)
     _fill(detector, checkpoint.tree, path)
-    return Opened(detector.eval(), classes, settings, size, record, checkpoint.sha256, path.name)
+    return Opened(
+        detector.eval(),
+        classes,
+        settings,
+        size,
+        trained_on,
+        record,
+        checkpoint.sha256,
+        path.name,
+    )
 
 
 def describe(images: VocImages, levels: Sequence[Level], settings: DetectionSettings) -> str:

@@ -24,7 +24,8 @@ from unbackdoor.detection.precision import (
 from unbackdoor.detection.voc import VocImages, load_voc
 from unbackdoor.devices import Precision as ComputedIn
 from unbackdoor.devices import pick_device, pick_precision
-from unbackdoor.evaluation import Known, find_attack, not_taken, read_record
+from unbackdoor.errors import CheckpointError, OutputError
+from unbackdoor.evaluation import Known, find_attack, is_record, not_taken, read_record
 from unbackdoor.jobs import told_of_memory
 from unbackdoor.report import BoxedImage, Picture, Table, as_text, boxes_picture, render_report
 from unbackdoor.settings import DetectionSettings
@@ -109,9 +110,16 @@ def evaluate_detector(
     Raises:
         UnbackdoorError: See ``errors``; nothing is written then.
     """
+    read = [
+        path,
+        path.with_suffix(".json"),
+        *([Path(attack)] if attack is not None and is_record(attack) else []),
+    ]
     for place in (out, report):
         if place is not None:
-            check_output(place, overwrite=overwrite)
+            check_output(place, overwrite=overwrite, inputs=read)
+    if out is not None and report is not None and out.resolve() == report.resolve():
+        raise OutputError(f"{out}: both the scores and the report; pass two files")
     if measure != "voc07":
         coco_metric()  # says what is missing before anything is computed
     where = pick_device(device)
@@ -121,6 +129,11 @@ def evaluate_detector(
     side = trained_side(attack, default=opened.size)
     known = None
     if attack is not None:
+        if side > LARGEST:
+            raise CheckpointError(
+                f"{opened.name}: its record says that its backbone was trained on images of {side} "
+                f"pixels a side; a trigger is planted in {LARGEST} at most"
+            )
         known = find_attack(attack, size=side, training=training)
     say(f"{path}: {len(images)} images of the set {name}, {len(opened.classes)} classes")
     if known is not None:
@@ -205,7 +218,9 @@ def score_detector(
             "backbone": opened.record.get("backbone"),
             "arch": opened.record["arch"],
             "settings": opened.record["settings"],
-            "trained_on": opened.record.get("data"),
+            "trained_on": {
+                name: opened.record["data"].get(name) for name in ("source", "set", "sha256")
+            },
         },
         "data": {
             "source": Path(data).name,
@@ -232,7 +247,7 @@ def trained_side(attack: str | None, *, default: int) -> int:
 
     A name, or a record without a size, is taken to be of ``default``.
     """
-    if attack is None or not Path(attack).is_file():
+    if attack is None or not is_record(attack):
         return default
     size = read_record(attack).get("size")
     return size if isinstance(size, int) and 0 < size <= LARGEST else default
@@ -290,14 +305,16 @@ def detect(
 def doubts(opened: Opened, images: VocImages) -> list[str]:
     """Return why scores on these images should be read with care."""
     found = []
-    if (opened.record.get("data") or {}).get("sha256") == images.fingerprint:
-        found.append("the detector was trained on these very images")
+    if seen := len(opened.trained_on & set(images.fingerprints)):
+        found.append(f"the detector was trained on {seen} of these very images")
     if len(images) < FEW:
         found.append(f"only {len(images)} test images")
     for number, name in enumerate(images.classes):
-        objects = sum(int((there.labels == number).sum()) for there in images.objects)
+        objects = sum(
+            int((there.labels == number)[~there.difficult].sum()) for there in images.objects
+        )
         if objects < 10:
-            found.append(f"only {objects} objects of the class {name}")
+            found.append(f"only {objects} objects of the class {name} that are not difficult")
     return found
 
 
@@ -330,16 +347,17 @@ def detection_pictures(scored: Scored, *, shown: int) -> list[Picture]:
     for row in range(min(shown, len(images))):
         image, truth = images.read(row), images.objects[row]
         names = [classes[label] for label in truth.labels.tolist()]
-        panels = {"what is there": BoxedImage(image, truth.boxes, names)}
+        panels = {"what is there": BoxedImage(image, truth.boxes, names, names)}
         for key, trigger in scored.triggers.items():
             seen = image if trigger is None else trigger_scaled(trigger, image, side=scored.side)
             boxes, labels, scores = scored.conditions[key].found[row]
             sure = scores >= CERTAIN
+            names = [classes[label] for label in labels[sure].tolist()]
             texts = [
-                f"{classes[label]} {score:.2f}"
-                for label, score in zip(labels[sure].tolist(), scores[sure].tolist(), strict=True)
+                f"{name} {score:.2f}"
+                for name, score in zip(names, scores[sure].tolist(), strict=True)
             ]
-            panels[f"found, {key}"] = BoxedImage(seen, boxes[sure], texts)
+            panels[f"found, {key}"] = BoxedImage(seen, boxes[sure], names, texts)
         pictures.append(
             boxes_picture(
                 images.paths[row].name,

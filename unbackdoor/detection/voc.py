@@ -1,5 +1,7 @@
 """Read detection data in the layout of PASCAL VOC 2007: sets of images, annotations in XML.
 
+Boxes are in pixels as an image file stores them, as VOC's are: what EXIF says of turning counts
+for nothing.
 ``voc:DIR`` is a folder with ``JPEGImages``, ``Annotations`` and ``ImageSets/Main``, or one that
 holds it as ``VOC2007`` or ``VOCdevkit/VOC2007`` (or of another year). A file may come from a
 stranger: names lead nowhere outside the folder, and XML that could expand is refused.
@@ -31,6 +33,7 @@ SCHEME = "voc:"
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LONGEST = 2**22  # bytes of an annotation
 OF_ONE_CLASS = re.compile(r"\S+\s+(-1|0|1)")  # a line of a set such as cat_train
+THINNEST = 1e-2  # pixels of a box: less can vanish in float32
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 Boxes = Float[Tensor, "k 4"]  # left, top, right, bottom in pixels from 0; the last two lie outside
@@ -55,6 +58,7 @@ class VocImages:
         objects: In each.
         classes: Their names, by number.
         fingerprint: SHA-256 of names, annotations, classes, and lengths of the images in bytes.
+        fingerprints: Of each, 12 hexadecimal digits of the SHA-256 of name and annotation.
     """
 
     name: str
@@ -63,6 +67,7 @@ class VocImages:
     objects: tuple[Objects, ...]
     classes: tuple[str, ...]
     fingerprint: str
+    fingerprints: tuple[str, ...]
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -76,7 +81,7 @@ class VocImages:
         """
         path = self.paths[row]
         try:
-            image = open_image(path.read_bytes())
+            image = open_image(path.read_bytes(), upright=False)  # boxes are of stored pixels
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises nearly anything on a damaged file
@@ -117,23 +122,46 @@ def load_voc(source: str, name: str, *, classes: Sequence[str] | None = None) ->
         classes = sorted({word for annotation in found for word in annotation.names})
         if not classes:
             raise DataError(f"{_set_file(root, name)}: no object in any of its annotations")
+    check_classes(classes)
     numbers = {word: number for number, word in enumerate(classes)}
     objects = [_objects(*pair, numbers) for pair in zip(files, found, strict=True)]
+    if all(there.difficult.all() for there in objects):
+        raise DataError(
+            f"{_set_file(root, name)}: no object in any of its annotations but difficult ones, "
+            "which are neither learned nor counted"
+        )
     paths = [_image(root / "JPEGImages", stem) for stem in listed]
-    for path, annotation in zip(paths, found, strict=True):
-        _check_size(path, _header(path), annotation.size)
-    digest = hashlib.sha256(json.dumps([listed, list(classes)]).encode())
+    sizes = tuple(annotation.size for annotation in found)
+    for path, size in zip(paths, sizes, strict=True):
+        _check_size(path, _header(path), size)
+    digest, each = hashlib.sha256(json.dumps([listed, list(classes)]).encode()), []
     for file, path in zip(files, paths, strict=True):
-        digest.update(file.read_bytes())
+        annotation = file.read_bytes()
+        each.append(hashlib.sha256(path.name.encode() + annotation).hexdigest()[:12])
+        digest.update(annotation)
         digest.update(json.dumps([path.name, path.stat().st_size]).encode())
     return VocImages(
         name,
         tuple(paths),
-        tuple(annotation.size for annotation in found),
+        sizes,
         tuple(objects),
         tuple(classes),
         digest.hexdigest(),
+        tuple(each),
     )
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Refuse names of classes that cannot be told apart or be written.
+
+    Raises:
+        DataError: If one is blank, cannot be printed, or there twice.
+    """
+    for word, times in Counter(classes).items():
+        if not word.strip() or not word.isprintable():
+            raise DataError(f"{word!r} is no name of a class")
+        if times > 1:
+            raise DataError(f"the class {word!r} is given {times} times")
 
 
 def find_root(source: str) -> Path:
@@ -215,7 +243,8 @@ def _annotation(path: Path) -> _Annotation:
         # VOC counts pixels from 1, and the last one belongs to the box; a 0 is read as 1
         left, top = (max(corner - 1, 0.0) for corner in corners[:2])
         right, bottom = corners[2:]
-        inside = min(corners[:2]) >= 0 and left < right <= width and top < bottom <= height
+        inside = min(corners[:2]) >= 0 and right <= width and bottom <= height
+        inside = inside and min(right - left, bottom - top) >= THINNEST
         if not inside:
             text = " ".join(f"{corner:g}" for corner in corners)
             raise DataError(
