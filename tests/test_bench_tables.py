@@ -123,8 +123,21 @@ def test_the_papers_number_and_the_difference_stand_beside_ours(grid, tier):
     assert row[1] == pytest.approx(93)
     assert row[3] == printed["ACC"] == 93.25
     assert row[4] == pytest.approx(-0.25)
-    assert table.rows[1][1].value == 90  # read by the probe, as after any defense
+    assert table.rows[1][1].value == 91  # a baseline keeps its head
     assert table.rows[2][3:5] == (None, None)  # the paper has no such row
+
+
+def test_beside_the_paper_stands_a_probe_where_it_used_one(grid):
+    made = grid("paper")
+    found = entries(made)
+    cbd = next(entry for entry in found if entry.row == "CBD, ours")
+    headless = next(entry for entry in found if entry.row == "FT")
+    records = {
+        cbd.cell.key: record(cbd, (0.90, 0.05, 0.85), head=(0.50, 0.06, 0.84)),
+        headless.cell.key: record(headless, (0.80, 0.05, 0.85)),
+    }
+    table = all_tables(made, found, records)[0]
+    assert [row[1] for row in table.rows] == [None, 80, 90]
 
 
 @pytest.mark.parametrize("tier", ["cpu", "smoke"])

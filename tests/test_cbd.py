@@ -436,3 +436,13 @@ def test_the_learning_rate_is_constant_or_falls_to_zero():
     assert learning_rate(cosine, 0) == 0.02
     assert learning_rate(cosine, 0.5) == pytest.approx(0.01)
     assert learning_rate(cosine, 1) == pytest.approx(0)
+
+
+def test_a_stem_of_strided_single_pixels_is_tuned_as_in_repvgg(generator):
+    network = nn.Sequential(
+        nn.Conv2d(3, 48, 1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    settings = PurifySettings(epochs=2, batch_size=14, changes=ChangeSettings(steps=1, group=2))
+    raw = torch.randint(0, 256, (14, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    purified = purify(network.eval(), raw, settings).backbone  # in channels last, it crashes
+    assert all(weight.isfinite().all() for weight in purified.parameters())

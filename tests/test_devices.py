@@ -8,6 +8,7 @@ from torch import nn
 from unbackdoor.batchnorm import fold
 from unbackdoor.devices import (
     compile_for_search,
+    fast_layout,
     flops,
     frozen_twin,
     in_precision,
@@ -124,3 +125,10 @@ def test_a_twin_is_in_eval_mode_and_leaves_the_network_as_it_is():
     assert network.training
     assert all(weight.requires_grad for weight in network.parameters())
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_convolution_that_crashes_in_channels_last_is_left_contiguous():
+    stem = nn.Conv2d(3, 48, 1, stride=2)
+    assert fast_layout(nn.Sequential(stem)) == torch.contiguous_format
+    for harmless in (nn.Conv2d(3, 48, 3, stride=2), nn.Conv2d(48, 96, 1, 2), nn.Conv2d(3, 9, 1)):
+        assert fast_layout(nn.Sequential(harmless)) == torch.channels_last

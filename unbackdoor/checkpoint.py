@@ -66,8 +66,17 @@ RUNS_CODE = (
     *("marshal", "types.FunctionType", "dill", "joblib", "cloudpickle"),
     *("numpy.load", "numpy.save", "pandas.eval", "pandas.read_pickle", "pandas.io.pickle"),
     *("http", "urllib", "ftplib", "smtplib", "telnetlib", "xmlrpc", "platform.popen"),
-    *("tempfile", "fileinput", "pkgutil", "sqlite3"),
+    *("tempfile", "fileinput", "pkgutil", "sqlite3", "shelve", "zipfile", "threading", "atexit"),
+    *("torch.fx.graph_module", "torch.ops", "torch.classes", "torch.testing", "distutils", "yaml"),
+    *("_ctypes", "cffi", "sympy", "numexpr", "PIL.ImageMath"),
+    *(
+        f"pathlib.{kind}.{does}"
+        for kind in ("Path", "PosixPath", "WindowsPath")
+        for does in ("write_text", "write_bytes", "open", "unlink", "rename", "replace", "touch")
+    ),
 )  # fmt: skip
+
+MOST_STEPS = 8  # of a name with dots: what a class in a class in a class has, and more
 
 TAKES_MARK = (  # opcodes that take everything above the last mark
     *("TUPLE", "LIST", "DICT", "FROZENSET", "APPENDS", "ADDITEMS", "SETITEMS"),
@@ -521,10 +530,20 @@ def _dangerous(names: Iterable[_Name]) -> list[str]:
         return b"X" + len(data).to_bytes(4, "little") + data
 
     def readings(name: _Name) -> set[tuple[str, str]]:
-        # "torch" and "os.system" is os.system as well.
+        # A name with dots leads from a module to what it imports: "serialization.os.system" of
+        # "torch" is os.system as well.
+        steps = name.name.split(".")
+        if len(steps) > MOST_STEPS:
+            raise ValueError(f"a name of {len(steps)} parts in the pickle")
         outer, _, inner = name.path.rpartition(".")
-        alone, _, _ = name.name.rpartition(".")
-        return {(name.module, name.name), (outer, inner), (alone, inner)}
+        ends = range(len(steps) + 1)
+        parts = {
+            (".".join(steps[i:j]), ".".join(steps[j:]))
+            for i in ends
+            for j in ends
+            if i < j < ends[-1]
+        }
+        return {(name.module, name.name), (outer, inner)} | parts
 
     # picklescan judges pickles, so it is given one that names just these.
     pairs = {pair for name in names for pair in readings(name)}

@@ -65,6 +65,23 @@ def in_precision(network: nn.Module, precision: Precision) -> nn.Module:
     return network if precision == "fp32" else InBfloat16(network)
 
 
+def fast_layout(network: nn.Module) -> torch.memory_format:
+    """Return the memory layout in which ``network``'s convolutions are fast: channels last.
+
+    Contiguous where a strided convolution of single pixels has few input channels, as RepVGG's
+    first one: on a CPU its weight gradient in channels last writes outside its memory (oneDNN in
+    PyTorch 2.15; seen with 3 and 5 channels, not with 12).
+    """
+    crashes = any(
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and max(layer.stride) > 1
+        and layer.in_channels < 12
+        for layer in network.modules()
+    )
+    return torch.contiguous_format if crashes else torch.channels_last
+
+
 def frozen_twin(network: nn.Module) -> nn.Module:
     """Return a copy of ``network`` in eval mode that shares its tensors, for gradients to images.
 

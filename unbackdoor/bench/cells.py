@@ -9,6 +9,7 @@ from unbackdoor.settings import DetectionSettings, VictimSettings
 
 CLEAN = "clean"
 NO_DEFENSE = "none"
+CONTRASTIVE = "contrastive"  # the paper's "SFT": no pull term
 CBD = "cbd"  # the method of this package, inside tables
 DEMO = "demo"  # the victim that comes with the package
 

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from unbackdoor.bench.cells import NO_DEFENSE
+from unbackdoor.bench.cells import CBD, CONTRASTIVE
 from unbackdoor.bench.grid import CLEAN_ROW, Entry, Grid, describe_schedule
 from unbackdoor.report import Flagged, Table
 
@@ -28,7 +28,7 @@ PAPER_ATTACKS = {
 }
 PAPER_ROWS = {CLEAN_ROW: "Clean Model"}  # the paper's name, where it has another
 READERS: Mapping[Reader, str] = {
-    "paper": "the paper's reading: the victim's own head before a defense, a linear probe after",
+    "paper": "the paper's reading: the own head, but a linear probe after CBD and without a head",
     "probe": "linear probe before and after",
     "head": "the backbone's own head before and after",
 }
@@ -255,8 +255,9 @@ def as_markdown(table: Table) -> str:
 def _read(record: Record, reader: Reader, what: str) -> float | None:
     if reader != "paper":
         return _score(record, reader, what)
-    undefended = record["cell"]["defense"] == NO_DEFENSE
-    by_head = _score(record, "head", what) if undefended else None
+    # Section 4.1: the baselines have the head; CBD and self-supervised backbones get a probe
+    has_head = record["cell"]["defense"] not in (CBD, CONTRASTIVE)
+    by_head = _score(record, "head", what) if has_head else None
     return by_head if by_head is not None else _score(record, "probe", what)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.backbones import Backbone
 from unbackdoor.defenses.settings import Tuning
-from unbackdoor.devices import deterministic, seeded
+from unbackdoor.devices import deterministic, fast_layout, seeded
 from unbackdoor.errors import ArchitectureError, DataError, DivergedError
 from unbackdoor.types import Images, Labels, RawImages, Scalar
 from unbackdoor.views import shift_and_flip
@@ -54,7 +54,7 @@ class Split(NamedTuple):
 
 def copy_of(backbone: Backbone, device: torch.device | str) -> Backbone:
     """Return a copy to work on, on ``device``, in eval mode, laid out for fast convolutions."""
-    copied = copy.deepcopy(backbone).to(device).to(memory_format=torch.channels_last)
+    copied = copy.deepcopy(backbone).to(device).to(memory_format=fast_layout(backbone))
     return copied.eval().requires_grad_(False)
 
 
@@ -128,9 +128,8 @@ def split_off(images: RawImages, labels: Labels, *, held_out: float, seed: int) 
 
 
 def to_unit(raw: RawImages, like: Tensor) -> Images:
-    """Return images in [0, 1], on the device of ``like``, laid out as ``copy_of`` lays weights."""
-    unit = raw.to(like.device, non_blocking=True).float() / 255
-    return unit.contiguous(memory_format=torch.channels_last)
+    """Return images in [0, 1], on the device of ``like``; weights decide the layout."""
+    return raw.to(like.device, non_blocking=True).float() / 255
 
 
 def counter(steps: int, on_step: OnStep | None) -> Callable[[], None]:
