@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,6 +358,20 @@ def test_a_victim_that_is_given_is_used_only_if_it_is_the_same(run, store, cells
     tally, lines = run([cells["CBD"]])
     assert tally.done == 1
     assert not [line for line in lines if "not used" in line or "epoch" in line]
+
+    (path,) = (tmp_path / "given").rglob("*-seed0.json")
+    kept = path.read_text()
+    made = json.loads(kept)
+    for seed, changed, why in (
+        (5, {"attack": {**made["attack"], "share": 0.01}}, "it was poisoned otherwise"),
+        (6, {"sha256": "0" * 64}, "its weights are not those of its record"),
+    ):
+        path.write_text(json.dumps({**made, **changed}))
+        shutil.rmtree(store.folder / "victims", ignore_errors=True)
+        _, lines = run([replace(cells["No Defense"], seed=seed)])
+        assert f"not used, for {why}" in "".join(lines)
+        assert "epoch 1/" in "".join(lines)
+    path.write_text(kept)
 
     other = cells["No Defense"].victim
     other = replace(other, settings=replace(other.settings, epochs=1))

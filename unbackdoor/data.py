@@ -47,6 +47,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from unbackdoor.checkpoint import printable
 from unbackdoor.errors import DataError, UnlabeledError
 from unbackdoor.types import Labels, RawImages
 
@@ -473,7 +474,7 @@ def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def _printable(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
+    return printable(name.encode("utf-8", "backslashreplace").decode())
 
 
 # Finding files.

@@ -515,8 +515,12 @@ def _check(grid: Grid) -> None:
     for row in grid.rows:
         if row.defense in DEFENSES and DEFENSES[row.defense].labels and row.labels == "none":
             raise SettingsError(f"{grid.name}: {row.name} needs labels, given or pseudo")
-    if not grid.seeds or min(grid.seeds) < 0:
-        raise SettingsError(f"{grid.name}: seeds are whole numbers from 0, got {grid.seeds}")
+    if not grid.seeds or min(grid.seeds) < 0 or len(set(grid.seeds)) < len(grid.seeds):
+        raise SettingsError(
+            f"{grid.name}: seeds are different whole numbers from 0, got {grid.seeds}"
+        )
+    if len(set(grid.attacks)) < len(grid.attacks):
+        raise SettingsError(f"{grid.name}: an attack is there twice: {', '.join(grid.attacks)}")
     if grid.victim_seed is not None and grid.victim_seed < 0:
         raise SettingsError(f"{grid.name}: victim_seed is 0 or more, got {grid.victim_seed}")
 

@@ -11,10 +11,12 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 
 from unbackdoor.attack_jobs import make_victim
+from unbackdoor.attacks.named import attack_record, named_attack
 from unbackdoor.backbones import Loaded
 from unbackdoor.bench.cells import CLEAN, DEMO, Victim
 from unbackdoor.bench.grid import data_name, file_hash
 from unbackdoor.bench.store import Store, beat, claimed
+from unbackdoor.checkpoint import sha256_of
 from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_labeled
 from unbackdoor.detection.training import SECONDS_BETWEEN_STATES
 from unbackdoor.errors import CheckpointError, OutputError, SettingsError
@@ -122,7 +124,11 @@ def find_victim(
         found = Found(folder / f"{victim.stem}.safetensors", folder / f"{victim.stem}.json")
         if not (found.tensors.is_file() and found.record.is_file()):
             continue
-        if why := why_not(victim, json.loads(found.record.read_text()), place, load=load):
+        made = json.loads(found.record.read_text())
+        why = why_not(victim, made, place, load=load)
+        if why is None and made["sha256"] != sha256_of(found.tensors):
+            why = "its weights are not those of its record"
+        if why:
             say(f"{found.tensors}: not used, for {why}")
             continue
         return found
@@ -146,6 +152,17 @@ def why_not(
     attack = made.get("attack") or {"name": CLEAN, "target": victim.target}
     if (attack["name"], attack["target"]) != (victim.attack, victim.target):
         return "it has another attack"
+    if victim.attack != CLEAN:
+        poisoning = named_attack(
+            victim.attack,
+            size=made["size"],
+            training=victim.training,
+            options={"target": victim.target},
+        )
+        wanted = json.loads(json.dumps(attack_record(poisoning)))
+        # older records have no PGD, which has no setting
+        if any(attack.get(name) != value for name, value in wanted.items() if name != "pgd"):
+            return "it was poisoned otherwise"
     images = load(place.data, made["size"]).train.images
     if settings.limit:
         images = images[torch.from_numpy(draw_rows(len(images), settings.limit, seed=victim.seed))]
