@@ -8,7 +8,7 @@ from torch import nn
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.data import LabeledImages
 from unbackdoor.errors import CheckpointError, DataError
-from unbackdoor.metrics import Reading, Scores, fine_tune, make_test_set, read, score
+from unbackdoor.metrics import Reading, Scores, even_parts, fine_tune, make_test_set, read, score
 
 
 class ReadsOnePixel(nn.Module):
@@ -134,20 +134,14 @@ def test_a_durable_reading_sees_a_backdoor_that_hides_behind_the_statistics(two_
     assert reading.worst.asr == max(scores.asr for scores in reading.durable.values())
 
 
-def test_a_few_images_more_hardly_move_a_reading_after_reestimation(two_kinds):
-    network, labeled = two_kinds
-    test = make_test_set(
-        labeled.images, labeled.labels, Attack(lambda raw: raw, target=1), classes=2
-    )
-    masked = copy.deepcopy(network)
-    masked[1].running_mean += 1e3
-    plain = labeled.images.repeat(250 // len(labeled.images) + 1, 1, 1, 1)[:250]
-    white = torch.full_like(plain[:2], 255)
-    few, more = (
-        read(masked, None, labeled, test, plain=images).reestimated.acc
-        for images in (plain, torch.cat([plain, white]))
-    )
-    assert few == pytest.approx(more, abs=0.02)
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(3, [3]), (250, [250]), (252, [126, 126]), (2_500, [250] * 10)]
+)
+def test_parts_that_are_averaged_are_of_one_size(count, sizes):
+    images = torch.arange(count).to(torch.uint8).view(-1, 1, 1, 1)
+    parts = even_parts(images, most=250)
+    assert [len(part) for part in parts] == sizes
+    assert torch.equal(torch.cat(parts), images)
 
 
 def test_a_reading_goes_through_head_probe_and_neighbours(two_kinds):

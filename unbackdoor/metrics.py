@@ -193,8 +193,7 @@ def read(
 
     device = next(backbone.parameters()).device
     renewed = copy.deepcopy(backbone)
-    parts = plain.chunk(math.ceil(len(plain) / 250))  # a short last one would count as much
-    batches = (part.to(device) for part in parts)
+    batches = (part.to(device) for part in even_parts(plain, most=250))
     reestimate(renewed, (part.float() / 255 for part in batches))
     features = extract(renewed, labeled.images)
     renewed_probe = linear_probe(features, labeled.labels, classes=classes)
@@ -203,6 +202,14 @@ def read(
         reestimated=score(renewed, {"probe": renewed_probe}, test)["probe"],
         fine_tuned=score(tuned, {"probe": tuned_probe.cpu()}, test)["probe"],
     )
+
+
+def even_parts(images: RawImages, *, most: int) -> tuple[Tensor, ...]:
+    """Return ``images`` in parts of at most ``most`` and about one size.
+
+    A short last one would count as much as a whole one where statistics are averaged over parts.
+    """
+    return images.chunk(math.ceil(len(images) / most))
 
 
 def fine_tune(
