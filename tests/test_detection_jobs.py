@@ -43,6 +43,17 @@ def train(source, voc, out, settings=TINY, **options):
     return train_file(source, f"voc:{voc}", out, settings, **options)
 
 
+def train_and_kill(source, voc, out):
+    """Kill a training after its second step, whose state is kept."""
+
+    def kill(step, steps):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(source, voc, out, on_step=kill, seconds_between_states=0.0)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
@@ -95,12 +106,7 @@ def test_three_steps_write_a_file_and_a_record_that_open_as_the_same_detector(
 def test_a_killed_run_resumes_to_the_same_file(source, voc, tmp_path, trained):
     out = tmp_path / "killed.safetensors"
 
-    def kill(step, steps):
-        if step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(source, voc, out, on_step=kill, seconds_between_states=0.0)
+    train_and_kill(source, voc, out)
     state = tmp_path / "killed.state.safetensors"
     assert not out.exists()
     with pytest.raises(OutputError, match="can go on from here; pass --resume"):
@@ -120,12 +126,7 @@ def test_a_run_does_not_go_on_with_other_weights_of_the_same_file(source, voc, t
     teacher, student = (replace(source, nesting=name) for name in ("teacher", "student"))
     out = tmp_path / "d.safetensors"
 
-    def kill(step, steps):
-        if step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(teacher, voc, out, on_step=kill, seconds_between_states=0.0)
+    train_and_kill(teacher, voc, out)
     with pytest.raises(OutputError, match="belongs to another run: place was teacher"):
         train(student, voc, out, resume=True)
     files = train(teacher, voc, out, resume=True)
