@@ -830,3 +830,11 @@ def test_reading_ahead_starts_one_thread_and_none_of_pytorchs(tmp_path, from_fil
     )
     assert set(run.stdout.split()) <= {"0", "1"}
     assert len(run.stdout.split()) == 2
+
+
+def test_the_name_of_a_broken_image_steers_no_terminal(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "b\x1b[2J\x07.png").write_bytes(b"no image")
+    source = load_images(str(tmp_path), size=8, max_broken=0.6)
+    source.read(range(len(source)))
+    assert source.broken == ["b?[2J?.png"]

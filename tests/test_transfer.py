@@ -54,6 +54,13 @@ def test_every_test_image_is_triggered_whatever_its_class():
     assert torch.equal(made.truth, labels)
 
 
+def test_classes_without_a_labeled_image_are_a_doubt(source):
+    made = transfer_file(
+        source, "fashion-mnist", "badnets", labels=12, device="cpu", say=lambda _: None
+    )
+    assert "of 10 classes have none of the 12 labeled images" in made["flags"][0]
+
+
 def test_a_file_is_scored_and_nothing_replaced(source, data, tmp_path):
     out, said = tmp_path / "t.json", []
     options = {"device": "cpu", "out": out, "say": said.append}
