@@ -27,9 +27,16 @@ from typing import Any
 from size_runs import sizes_table
 
 from unbackdoor.bench.cells import NO_DEFENSE
-from unbackdoor.bench.grid import CLEAN_ROW, Entry, entries, read_grid, row_settings
+from unbackdoor.bench.grid import (
+    CLEAN_ROW,
+    Entry,
+    describe_schedule,
+    entries,
+    read_grid,
+    row_settings,
+)
 from unbackdoor.bench.store import look_at, read_records
-from unbackdoor.bench.tables import as_markdown, detection_table
+from unbackdoor.bench.tables import as_markdown, detection_table, mean_and_spread
 from unbackdoor.bench.tables import lines as collected
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.settings import PurifySettings, flatten
@@ -282,23 +289,34 @@ def open_points_table() -> str:
 
 
 def reduced_table(name: str) -> str:
-    """Return the means over the seeds of a grid that have records, row by row, in percent."""
+    """Return the means over the seeds of a grid that have records, row by row, in percent.
+
+    Where there are several, the deviation stands behind each mean.
+    """
     scores: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry, record in records_of(name):
         scores.setdefault((entry.attack, entry.row), []).append(record["scores"]["after"])
-    attacks = read_grid(ROOT / f"grids/{name}.toml").attacks
+    grid = read_grid(ROOT / f"grids/{name}.toml")
     lines = [
+        describe_schedule(grid),
+        "",
         f"| attack | defense | {' | '.join(READINGS.values())} | seeds |",
         f"|---{'|---' * 6}|",
     ]
-    for (attack, row), seeds in sorted(scores.items(), key=lambda row: attacks.index(row[0][0])):
-        means = {
-            reading: {what: statistics.mean(seed[reading][what] for seed in seeds) for what in WHAT}
+    order = sorted(scores.items(), key=lambda row: grid.attacks.index(row[0][0]))
+    for (attack, row), seeds in order:
+        cells = [
+            " / ".join(mean_in_words([seed[reading][what] for seed in seeds]) for what in WHAT)
             for reading in READINGS
-        }
-        cells = [attack, row, *as_cells(means), str(len(seeds))]
-        lines.append(f"| {' | '.join(cells)} |")
+        ]
+        lines.append(f"| {' | '.join([attack, row, *cells, str(len(seeds))])} |")
     return "\n".join(lines) + "\n"
+
+
+def mean_in_words(shares: list[float]) -> str:
+    """Return the mean in percent, and the sample's standard deviation where it has one."""
+    mean, spread = mean_and_spread(shares)
+    return f"{mean:.1f}" if spread is None else f"{mean:.1f} ± {spread:.1f}"
 
 
 def images_table() -> str:

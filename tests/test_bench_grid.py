@@ -180,9 +180,8 @@ def test_all_victims_of_a_grid_may_be_trained_on_from_a_file(write, tmp_path):
     victims = {entry.cell.victim for entry in entries(grid)}
     assert {victim.start for victim in victims} == {hashlib.sha256(b"weights").hexdigest()}
     assert not {victim.key for victim in victims} & plain
-    assert "victims: preset cpu, epochs 3, trained on from begun.safetensors" in describe_schedule(
-        grid
-    )
+    words = describe_schedule(grid)
+    assert "victims: preset cpu of 3 epochs, trained on from begun.safetensors" in words
     with pytest.raises(SettingsError, match=r"start: .*none\.pt: no such file"):
         read_grid(write("seeds =", 'start = "none.pt"\nseeds ='))
 
@@ -367,9 +366,17 @@ def test_a_missing_file_is_told(tmp_path):
 
 def test_the_reduced_schedule_is_told_in_words(write):
     words = describe_schedule(read_grid(write()))
-    assert "preset cpu, epochs 3" in words
+    assert "preset cpu of 3 epochs;" in words
     assert "cbd: preset cifar10, epochs 4, search.steps 8" in words
     assert "ANP: iterations 50, epsilon 1/4" in words
+
+
+def test_the_schedule_tells_how_long_each_victim_is_trained(write):
+    text = TEXT.replace("epochs = 3", "limit = 5000").replace('"badnets"', '"badnets", "wanet"')
+    words = describe_schedule(read_grid(write(text=text)))
+    assert "preset cpu of 12 epochs of 5,000 images (wanet: 60)" in words
+    demo = write('preset = "cpu"', 'preset = "demo"', text=TEXT.replace("epochs = 3", ""))
+    assert "victims: preset demo;" in describe_schedule(read_grid(demo))
 
 
 def test_changed_refuses_a_value_where_a_table_belongs():

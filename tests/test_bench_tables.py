@@ -69,6 +69,7 @@ def record(entry, probe, *, head=None, renewed=None, tuned=None, flags=(), secon
         "flags": list(flags),
         "seconds": {"defense": seconds, "all": seconds},
         "data": {"probe": 500, "train_sha256": data, "test_sha256": data},
+        **{"device": "cpu", "precision": "fp32", "revision": "first"},
     }
 
 
@@ -201,13 +202,9 @@ def test_table_6_is_ap_and_pap_beside_the_papers(table6, tier):
     cbd = {row[0]: row for row in table.rows}["Blend: CBD"]
     assert cbd[1:] == (*(None, None, 64.65, None, None, None, 43.82, None), None, None, 0, None)
     assert (row["COCO's AP"], row["COCO's PAP"]) == pytest.approx((10, 20))
-    for words in (
-        "as VOC 2007 defines it",
-        "epochs 3",
-        "72 test images",
-        "nor which average precision",
-    ):
+    for words in ("as VOC 2007 defines it", "72 test images", "nor which average precision"):
         assert words in table.note
+    assert "epochs 3" in table.lead
     assert "different images" not in table.note
     assert "ACC on" not in table.note
     assert [other.title.rpartition(": ")[2] for other in others] == [
@@ -239,7 +236,7 @@ def test_the_twin_tells_removed_from_masked(grid):
     assert row["worst ASR"] == pytest.approx(75)
     assert row["comes back"] == pytest.approx(70)
     assert row["PA re-estimated"] == pytest.approx(20)
-    assert table.rows[2][1:-1] == (None,) * 11
+    assert table.rows[2][1:-1] == (None,) * 22
     assert tables_of(grid())[-1].title.endswith("does it last?")
 
 
@@ -249,8 +246,12 @@ def test_the_worst_reading_is_that_of_each_seed(grid):
     zero, one = (entry for entry in found if entry.row == "No Defense")
     records[zero.cell.key] = record(zero, (0.8, 0.1, 0.8), renewed=(0.8, 0.9, 0.1))
     records[one.cell.key] = record(one, (0.8, 0.1, 0.8), tuned=(0.8, 0.7, 0.1))
-    row = durability_table(grid(), lines(grid(), found, records)).rows[0]
-    assert row[1:6] == pytest.approx((10, 50, 40, 80, 70))
+    table = durability_table(grid(), lines(grid(), found, records))
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    asr = (row[f"ASR {when}"] for when in ("delivered", "re-estimated", "fine-tuned"))
+    assert (*asr, row["worst ASR"], row["comes back"]) == pytest.approx((10, 50, 40, 80, 70))
+    spread = table.rows[0][table.columns.index("comes back") + 1]
+    assert spread == pytest.approx(10 * 2**0.5)  # of 80 and 60
 
 
 def test_a_clean_victim_is_a_row_of_each_attack(grid):
@@ -286,6 +287,11 @@ def test_the_note_tells_of_few_seeds_and_of_different_images(grid):
     records[tuned.cell.key] = record(tuned, (0.8, 0.1, 0.8), data="b")
     note = scores_table(made, lines(made, found, records), "probe").note
     assert "The records are of different images." in note
+    assert "The records are of 2" not in note
+    records[tuned.cell.key] |= {"device": "another", "revision": "later"}
+    note = scores_table(made, lines(made, found, records), "probe").note
+    assert "The records are of 2 devices: cpu, another." in note
+    assert "The records are of 2 revisions of the code." in note
     assert "share one victim" not in note
     assert "never poisoned" not in note
     beside = replace(made, clean=True)
@@ -309,8 +315,10 @@ def test_the_papers_tables_are_all_there_and_their_attacks_are_known():
 
 
 def test_a_table_is_written_as_markdown_with_its_flags():
-    table = Table("T", ("a", "b"), (("x", Flagged(1.25, "why")), ("y", None)), 1, note="N")
+    table = Table("T", ("a", "b"), (("x", Flagged(1.25, "why")), ("y", None), ("z", -0.04)), 1)
+    table = replace(table, lead="L", note="N")
     assert as_markdown(table).splitlines() == [
-        *("**T**", "", "| a | b |", "| --- | --: |", "| x | 1.2 [1] |", "| y | – |"),
+        *("**T**", "", "L", "", "| a | b |", "| --- | --: |"),
+        *("| x | 1.2 [1] |", "| y | – |", "| z | 0.0 |"),
         *("", "[1] why", "N"),
     ]

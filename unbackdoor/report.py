@@ -129,7 +129,8 @@ class Table:
 
     Attributes:
         decimals: Places after the point of every float; None gives each four significant digits.
-        note: What the reader must know: units, conditions, how many.
+        lead: Stands above it: what was done.
+        note: Stands below it: units, conditions, how many.
         folded: Show only the title until it is clicked; for long accounts.
 
     Raises:
@@ -140,6 +141,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     decimals: int | None = None
+    lead: str = ""
     note: str = ""
     folded: bool = False
 
@@ -624,9 +626,11 @@ def _table(table: Table) -> str:
         body += f'<tr><th scope="row"{classes[0]}>{texts[0]}</th>{cells}</tr>\n'
     items = "".join(f"<li>{_escape(flag)}</li>" for flag in flags)
     legend = f'<ol class="flags">{items}</ol>' if flags else ""
-    note = f'<p class="note">{_escape(table.note)}</p>' if table.note else ""
+    lead, note = (
+        f'<p class="note">{_escape(text)}</p>' if text else "" for text in (table.lead, table.note)
+    )
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
+        f'{lead}<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>{legend}{note}"
     )
 

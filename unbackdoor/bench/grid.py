@@ -260,7 +260,7 @@ def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> C
     if row.defense == CBD and not settings.trim:
         del values["trim"]  # likewise; which cells did not have before there was that setting
     if row.defense == "bcu" and settings.spread == "pytorch":
-        del values["spread"]  # likewise
+        del values["spread"]  # likewise: it was the only one before there was that setting
     return Cell(
         victim=victim,
         attack=attack,
@@ -398,7 +398,9 @@ def describe_schedule(grid: Grid) -> str:
     """Return in words what a grid fixes beside the defaults; stands above its table."""
     begun = f", trained on from {Path(grid.start).name}" if grid.start else ""
     shared = "" if grid.victim_seed is None else f", all of seed {grid.victim_seed}"
-    parts = [f"victims: preset {grid.preset}{_differences(grid.victim)}{begun}{shared}"]
+    differing = {name: value for name, value in grid.victim.items() if name != "epochs"}
+    victims = f"victims: preset {grid.preset}{_lengths(grid)}{_differences(differing)}"
+    parts = [f"{victims}{begun}{shared}"]
     if grid.cbd and any(row.defense == CBD for row in grid.rows):
         parts.append(f"cbd:{_differences(grid.cbd).removeprefix(',')}")
     parts += [
@@ -411,7 +413,20 @@ def describe_schedule(grid: Grid) -> str:
         stages = f", stages {' '.join(detection.stages)}" if detection.stages else ""
         sets = f"{detection.data}, sets {detection.train} and {detection.test}"
         parts.append(f"detectors: {sets}{stages}{_differences(grid.detection.settings)}")
-    return f"Tier {grid.tier}. " + "; ".join(parts) + ". All else is the published value."
+    return f"Tier {grid.tier}. " + "; ".join(parts) + ". All else is the default."
+
+
+def _lengths(grid: Grid) -> str:
+    """Return how long victims are trained, and which attacks' are trained otherwise."""
+    usual = make_victim(grid, CLEAN, grid.seeds[0]).settings
+    if usual is None:  # they come with the package
+        return ""
+    text = f" of {usual.epochs} epochs" + (f" of {usual.limit:,} images" if usual.limit else "")
+    for attack in grid.attacks:
+        settings = make_victim(grid, attack, grid.seeds[0]).settings
+        if settings is not None and settings.epochs != usual.epochs:
+            text += f" ({attack}: {settings.epochs})"
+    return text
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

@@ -6,7 +6,8 @@ Means and spreads (the sample's standard deviation) are over seeds.
 import importlib.resources
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from unbackdoor.bench.cells import CBD, CONTRASTIVE
@@ -96,6 +97,7 @@ def scores_table(grid: Grid, rows: Sequence[Line], reader: Reader) -> Table:
         tuple(columns),
         tuple(body),
         decimals=1,
+        lead=describe_schedule(grid),
         note=_note(grid, rows),
     )
 
@@ -106,41 +108,25 @@ def durability_table(grid: Grid, rows: Sequence[Line]) -> Table:
     ``comes back``: how much the worst ASR is above the one as delivered. A defense that removes a
     backdoor has about 0 there; one that only masks it has more.
     """
-    words = list(DURABLE.values())
-    columns = (
-        "attack, defense",
-        *(f"ASR {word}" for word in words),
-        "worst ASR",
-        "comes back",
-        *(f"PA {word}" for word in words),
-        *(f"ACC {word}" for word in words),
-        "seeds",
-    )
+    figures: dict[str, Callable[[Record], float | None]] = {
+        **{f"ASR {words}": partial(_score, reader=r, what="asr") for r, words in DURABLE.items()},
+        "worst ASR": worst_asr,
+        "comes back": comes_back,
+        **{f"PA {words}": partial(_score, reader=r, what="pa") for r, words in DURABLE.items()},
+        **{f"ACC {words}": partial(_score, reader=r, what="acc") for r, words in DURABLE.items()},
+    }
     body = []
     for line in rows:
-
-        def means(what: str, line: Line = line) -> list[float | None]:
-            readings = [[_score(r, name, what) for r in line.records] for name in DURABLE]
-            return [mean_and_spread(values)[0] for values in readings]
-
-        worst, delivered = mean_and_spread(list(map(worst_asr, line.records)))[0], means("asr")[0]
-        back = None if worst is None or delivered is None else worst - delivered
-        body.append(
-            (
-                label(line),
-                *means("asr"),
-                worst,
-                back,
-                *means("pa"),
-                *means("acc"),
-                len(line.records),
-            )
-        )
+        cells: list[Any] = [label(line)]
+        for read in figures.values():
+            cells += mean_and_spread([read(record) for record in line.records])
+        body.append((*cells, len(line.records)))
     return Table(
         f"{heading(grid)}: does it last?",
-        columns,
+        ("attack, defense", *(part for name in figures for part in (name, "±")), "seeds"),
         tuple(body),
         decimals=1,
+        lead=describe_schedule(grid),
         note="The probe as delivered; after batch-norm statistics are re-estimated on plain clean "
         "images; after a short clean fine-tuning. " + _note(grid, rows),
     )
@@ -179,6 +165,7 @@ def detection_table(grid: Grid, rows: Sequence[Line]) -> Table:
         tuple(columns),
         tuple(body),
         decimals=1,
+        lead=describe_schedule(grid),
         note=_note(grid, rows, _about_detectors(grid, data)),
     )
 
@@ -195,6 +182,12 @@ def worst_asr(record: Record) -> float | None:
     """Return the highest ASR of the probe's readings."""
     there = [_score(record, name, "asr") for name in DURABLE]
     return max((value for value in there if value is not None), default=None)
+
+
+def comes_back(record: Record) -> float | None:
+    """Return how much the highest ASR of the probe's readings is above the one as delivered."""
+    worst, delivered = worst_asr(record), _score(record, "probe", "asr")
+    return None if worst is None or delivered is None else worst - delivered
 
 
 def paper_figures(grid: Grid, line: Line) -> Mapping[str, float]:
@@ -232,7 +225,7 @@ def as_markdown(table: Table) -> str:
             return f"{text(cell.value)} [{flags.index(cell.flag) + 1}]"
         if cell is None:
             return "–"
-        return f"{cell:.{places}f}" if isinstance(cell, float) else str(cell)
+        return f"{cell:z.{places}f}" if isinstance(cell, float) else str(cell)
 
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cells)} |"
@@ -241,6 +234,7 @@ def as_markdown(table: Table) -> str:
         [
             f"**{table.title}**",
             "",
+            *([table.lead, ""] if table.lead else []),
             line(table.columns),
             line(["---", *("--:" for _ in table.columns[1:])]),
             *(line([text(cell) for cell in row]) for row in table.rows),
@@ -298,9 +292,7 @@ def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
         about: What its numbers are; by default, those of the backbone.
     """
     records = [record for line in rows for record in line.records]
-    parts = [describe_schedule(grid)]
-    if not grid.compares:
-        parts.append("Not comparable with the paper: compare within the table.")
+    parts = [] if grid.compares else ["Not comparable with the paper: compare within the table."]
     if records:
         parts.append(f"Percent. {about or _about_scores(records[0])}")
     if records and grid.clean:
@@ -314,6 +306,10 @@ def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
         parts.append(f"Some rows have fewer than {SEEDS} seeds.")
     if len({(r["data"]["train_sha256"], r["data"]["test_sha256"]) for r in records}) > 1:
         parts.append("The records are of different images.")
+    for what in ("device", "precision", "revision"):
+        if len(found := dict.fromkeys(record[what] for record in records)) > 1:
+            listed = f": {', '.join(found)}" if what != "revision" else " of the code"
+            parts.append(f"The records are of {len(found)} {what}s{listed}.")
     return " ".join(parts)
 
 

@@ -131,14 +131,14 @@ def redraw(
     share: float,
     *,
     generator: torch.Generator,
-    spread: Literal["pytorch", "kaiming"] = "pytorch",
+    spread: Literal["pytorch", "kaiming"] = "kaiming",
 ) -> None:
     """Draw a random share of ``weight`` anew, in place.
 
     Args:
         generator: On the CPU.
         spread: ``pytorch``: uniform, as its layers are by default; ``kaiming``: matrices likewise,
-            convolutions normal, with a variance of 2 / fan out, as ResNets commonly begin.
+            convolutions normal, with a variance of 2 / fan out, as the authors' network begins.
     """
     bound = 1 / math.sqrt(weight[0].numel())
     fresh = bound * (2 * torch.rand(weight.shape, generator=generator) - 1)

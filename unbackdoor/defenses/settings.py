@@ -269,8 +269,8 @@ class BcuSettings:
             in the head. Pang et al. 2023, for ResNet-18 (the authors' ``run_defense.sh``).
         match: What is distilled: features, which every backbone has (ours), or the published
             logits.
-        spread: Of the weights drawn anew: as PyTorch's layers begin (ours), or ``kaiming`` for
-            convolutions, as the network in the authors' code begins.
+        spread: Of the weights drawn anew: ``kaiming`` for convolutions, as the network in the
+            authors' code begins, or as PyTorch's layers begin.
         tuning: Of the distillation. 100 epochs, rate .01, a cosine, batch 256: the authors'
             ``config/defense/ft/cifar10.yaml``.
         seed: Of the weights, order and augmentation.
@@ -278,7 +278,7 @@ class BcuSettings:
 
     shares: tuple[float, ...] = (0.01, 0.01, 0.03, 0.09, 0.27, 0.10)
     match: Literal["features", "logits"] = "features"
-    spread: Literal["pytorch", "kaiming"] = "pytorch"
+    spread: Literal["pytorch", "kaiming"] = "kaiming"
     tuning: Tuning = field(default_factory=lambda: Tuning(epochs=100))
     seed: int = 0
 
