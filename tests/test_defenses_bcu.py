@@ -21,15 +21,16 @@ from unbackdoor.errors import ArchitectureError
 def test_a_share_of_the_weights_is_drawn_anew_and_the_others_stay(generator):
     layer = nn.Conv2d(4, 10, 5)
     before = layer.weight.detach().clone()
-    redraw(layer.weight, 0.27, generator=generator)
+    redraw(layer.weight, 0.27, generator=generator, spread="pytorch")
     changed = layer.weight != before
     assert changed.sum() == 270
     assert layer.weight[changed].abs().max() <= 1 / (4 * 25) ** 0.5
-    redraw(layer.weight, 0.0, generator=generator)
+    redraw(layer.weight, 0.0, generator=generator, spread="pytorch")
     assert (layer.weight != before).equal(changed)
 
 
-def test_convolutions_may_be_drawn_as_resnets_begin(generator):
+def test_convolutions_are_drawn_as_the_authors_network_begins(generator):
+    assert BcuSettings().spread == "kaiming"
     layer, matrix = nn.Conv2d(16, 64, 5), nn.Linear(30, 40)
     redraw(layer.weight, 1.0, generator=generator, spread="kaiming")
     assert layer.weight.detach().std() == pytest.approx((2 / (64 * 25)) ** 0.5, rel=0.02)
@@ -117,7 +118,7 @@ def test_soft_labels_grow_softer_by_the_epoch():
     groups = [*layer_groups(student, data.images), [*student.heads]]
     for share, layers in zip(settings.shares, groups, strict=True):
         for layer in layers:
-            redraw(layer.weight, share, generator=generator)
+            redraw(layer.weight, share, generator=generator, spread="kaiming")
 
     def loss_of(images, _):
         with torch.no_grad():

@@ -131,7 +131,7 @@ def redraw(
     share: float,
     *,
     generator: torch.Generator,
-    spread: Literal["pytorch", "kaiming"] = "kaiming",
+    spread: Literal["pytorch", "kaiming"],
 ) -> None:
     """Draw a random share of ``weight`` anew, in place.
 
