@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from unbackdoor.bench.cells import as_record
-from unbackdoor.bench.jobs import pictured, plan_grids
+from unbackdoor.bench.jobs import featured, pictured, plan_grids
 from unbackdoor.bench.store import SCHEMA, open_store, write_record
 from unbackdoor.cli import main
 from unbackdoor.errors import SettingsError
@@ -57,6 +57,17 @@ def test_status_table_and_report_are_made_of_records(results, capsys, tmp_path):
     assert main(["bench", "report", SMOKE, "--results", results, "--out", str(page)]) == 0
     assert "4 of 4 cells are done" in page.read_text()
     assert main(["bench", "report", SMOKE, "--results", results, "--out", str(page)]) == 2
+
+
+def test_what_the_report_lacks_of_done_cells_is_drawn_later(results, capsys, tmp_path):
+    pages = [str(tmp_path / name) for name in ("lacks.html", "has.html")]
+    assert main(["bench", "report", SMOKE, "--results", results, "--out", pages[0]]) == 0
+    for drawn in (1, 0):
+        assert main(["bench", "draw", SMOKE, "--results", results, "--device", "cpu"]) == 0
+        assert f"smoke: drew {drawn} of 1 cells" in capsys.readouterr().out
+    assert main(["bench", "report", SMOKE, "--results", results, "--out", pages[1]]) == 0
+    titles = [Path(page).read_text().count("Features: badnets") for page in pages]
+    assert titles == [0, 1]
 
 
 def test_victims_in_the_grids_folder_need_no_training(tmp_path, capsys):
@@ -132,6 +143,13 @@ def test_a_run_of_one_row_leaves_the_others(tmp_path, capsys):
     assert "1 cells to run" in capsys.readouterr().out
     (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
     assert record["cell"]["defense"] == "clp"
+
+
+def test_features_are_kept_of_the_first_seed_of_the_rows_that_the_grid_names():
+    plan = plan_grids([Path(SMOKE).with_name("table1-cpu.toml")], rows=["CBD", "FT"])[0]
+    kept = [entry for entry in plan.found if entry.cell.key in featured(plan)]
+    assert {(entry.row, entry.cell.seed) for entry in kept} == {("CBD", 0)}
+    assert {entry.attack for entry in kept} == set(plan.grid.attacks)
 
 
 def test_detections_are_kept_of_the_first_seed_of_the_rows_that_the_grid_names():

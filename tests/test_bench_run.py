@@ -19,6 +19,7 @@ from unbackdoor.bench.run import (
     Tally,
     by_victim,
     defender_images,
+    draw_cells,
     flags_of,
     pending,
     run_cells,
@@ -161,6 +162,22 @@ def test_a_grid_runs_and_each_record_says_all(run, store, cells):
     assert clean.shape == (6, 3, 8, 8)
     assert (clean != triggered).any()
     assert not any((store.folder / "running").iterdir())
+
+
+def test_what_the_report_draws_of_a_done_cell_can_be_made_later(run, grid, store, cells):
+    some = [cells["CBD"], cells["FT"]]
+    run(some[:1], features=(some[0].key,))
+    path = store.features_path(some[0].key)
+    kept, record = path.read_bytes(), store.record_path(some[0].key).read_bytes()
+    place = Place(grid.data, grid.victims, device="cpu", features=tuple(cell.key for cell in some))
+    assert draw_cells(some, store, place) == 0  # one has it, the other has no record
+    path.unlink()
+    assert draw_cells(some, store, place._replace(features=())) == 0
+    assert draw_cells(some, store, place) == 1
+    assert path.read_bytes() == kept
+    assert store.record_path(some[0].key).read_bytes() == record
+    for left in ("running", "states"):
+        assert not any((store.folder / left).iterdir())
 
 
 OWN = """

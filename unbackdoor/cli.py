@@ -814,6 +814,41 @@ def bench_run(
         raise UnbackdoorError(f"{failed} cells failed; unbackdoor bench status names them")
 
 
+@bench.command(name="draw")
+def bench_draw(
+    grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
+    /,
+    *,
+    results: Results = Path("results/bench"),
+    data: str | None = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Repair again what has a record, but whose features, which the report draws, were not kept.
+
+    Parameters
+    ----------
+    grids
+        Grid files; their key features names the rows.
+    data
+        Where the images are, in place of what the grid file says.
+    precision
+        Of the method; bf16 where auto finds it.
+    """
+    from unbackdoor.bench import jobs
+
+    with display("bench") as shown:
+        jobs.draw_grids(
+            grids,
+            results,
+            data=data,
+            device=device,
+            precision=precision,
+            say=shown.say,
+            on_step=shown.on_step,
+        )
+
+
 @bench.command(name="status")
 def bench_status(
     grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],

@@ -11,7 +11,7 @@ from unbackdoor.bench.detection import check_detectors
 from unbackdoor.bench.grid import Entry, Grid, entries, is_own, read_grid, unique_cells, unknown
 from unbackdoor.bench.obtain import Place, surrogate_of
 from unbackdoor.bench.report import report_of
-from unbackdoor.bench.run import pending
+from unbackdoor.bench.run import draw_cells, pending
 from unbackdoor.bench.status import as_lines, status_of
 from unbackdoor.bench.store import (
     forget_failures,
@@ -128,18 +128,9 @@ def run_grids(
     for plan in plans:
         cells = pending(plan.cells, store)[:left]
         say(f"{plan.grid.name}: {len(cells)} cells to run, {len(plan.cells) - len(cells)} not")
-        place = Place(
-            data=plan.grid.data,
-            victims=plan.grid.victims,
-            device=device,
-            precision=precision,
-            drop=tuple(needed.items()) if drop_victims else (),
-            features=tuple(e.cell.key for e in plan.found if e.row in plan.grid.features),
-            detection=_detection_data(plan.grid),
-            pictures=pictured(plan),
-            start=plan.grid.start,
-            own=tuple(row.defense for row in plan.grid.rows if is_own(row.defense)),
-        )
+        place = place_of(plan)._replace(device=device, precision=precision)
+        if drop_victims:
+            place = place._replace(drop=tuple(needed.items()))
         common: dict[str, Any] = {"workers": workers, "say": say}
         if backend == "ray":
             tally = run_ray(cells, results, place, address=address, gpus=gpus, **common)
@@ -154,6 +145,50 @@ def run_grids(
         if left == 0:
             break
     return failed
+
+
+def draw_grids(
+    paths: Sequence[Path],
+    results: Path,
+    *,
+    data: str | None = None,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    say: Say = print,
+    on_step: Callable[[int, int], None] | None = None,
+) -> None:
+    """Keep what the report draws of cells that have a record, and whose features were not kept.
+
+    Raises:
+        SettingsError: See :func:`plan_grids`.
+        UnbackdoorError: See ``draw_cells``.
+    """
+    store = open_store(results)
+    for plan in plan_grids(paths, data=data):
+        place = place_of(plan)._replace(device=device, precision=precision)
+        drawn = draw_cells(plan.cells, store, place, say=say, on_step=on_step)
+        say(f"{plan.grid.name}: drew {drawn} of {len(place.features)} cells")
+
+
+def place_of(plan: Plan) -> Place:
+    """Return where the things of a grid are, and what its report draws."""
+    return Place(
+        data=plan.grid.data,
+        victims=plan.grid.victims,
+        features=featured(plan),
+        detection=_detection_data(plan.grid),
+        pictures=pictured(plan),
+        start=plan.grid.start,
+        own=tuple(row.defense for row in plan.grid.rows if is_own(row.defense)),
+    )
+
+
+def featured(plan: Plan) -> tuple[str, ...]:
+    """Return the keys of the cells whose features the report draws: those of the first seed."""
+    first = plan.grid.seeds[0]
+    return tuple(
+        e.cell.key for e in plan.found if e.row in plan.grid.features and e.cell.seed == first
+    )
 
 
 def cells_by_victim(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:

@@ -122,15 +122,59 @@ def run_cells(
                 tally = tally._replace(left=tally.left + len(group))
                 continue
 
-            def step(done: int, steps: int) -> None:
-                beat(store)
-                if on_step is not None:
-                    on_step(done, steps)
-
+            step = _beating(store, on_step)
             done = _run_group(victim, group, store, place, load=load, say=say, on_step=step)
             tally = tally._replace(done=tally.done + done, failed=tally.failed + len(group) - done)
             drop_victims(store, place)
     return tally
+
+
+def draw_cells(
+    cells: Iterable[Cell],
+    store: Store,
+    place: Place,
+    *,
+    say: Say = print,
+    on_step: OnStep | None = None,
+) -> int:
+    """Keep what the report draws of those in ``place.features`` that have a record and lack it.
+
+    Each is repaired again, and its record stays as it is; returns how many.
+
+    Raises:
+        UnbackdoorError: See ``errors``.
+    """
+    load, step, drawn = cache(load_sets), _beating(store, on_step), 0
+    for cell in cells:
+        path = store.features_path(cell.key)
+        if cell.key not in place.features or path.is_file() or not store.is_done(cell.key):
+            continue
+        with claimed(store, cell.key) as mine:
+            if not mine:
+                continue
+            say(describe(cell))
+            found = obtain_victim(cell.victim, store, place, load=load, say=say, on_step=step)
+            loaded = open_victim(found, json.loads(found.record.read_text()))
+            sets = load(place.data, loaded.size)
+            repaired = repair(cell, loaded, sets.train, store, place, on_step=step)
+            split = divide(sets.train, sets.test, seed=cell.seed)
+            attack = attack_of(cell, found, size=loaded.size)
+            kept = cell_features(loaded.backbone, repaired.backbone, split, attack, cell)
+            write_json(path, kept, indent=None)
+            store.state_path(cell.key).unlink(missing_ok=True)
+            drawn += 1
+    return drawn
+
+
+def _beating(store: Store, on_step: OnStep | None) -> OnStep:
+    """Return what gives a sign of life with every step."""
+
+    def step(done: int, steps: int) -> None:
+        beat(store)
+        if on_step is not None:
+            on_step(done, steps)
+
+    return step
 
 
 def drop_victims(store: Store, place: Place) -> None:

@@ -10,7 +10,7 @@
                                 detector that is trained on it
     RESULTS/features/KEY.*      what the report draws
 
-Only the records are worth keeping in git.
+Only the records and features are worth keeping in git.
 """
 
 import json
