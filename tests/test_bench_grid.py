@@ -332,6 +332,11 @@ def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
         ('defense = "anp"', 'defense = "amp"', "defense 'amp' is unknown; did you mean 'anp'"),
         ("iterations = 50", "iteration = 50", "setting 'iteration' is unknown; did you mean 'iter"),
         ("iterations = 50", "iterations = 0.5", "iterations is of type int, got 0.5"),
+        (
+            '"anp"\nsettings = {',
+            '"bcu"\nsettings = { shares = [0, "x"],',
+            "list of floats, got 'x'",
+        ),
         ('"1/4"', '"1/x"', "epsilon is a number or a ratio, got '1/x'"),
         ('"2/255"', "2", "for 8 grey levels pass 8/255"),
         ("steps = 8", "stesp = 8", "setting 'stesp' is unknown; did you mean 'steps'"),

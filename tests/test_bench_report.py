@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,14 @@ import torch
 from unbackdoor.bench.features import as_base64, compressed, from_base64
 from unbackdoor.bench.grid import entries, read_grid
 from unbackdoor.bench.report import Part as ReportPart
-from unbackdoor.bench.report import comparison, figures, origins, report_of, sections_of
+from unbackdoor.bench.report import (
+    comparison,
+    curves,
+    figures,
+    origins,
+    report_of,
+    sections_of,
+)
 from unbackdoor.bench.tables import lines
 
 SMOKE = Path(__file__).resolve().parents[1] / "grids" / "smoke.toml"
@@ -65,6 +73,17 @@ def test_the_report_is_one_page_with_everything_in_it(part, kept):
         assert words in page
     assert "<script" not in page
     assert "http" not in page.partition("<main>")[2].replace("http://www.w3.org", "")
+
+
+def test_the_losses_are_those_of_the_row_named_after_the_method(part):
+    first = replace(next(row for row in part.grid.rows if row.name == "CBD"), name="eps=2")
+    grid = replace(part.grid, rows=(first, *part.grid.rows))
+    found = entries(grid)
+    rows = lines(grid, found, {entry.cell.key: record(entry.cell) for entry in found})
+    assert curves(grid, rows).caption == "Row CBD, first seed; in this order: BadNets."
+    others = [line for line in rows if line.row != "CBD"]
+    grid = replace(grid, rows=tuple(row for row in grid.rows if row.name != "CBD"))
+    assert curves(grid, others).caption.startswith("Row eps=2, ")
 
 
 def test_the_report_counts_what_computed_the_records(part):

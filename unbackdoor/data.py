@@ -237,9 +237,11 @@ def load_labeled(
     """Load a whole labeled set into memory.
 
     Beside ``cifar10:`` and ``fashion-mnist`` a source may be a parquet file or a folder of them,
-    with a label column, or a folder with one folder for each class. A source that has ``train``
-    and ``test`` (or ``val``, ``validation``) folders, or parquet files that start with these
-    words, is divided by them; one that has neither is given whole for either split.
+    with a label column; tar shards with a ``KEY.cls`` for each ``KEY.jpg``, which holds the number
+    of its class, as in WebDataset; or a folder with one folder for each class. A source that has
+    ``train`` and ``test`` (or ``val``, ``validation``) folders, or shards whose names have one of
+    these words, as ``train-000.tar``, is divided by them; one that has neither is given whole for
+    either split.
 
     Args:
         source: See above.
@@ -259,12 +261,8 @@ def load_labeled(
 
     everything = _find(place)
     files = _of_split(everything, split)
-    if files.kind == "tar":
-        raise UnlabeledError(
-            f"{source}: labels in tar files are not read; use a folder for each class"
-        )
-    read_labels = _folder_labels if files.kind == "image" else _parquet_labels
-    labels, classes = read_labels(files, everything)
+    by_kind = {"image": _folder_labels, "tar": _tar_labels, "parquet": _parquet_labels}
+    labels, classes = by_kind[files.kind](files, everything)
     images = FileImages(_index(files, np.arange), size=pixels, max_broken=1)
     decoded = images.read(range(len(images)))
     if images.broken:
@@ -599,13 +597,14 @@ def _of_split(files: _Files, split: Split) -> _Files:
 
 
 def _split_word(name: str) -> str:
-    """Return "train" for train/class/x.jpg and for train-000.parquet; "" where there is none."""
-    parts = PurePosixPath(name).parts
-    if _suffix(name) == "parquet":
-        word = re.split(r"[-_.]", parts[-1])[0]
+    """Return "train" for train/class/x.jpg, train-000.tar, train/000.tar; "" where none is."""
+    *folders, file = PurePosixPath(name).parts
+    if _suffix(name) in ("parquet", "tar"):
+        words = [*re.split(r"[-_.]", file), *folders[:1]]
     else:  # train/x.jpg is an image of the class "train", of which some sets have one
-        word = parts[0] if len(parts) > 2 else ""
-    return word if word in itertools.chain(*WORDS_FOR_SPLIT.values()) else ""
+        words = folders[:1] if len(folders) > 1 else []
+    known = set(itertools.chain(*WORDS_FOR_SPLIT.values()))
+    return next((word for word in words if word in known), "")
 
 
 # Indexing files: which bytes are an image. Nothing is decoded here.
@@ -641,18 +640,10 @@ def _index_tars(files: _Files, draw: Draw) -> _Index:
     names: list[str] = []
     places = array("q")  # number of the tar file, offset, length; and so on
     for number, shard in enumerate(files.names):
-        try:
-            with tarfile.open(files.root / shard, "r:") as archive:
-                while (member := archive.next()) is not None:
-                    archive.members.clear()  # type: ignore[attr-defined]  # or all headers stay in memory
-                    if member.isreg() and _is_visible_image(member.name):
-                        names.append(f"{shard}/{member.name}")
-                        places.extend((number, member.offset_data, member.size))
-        except (tarfile.TarError, OSError) as error:
-            raise DataError(
-                f"{files.root / shard} is damaged, or compressed ({error}); images are read in"
-                " place, so decompress it first"
-            ) from error
+        for _, member in _members(files.root / shard):
+            if _is_visible_image(member.name):
+                names.append(f"{shard}/{member.name}")
+                places.extend((number, member.offset_data, member.size))
     if not names:
         raise DataError(f"no images in {files.root}: {', '.join(files.names[:5])}")
     rows = draw(len(names))
@@ -668,6 +659,21 @@ def _index_tars(files: _Files, draw: Draw) -> _Index:
             return b""
 
     return _Index([names[row] for row in rows], chosen[:, 2], read)
+
+
+def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the files in a tar file, with it."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # or all headers stay in memory
+                if member.isreg():
+                    yield archive, member
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"{path} is damaged, or compressed ({error}); images are read in place, so decompress "
+            "it first"
+        ) from error
 
 
 def _is_visible_image(name: str) -> bool:
@@ -775,6 +781,33 @@ def _folder_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]:
     return torch.tensor([number[class_of(name)] for name in files.names]), tuple(classes)
 
 
+def _tar_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]:
+    values = {name: _tar_classes(everything.root / name) for name in everything.names}
+    return _numbered(files, values)
+
+
+def _tar_classes(path: Path) -> list[int]:
+    """Return the class of each image of a tar file, which stands in a file of the same name."""
+    images: list[str] = []
+    classes: dict[str, int] = {}
+    for archive, member in _members(path):
+        key = member.name.removesuffix(PurePosixPath(member.name).name)
+        key += PurePosixPath(member.name).name.partition(".")[0]
+        if _is_visible_image(member.name):
+            images.append(key)
+        elif _suffix(member.name) == "cls" and (file := archive.extractfile(member)):
+            text = file.read(20)
+            if not text.strip().isdigit():
+                raise DataError(f"{path}: {member.name} holds no number of a class, but {text!r}")
+            classes[key] = int(text)
+    if missing := [key for key in images if key not in classes]:
+        raise UnlabeledError(
+            f"{path} has no {_printable(missing[0])}.cls for {len(missing)} of its {len(images)} "
+            "images; labels of tar shards are such files, as in WebDataset"
+        )
+    return [classes[key] for key in images]
+
+
 def _parquet_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]:
     values: dict[str, list[Any]] = {}
     named: Classes = ()
@@ -789,6 +822,18 @@ def _parquet_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]
                 )
             values[name] = parquet.read(columns=[column]).column(0).to_pylist()
             named = _class_names(schema.metadata, column) or named
+    return _numbered(files, values, named)
+
+
+def _numbered(
+    files: _Files, values: dict[str, list[Any]], named: Classes = ()
+) -> tuple[Labels, Classes]:
+    """Return the labels of ``files`` as numbers of classes.
+
+    Args:
+        values: What each file of all splits has for its images.
+        named: The classes' names, where they have some.
+    """
     wanted = [value for name in files.names for value in values[name]]
     if HIDDEN in wanted:
         raise UnlabeledError(

@@ -582,6 +582,10 @@ def _read(kind: Any, value: Any, before: Any, where: str) -> Any:
             return value
         raise SettingsError(f"{where} is one of {', '.join(get_args(kind))}, got {value!r}")
     if isinstance(before, tuple) and isinstance(value, list | tuple):
+        of = type(before[0]) if before else object
+        for each in value if before else ():
+            if type(each) is not of and (of is not float or type(each) is not int):
+                raise SettingsError(f"{where} is a list of {of.__name__}s, got {each!r} in it")
         return tuple(value)
     if isinstance(before, float) and isinstance(value, str):
         above, slash, below = value.partition("/")

@@ -116,7 +116,8 @@ def comparison(grid: Grid, rows: Sequence[Line]) -> Picture:
 
 def curves(grid: Grid, rows: Sequence[Line]) -> Picture | None:
     """Draw the losses of the method, attack by attack, of the first seed."""
-    chosen = next((row.name for row in grid.rows if row.defense == CBD), None)
+    methods = [row.name for row in grid.rows if row.defense == CBD]
+    chosen = "CBD" if "CBD" in methods else next(iter(methods), None)
     panels, names = [], []
     for line in rows:
         if line.row == chosen and line.records:
