@@ -29,6 +29,7 @@ from unbackdoor.checkpoint import sha256_of
 from unbackdoor.cli import main
 from unbackdoor.data import load_labeled
 from unbackdoor.defense_jobs import load_pool
+from unbackdoor.defenses import keeping
 from unbackdoor.errors import DataError
 from unbackdoor.evaluation import Known
 from unbackdoor.metrics import Reading, Scores
@@ -358,6 +359,27 @@ def test_a_kill_loses_the_last_epoch_at_most_and_changes_no_result(run, store, c
     assert [epoch["total"] for epoch in one["history"]] == [
         epoch["total"] for epoch in other["history"]
     ]
+
+
+def test_a_killed_baseline_goes_on_after_its_last_epoch(run, store, cells, grid, monkeypatch):
+    monkeypatch.setattr(keeping, "SECONDS", 0.0)
+    longer = dict(cells["FT"].settings) | {"tuning.epochs": 5}
+    cell = replace(cells["FT"], settings=tuple(sorted(longer.items())))
+    whole = open_store(store.folder.parent / "whole")
+    run_cells([cell], whole, Place(grid.data, device="cpu"), say=lambda line: None)
+
+    def kill_in_the_last_epoch(step, of):
+        if (step, of) == (5, 5):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run([cell], kill_in_the_last_epoch)
+    assert store.state_path(cell.key).exists()
+    steps = []
+    run([cell], lambda step, of: steps.append(step) if of == 5 else None)
+    assert steps == [1]  # of this run
+    assert not store.state_path(cell.key).exists()
+    assert record_of(whole, cell)["scores"] == record_of(store, cell)["scores"]
 
 
 def test_a_failed_cell_is_run_again_only_when_asked(run, store, cells):

@@ -16,16 +16,23 @@ from unbackdoor.backbones import build
 from unbackdoor.cli import main
 from unbackdoor.data import load_labeled, split_rows
 from unbackdoor.defense_jobs import defend_file, find_defense, load_pool, settings_from
+from unbackdoor.defenses import keeping
 from unbackdoor.defenses.settings import AdversarialSettings, BcuSettings, FineTuningSettings
 from unbackdoor.errors import (
     ArchitectureError,
     DataError,
     DivergedError,
+    OutputError,
     SettingsError,
     UnlabeledError,
 )
 from unbackdoor.jobs import Source
 from unbackdoor.roles import defender_rows, divide_rows
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
 
 OWN = """
 import copy
@@ -390,3 +397,55 @@ def test_the_command_line_runs_a_defense_and_says_what_is_wrong(victim, photos, 
     plain = words[: words.index("--set")]
     assert main([*plain[:1], "nad", *plain[2:], "--force", "--labels", "none"]) == 2
     assert "nad needs labels; pass --labels given or --labels pseudo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nad", "contrastive"])
+def test_a_killed_defense_is_resumed_to_the_same_file(victim, photos, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(keeping, "SECONDS", 0.0)
+    source = Source(victim, "cifar/wrn16_1", size=16)
+    values = {"nad": ["tuning.epochs=3", "teacher.epochs=2"], "contrastive": ["epochs=3"]}[name]
+    options = {"values": [*values, "batch_size=4"] if name == "contrastive" else values}
+    options |= {"share": 0.1, "device": "cpu", "say": lambda line: None}
+    whole = defend_file(name, source, photos, tmp_path / "whole.safetensors", **options)
+    out, steps = tmp_path / "out.safetensors", []
+
+    def kill(step, of):
+        if step == of - 1:
+            raise Killed
+
+    with pytest.raises(OutputError, match="there is nothing to resume"):
+        defend_file(name, source, photos, out, resume=True, **options)
+    with pytest.raises(Killed):
+        defend_file(name, source, photos, out, on_step=kill, **options)
+    assert not out.exists()
+    with pytest.raises(OutputError, match="an interrupted run can go on from here"):
+        defend_file(name, source, photos, out, **options)
+    with pytest.raises(OutputError, match="belongs to another run: images was"):
+        defend_file(name, source, photos, out, resume=True, **options | {"share": 0.2})
+    with pytest.raises(SettingsError, match="pass one of them"):
+        defend_file(name, source, photos, out, resume=True, overwrite=True, **options)
+    count = lambda step, of: steps.append((step, of))  # noqa: E731
+    outputs = defend_file(name, source, photos, out, resume=True, on_step=count, **options)
+    assert 0 < len(steps) < steps[0][1]
+    assert not outputs.state.exists()
+    torch.testing.assert_close(load_file(out), load_file(whole.tensors), rtol=0, atol=0)
+    logs = [json.loads(path.record.read_text())["log"] for path in (whole, outputs)]
+    assert logs[0] == logs[1]
+
+
+def test_what_an_interrupted_defense_kept_is_dropped_by_force(
+    victim, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(keeping, "SECONDS", 0.0)
+    source, out, steps = Source(victim, "cifar/wrn16_1", size=16), tmp_path / "out.safetensors", []
+    options = {"labels": "pseudo", "values": ["tuning.epochs=2"], "say": lambda line: None}
+
+    def kill(step, of):
+        if step == of:
+            raise Killed
+
+    with pytest.raises(Killed):
+        defend_file("fine-tuning", source, photos, out, on_step=kill, **options)
+    count = lambda step, of: steps.append((step, of))  # noqa: E731
+    defend_file("fine-tuning", source, photos, out, overwrite=True, on_step=count, **options)
+    assert len(steps) == steps[0][1]

@@ -518,6 +518,7 @@ def defend(
     prefix: Prefix = None,
     device: Device = "auto",
     force: Switch = False,
+    resume: Switch = False,
 ) -> None:
     """Run a defense to compare with on a checkpoint; the files are those of purify.
 
@@ -540,24 +541,32 @@ def defend(
         Of the split and the defense; that of evaluate, so that the probe's images are others.
     force
         Replace existing outputs.
+    resume
+        Go on where an interrupted run of the same command was.
     """
     from unbackdoor import defense_jobs, jobs  # import torch, so not before they are needed
 
-    with display(f"defend {name}") as shown:
-        defense_jobs.defend_file(
-            name,
-            jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix),
-            data,
-            out,
-            values=values,
-            labels=labels,
-            share=share,
-            seed=seed,
-            device=device,
-            overwrite=force,
-            say=shown.say,
-            on_step=shown.on_step,
-        )
+    try:
+        with display(f"defend {name}") as shown:
+            defense_jobs.defend_file(
+                name,
+                jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix),
+                data,
+                out,
+                values=values,
+                labels=labels,
+                share=share,
+                seed=seed,
+                device=device,
+                overwrite=force,
+                resume=resume,
+                say=shown.say,
+                on_step=shown.on_step,
+            )
+    except KeyboardInterrupt:
+        if jobs.name_outputs(out).state.exists():
+            complain("run the same command with --resume to continue")
+        raise
 
 
 @app.command

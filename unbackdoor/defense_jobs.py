@@ -3,6 +3,7 @@
 import copy
 import difflib
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -17,6 +18,7 @@ from unbackdoor.backbones import Backbone, import_function, network_state
 from unbackdoor.data import from_tensor, load_images, load_labeled
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import Defended, DefenseData, predict
+from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.devices import pick_device
 from unbackdoor.diagnostics import measure
 from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError
@@ -27,6 +29,7 @@ from unbackdoor.jobs import (
     Source,
     account_tables,
     describe_input,
+    describe_network,
     evidence_table,
     make_record,
     movement_picture,
@@ -36,6 +39,7 @@ from unbackdoor.jobs import (
     write_outputs,
 )
 from unbackdoor.report import Table, render_report
+from unbackdoor.resume import check_identity
 from unbackdoor.roles import defender_rows
 from unbackdoor.settings import PurifySettings, flatten
 from unbackdoor.types import Labels, RawImages
@@ -80,12 +84,13 @@ def defend_file(
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     overwrite: bool = False,
+    resume: bool = False,
     say: Say = print,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Outputs:
     """Run the defense ``name`` on ``source`` and write tensors, record and report.
 
-    The files and the promises about them are those of ``purify_file``; a killed run starts again.
+    The files and the promises about them are those of ``purify_file``.
 
     Args:
         name: One of ``DEFENSES``, or ``path/to/file.py:function`` of the same signature.
@@ -96,11 +101,14 @@ def defend_file(
             By default, given for a defense that needs labels.
         share: Of the training images; .01 with given labels, .05 otherwise.
         seed: Of the split, which is that of ``evaluate``, and of the defense.
+        resume: Go on where an interrupted run of the same arguments was, if its defense keeps that.
 
     Raises:
         UnbackdoorError: See ``errors``; nothing is written then.
     """
-    outputs = plan_outputs(source.checkpoint, out, overwrite=overwrite, resume=False)
+    if overwrite and resume:
+        raise SettingsError("--force starts again and --resume goes on; pass one of them")
+    outputs = plan_outputs(source.checkpoint, out, overwrite=overwrite, resume=resume)
     chosen = find_defense(name, values, seed=seed)
     kind: LabelKind = labels or ("given" if chosen.labels else "none")
     if chosen.labels and kind == "none":
@@ -118,8 +126,23 @@ def defend_file(
     if agreement is not None:
         say(f"pseudo-labels are right for {agreement:.1%} of them")
 
+    photos = from_tensor(pool.images)
+    of = {
+        "defense": json.dumps([Path(chosen.name).name, _nested(chosen.settings), kind]),
+        "checkpoint": loaded.checkpoint.sha256,
+        "images": photos.fingerprint,
+        "device": str(where),
+        **describe_network(source, loaded),
+    }
+    if resume:
+        check_identity(outputs.state, of)
+    else:
+        outputs.state.unlink(missing_ok=True)  # of another run, which is being overwritten
+    keep = Keeper(outputs.state, of)
     with told_of_memory(where):
-        result = run_defense(chosen, loaded.backbone, given, device=where, on_step=on_step)
+        result = run_defense(
+            chosen, loaded.backbone, given, device=where, on_step=on_step, keep=keep
+        )
     tuned = [] if heads_equal(result.backbone, loaded.backbone) else loaded.backbone.head_names
     say(f"the head {', '.join(tuned)} was tuned too" if tuned else "the head is as it was")
 
@@ -131,7 +154,6 @@ def defend_file(
             "before": measure(original, original, sample, options),
             "after": measure(repaired, original, sample, options),
         }
-    photos = from_tensor(pool.images)
     record = make_record(source, loaded, data, photos, chosen.settings, (), evidence)
     record["images"]["broken"] = list(pool.broken)
     record |= {
@@ -145,7 +167,9 @@ def defend_file(
         "output": outputs.tensors.name,
     }
     page = report_of(record)
-    write_outputs(outputs, loaded, repaired, record, page=page, overwrite=overwrite, say=say)
+    write_outputs(
+        outputs, loaded, repaired, record, page=page, overwrite=overwrite or resume, say=say
+    )
     return outputs
 
 
@@ -252,20 +276,25 @@ def run_defense(
     *,
     device: torch.device,
     on_step: Callable[[int, int], None] | None = None,
+    keep: Keeper | None = None,
 ) -> Defended:
     """Run a defense on copies of what it is given; return the backbone with the tensors it made.
 
     Tensors are all that a file holds. Whatever else the defense did to its copy, a hook or a mode,
     is gone, so that what is measured and scored is what is written.
 
+    Args:
+        keep: Handed to a defense that takes it, which then goes on where a killed one was.
+
     Raises:
         UnbackdoorError: See :func:`check_result`, and what the defense itself raises.
     """
     labels = None if data.labels is None else data.labels.clone()
     copied = DefenseData(data.images.clone(), labels)
-    result = chosen.function(
-        copy.deepcopy(backbone), copied, chosen.settings, device=device, on_step=on_step
-    )
+    options: dict[str, Any] = {"device": device, "on_step": on_step}
+    if "keep" in inspect.signature(chosen.function).parameters:
+        options["keep"] = keep
+    result = chosen.function(copy.deepcopy(backbone), copied, chosen.settings, **options)
     check_result(result, backbone, chosen.name)
     repaired, made = copy.deepcopy(backbone).to(device).eval(), network_state(result.backbone)
     with torch.no_grad():

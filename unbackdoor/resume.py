@@ -63,6 +63,14 @@ def load_state(path: Path, of: dict[str, str]) -> PurifyState:
     return PurifyState(history, stored.groups["student"], stored.groups["momentum"])
 
 
+def find_state(path: Path, of: dict[str, str]) -> PurifyState | None:
+    """Return what :func:`save_state` wrote; None where it is damaged, of another run or absent."""
+    try:
+        return load_state(path, of)
+    except (OutputError, CheckpointError):
+        return None
+
+
 def write_state(path: Path, history: Sequence[Any], groups: Groups, of: dict[str, str]) -> None:
     """Write a state to ``path``; a reader sees the old file or the new one, never half of one.
 
@@ -90,8 +98,7 @@ def read_state(path: Path, of: dict[str, str], *, groups: Sequence[str]) -> Stor
         OutputError: If there is none, or it belongs to a run with another input or other settings.
         CheckpointError: If the file is damaged.
     """
-    if not path.exists():
-        raise OutputError(f"{path}: there is nothing to resume; run without --resume")
+    check_identity(path, of)
     tensors: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -99,18 +106,35 @@ def read_state(path: Path, of: dict[str, str], *, groups: Sequence[str]) -> Stor
             for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
                 group, _, key = name.partition(".")
                 tensors[group][key] = file.get_tensor(name)
-        found = json.loads(metadata["identity"])
         history = json.loads(metadata["history"])
-        if not isinstance(found, dict) or not isinstance(history, list):
+        if not isinstance(history, list):
             raise ValueError("its metadata are of another kind")
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: this state is damaged ({error}); start again with --force"
-        ) from error
+        raise _damaged(path, error) from error
+    return StoredState(history, tensors)
+
+
+def check_identity(path: Path, of: dict[str, str]) -> None:
+    """Raise unless the state in ``path`` belongs to a run of this identity.
+
+    Raises:
+        OutputError: If there is none, or it belongs to a run with another input or other settings.
+        CheckpointError: If the file is damaged.
+    """
+    if not path.exists():
+        raise OutputError(f"{path}: there is nothing to resume; run without --resume")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            found = dict(json.loads(file.metadata()["identity"]))
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise _damaged(path, error) from error
     for name, wanted in of.items():
         if found.get(name) != wanted:
             raise OutputError(
                 f"{path}: belongs to another run: {name} was {found.get(name)}, now {wanted}; "
                 "resume as it was started, or start again with --force"
             )
-    return StoredState(history, tensors)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: this state is damaged ({error}); start again with --force")

@@ -47,8 +47,8 @@ from unbackdoor.data import LabeledImages, from_tensor
 from unbackdoor.defense_jobs import find_defense, run_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import DefenseData, predict
+from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.devices import peak_memory, pick_device, pick_precision
-from unbackdoor.errors import CheckpointError, OutputError
 from unbackdoor.evaluation import (
     FEW,
     Known,
@@ -63,7 +63,7 @@ from unbackdoor.evaluation import (
 )
 from unbackdoor.jobs import versions
 from unbackdoor.metrics import Reading, make_test_set, read
-from unbackdoor.resume import identity, load_state, save_state
+from unbackdoor.resume import find_state, identity, save_state
 from unbackdoor.roles import defender_rows
 
 
@@ -111,8 +111,8 @@ def run_cells(
 
     A cell that fails is recorded with its error, and the rest go on; it is run again only after
     ``forget_failures``. Cells of a victim that somebody else is at work on are left to them.
-    Whatever is killed goes on after its last finished epoch, but for baselines, which start again;
-    a detector goes on after its last state, and what it is trained on is not repaired again.
+    Whatever is killed goes on after its last finished epoch; a detector goes on after its last
+    state, and what it is trained on is not repaired again.
     """
     load = cache(load_sets)
     tally = Tally()
@@ -411,7 +411,14 @@ def repair(
         data = DefenseData(pool.images, labels)
     chosen = find_defense(find_own(cell, place.own), seed=cell.seed)
     chosen = chosen._replace(settings=settings_of(cell, chosen.settings))
-    result = run_defense(chosen, backbone, data, device=device, on_step=on_step)
+    of = {
+        "defense": json.dumps([cell.defense, cell.code, cell.settings, cell.labels]),
+        "checkpoint": loaded.checkpoint.sha256,
+        "images": told["fingerprint"],
+        "device": str(device),
+    }
+    keep = Keeper(store.state_path(cell.key), of)
+    result = run_defense(chosen, backbone, data, device=device, on_step=on_step, keep=keep)
     return Repaired(result.backbone, result.log, [], told)
 
 
@@ -430,12 +437,6 @@ def _purify(
     settings, path = settings_of(cell), store.state_path(cell.key)
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=told["fingerprint"])
     of |= {"device": str(device), "precision": precision}
-    state = None
-    if path.exists():
-        try:
-            state = load_state(path, of)
-        except (OutputError, CheckpointError):  # of another device, or damaged
-            path.unlink()
 
     def on_epoch(reached: PurifyState) -> None:
         save_state(path, reached, of)
@@ -446,7 +447,7 @@ def _purify(
         settings,
         device=device,
         precision=precision,
-        state=state,
+        state=find_state(path, of),  # none where it is of another device, or damaged
         on_step=on_step,
         on_epoch=on_epoch,
     )

@@ -16,6 +16,7 @@ from unbackdoor.defenses.common import (
     steps_of,
     tune,
 )
+from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import AdversarialSettings
 from unbackdoor.pgd import linf_pgd
 from unbackdoor.types import Images, Labels, Scalar
@@ -28,6 +29,7 @@ def fine_tune_adversarially(
     *,
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
+    keep: Keeper | None = None,
 ) -> Defended:
     """Return a copy of ``backbone`` after training on adversarial and then on clean images.
 
@@ -79,5 +81,6 @@ def fine_tune_adversarially(
         loss_of=loss_of,
         after_step=counter(steps_of(len(labels), settings.tuning), on_step),
         before_epoch=before_epoch,
+        keep=keep,
     )
     return Defended(finished(repaired), {"images": len(labels)})

@@ -1,6 +1,6 @@
 """Adversarial neuron pruning (ANP): silence the neurons that an adversary of the weights uses."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from unbackdoor.defenses.common import (
     to_unit,
     zero_rows,
 )
+from unbackdoor.defenses.keeping import Keeper, Part, resumed
 from unbackdoor.defenses.settings import AnpSettings
 from unbackdoor.devices import deterministic
 from unbackdoor.errors import ArchitectureError
@@ -54,6 +55,7 @@ def prune_sensitive(
     *,
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
+    keep: Keeper | None = None,
 ) -> Defended:
     """Return a copy of ``backbone`` without the neurons whose masks the search lowers.
 
@@ -79,7 +81,9 @@ def prune_sensitive(
     if settings.kept > 0:
         split = split_off(data.images, labels, held_out=settings.held_out, seed=settings.seed)
     count = counter(settings.iterations, on_step)
-    masks = search_masks(repaired, layers, split.images, split.labels, settings, count=count)
+    masks = search_masks(
+        repaired, layers, split.images, split.labels, settings, count=count, keep=keep
+    )
     log = prune_by_masks(repaired, masks, split, settings)
     return Defended(finished(repaired), log)
 
@@ -107,6 +111,7 @@ def search_masks(
     settings: AnpSettings,
     *,
     count: Callable[[], None] | None = None,
+    keep: Keeper | None = None,
 ) -> dict[str, Factors]:
     """Return a mask in [0, 1] for every neuron: low where the adversary needs the neuron.
 
@@ -116,6 +121,7 @@ def search_masks(
     Args:
         layers: Names of layers of the body.
         count: Called after every step.
+        keep: Goes on after the last step that it has.
     """
     device = backbone.mean.device
     generator = torch.Generator(device).manual_seed(settings.seed)
@@ -127,13 +133,20 @@ def search_masks(
     optimizer = torch.optim.SGD(
         masks.values(), lr=settings.learning_rate, momentum=settings.momentum
     )
-    batches = _endless(images, labels, settings)
+    order = torch.Generator().manual_seed(settings.seed)
+    parts: dict[str, Part] = {
+        "masks": masks,
+        "optimizer": optimizer,
+        "noise": generator,
+        "order": order,
+    }
     with (
         deterministic(),
         batch_statistics(backbone, batch=settings.batch_norm == "batch", moving=False),
     ):
-        for _ in range(settings.iterations):
-            raw, truth = next(batches)
+        loss = torch.zeros(())  # of no step, where all have been taken
+        for _ in resumed(keep, settings.iterations, parts):
+            raw, truth = draw(images, labels, settings, generator=order)
             batch, truth = to_unit(raw, backbone.mean), truth.to(device)
             loss = settings.alpha * masked_loss(backbone, masks, None, batch, truth)
             if settings.alpha < 1:
@@ -278,14 +291,12 @@ def _stepped(change: Tensor, gradient: Tensor | None, settings: AnpSettings) -> 
     return (change + step * gradient.sign()).clamp(-settings.epsilon, settings.epsilon).detach()
 
 
-def _endless(
-    images: RawImages, labels: Labels, settings: AnpSettings
-) -> Iterator[tuple[RawImages, Labels]]:
-    """Yield full batches, drawn with replacement and augmented."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    while True:
-        rows = torch.randint(len(images), (settings.batch_size,), generator=generator)
-        yield augment(images[rows], settings.augment, generator=generator), labels[rows]
+def draw(
+    images: RawImages, labels: Labels, settings: AnpSettings, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return a full batch, drawn with replacement and augmented."""
+    rows = torch.randint(len(images), (settings.batch_size,), generator=generator)
+    return augment(images[rows], settings.augment, generator=generator), labels[rows]
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -19,6 +19,7 @@ from unbackdoor.defenses.common import (
     steps_of,
     tune,
 )
+from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import BcuSettings
 from unbackdoor.defenses.stages import run_watched
 from unbackdoor.errors import ArchitectureError, DataError
@@ -32,6 +33,7 @@ def cleanse(
     *,
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
+    keep: Keeper | None = None,
 ) -> Defended:
     """Return a copy of ``backbone`` with a share of its weights drawn anew and distilled back.
 
@@ -93,6 +95,7 @@ def cleanse(
         loss_of=loss_of,
         after_step=counter(steps_of(len(data.images), tuning), on_step),
         before_epoch=before_epoch,
+        keep=keep,
     )
     log = {"match": settings.match, "layers": [len(group) for group in [*groups, head]]}
     return Defended(finished(student), log)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.backbones import Backbone
+from unbackdoor.defenses.keeping import Keeper, Part, global_generator, resumed
 from unbackdoor.defenses.settings import Tuning
 from unbackdoor.devices import deterministic, fast_layout, seeded
 from unbackdoor.errors import ArchitectureError, DataError, DivergedError
@@ -166,6 +167,8 @@ def tune(
     loss_of: Loss | None = None,
     after_step: Callable[[], None] | None = None,
     before_epoch: Callable[[int], None] | None = None,
+    keep: Keeper | None = None,
+    also: Mapping[str, Part] | None = None,
 ) -> None:
     """Train all of ``backbone`` in place, batch norm in training mode, and leave it in eval mode.
 
@@ -176,6 +179,8 @@ def tune(
         loss_of: Maps a batch in [0, 1] and its labels to the loss; cross-entropy by default.
         after_step: Called after every step.
         before_epoch: Called with the number of the epoch, from 0.
+        keep: Goes on after the last epoch that it has.
+        also: What ``loss_of`` changes, to be kept as well.
 
     Raises:
         DivergedError: If the loss is no longer finite.
@@ -190,9 +195,16 @@ def tune(
         weight_decay=tuning.weight_decay,
     )
     generator = torch.Generator().manual_seed(seed)
-    step = 0
+    parts: dict[str, Part] = {
+        "network": backbone,
+        "optimizer": optimizer,
+        "order": generator,
+        "dropout": global_generator(device),
+        **(also or {}),
+    }
     with deterministic(), seeded(seed, device):
-        for epoch in range(tuning.epochs):
+        for epoch in resumed(keep, tuning.epochs, parts):
+            step = epoch * steps // tuning.epochs
             if before_epoch is not None:
                 before_epoch(epoch)
             backbone.train()

@@ -1,5 +1,6 @@
 """Contrastive fine-tuning: the third term of the contrastive backdoor defense, alone. No labels."""
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -7,7 +8,9 @@ import torch
 from unbackdoor.backbones import Backbone
 from unbackdoor.cbd import purify
 from unbackdoor.defenses.common import Defended, DefenseData, OnStep, finished
+from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import ContrastiveSettings
+from unbackdoor.resume import find_state, save_state
 from unbackdoor.settings import PurifySettings, ViewSettings
 
 
@@ -18,6 +21,7 @@ def fine_tune_contrastively(
     *,
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
+    keep: Keeper | None = None,
 ) -> Defended:
     """Return a copy of ``backbone`` after training two views of each image to agree.
 
@@ -53,6 +57,8 @@ def fine_tune_contrastively(
         ),
         device=device,
         on_step=on_step,
+        state=None if keep is None else find_state(keep.path, keep.of),
+        on_epoch=None if keep is None else partial(save_state, keep.path, of=keep.of),
     )
     losses = [epoch.align for epoch in purified.history]
     return Defended(finished(cast("Backbone", purified.backbone)), {"losses": losses})

@@ -23,6 +23,7 @@ from unbackdoor.defenses.common import (
     steps_of,
     tune,
 )
+from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import FinePruningSettings
 from unbackdoor.defenses.stages import Stage, find_stage, find_writers, map_of, prune
 from unbackdoor.types import RawImages
@@ -35,6 +36,7 @@ def fine_prune(
     *,
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
+    keep: Keeper | None = None,
 ) -> Defended:
     """Return a copy of ``backbone`` with dormant channels silenced and then fine-tuned.
 
@@ -68,7 +70,15 @@ def fine_prune(
         prune(repaired, writers, silent)  # weights that are 0 do not stay so by themselves
         count()
 
-    tune(repaired, data.images, labels, settings.tuning, seed=settings.seed, after_step=after_step)
+    tune(
+        repaired,
+        data.images,
+        labels,
+        settings.tuning,
+        seed=settings.seed,
+        after_step=after_step,
+        keep=keep,
+    )
     log = {
         "stage": stage.name,
         "channels": stage.channels,

@@ -14,6 +14,7 @@ from unbackdoor.defenses.common import (
     steps_of,
     tune,
 )
+from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import FineTuningSettings
 
 
@@ -24,6 +25,7 @@ def fine_tune(
     *,
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
+    keep: Keeper | None = None,
 ) -> Defended:
     """Return a copy of ``backbone`` and its head after cross-entropy training on ``data``.
 
@@ -38,5 +40,13 @@ def fine_tune(
     labels = labels_of(backbone, data)
     repaired = copy_of(backbone, device)
     count = counter(steps_of(len(labels), settings.tuning), on_step)
-    tune(repaired, data.images, labels, settings.tuning, seed=settings.seed, after_step=count)
+    tune(
+        repaired,
+        data.images,
+        labels,
+        settings.tuning,
+        seed=settings.seed,
+        after_step=count,
+        keep=keep,
+    )
     return Defended(finished(repaired), {"images": len(labels)})

@@ -22,6 +22,7 @@ from unbackdoor.defenses.common import (
     shuffled,
     to_unit,
 )
+from unbackdoor.defenses.keeping import Keeper, Part, resumed
 from unbackdoor.defenses.settings import IbauSettings
 from unbackdoor.devices import deterministic
 from unbackdoor.types import Images, Labels, RawImages, Scalar
@@ -36,6 +37,7 @@ def unlearn(
     *,
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
+    keep: Keeper | None = None,
 ) -> Defended:
     """Return a copy of ``backbone`` that classifies rightly under a shared perturbation.
 
@@ -60,14 +62,20 @@ def unlearn(
     optimizer = torch.optim.Adam(weights, lr=settings.learning_rate)
     generator = torch.Generator().manual_seed(settings.seed)
     loss_of = _loss_of(repaired)
-    parts = list(shuffled(len(labels), settings.batch_size, generator=generator))
-    batches = [data.images[rows] for rows in parts]
-    count = counter(settings.rounds * 2 * len(parts), on_step)
-    found_losses: list[float] = []
+    groups = list(shuffled(len(labels), settings.batch_size, generator=generator))
+    batches = [data.images[rows] for rows in groups]
+    count = counter(settings.rounds * 2 * len(groups), on_step)
+    losses = torch.full((settings.rounds,), torch.nan, dtype=torch.float64)
+    parts: dict[str, Part] = {
+        "network": repaired,
+        "optimizer": optimizer,
+        "order": generator,
+        "log": {"losses": losses},
+    }
     # attention's fast kernels have no second derivative
     with deterministic(), sdpa_kernel(SDPBackend.MATH):
-        inner = perturbed_loss(loss_of, batches[0], labels[parts[0]], repaired.mean)
-        for _ in range(settings.rounds):
+        inner = perturbed_loss(loss_of, batches[0], labels[groups[0]], repaired.mean)
+        for number in resumed(keep, settings.rounds, parts):
             trigger = find_trigger(repaired, batches, settings, count)
             total = 0.0
             for rows in shuffled(len(labels), settings.batch_size, generator=generator):
@@ -83,11 +91,11 @@ def unlearn(
                 for weight, gradient in zip(weights, gradients, strict=True):
                     weight.grad = gradient
                 optimizer.step()
-                total += loss.item() / len(parts)
+                total += loss.item() / len(groups)
                 count()
             check_finite(torch.tensor(total), "unlearning")
-            found_losses.append(total)
-    return Defended(finished(repaired), {"losses": found_losses})
+            losses[number] = total
+    return Defended(finished(repaired), {"losses": losses.tolist()})
 
 
 def _loss_of(backbone: Backbone) -> Loss:

@@ -17,6 +17,7 @@ from unbackdoor.defenses.common import (
     steps_of,
     tune,
 )
+from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import NadSettings
 from unbackdoor.defenses.stages import find_stage, watching
 from unbackdoor.types import Images, Labels, Scalar
@@ -29,6 +30,7 @@ def distill_attention(
     *,
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
+    keep: Keeper | None = None,
 ) -> Defended:
     """Return a copy of ``backbone`` whose attention maps follow those of a fine-tuned teacher.
 
@@ -46,9 +48,17 @@ def distill_attention(
     stage = find_stage(student, data.images, name=settings.stage)
     steps = sum(steps_of(len(labels), tuning) for tuning in (settings.teacher, settings.tuning))
     count = counter(steps, on_step)
-    tune(teacher, data.images, labels, settings.teacher, seed=settings.seed, after_step=count)
+    tune(
+        teacher,
+        data.images,
+        labels,
+        settings.teacher,
+        seed=settings.seed,
+        after_step=count,
+        keep=keep,
+    )
 
-    distances: list[Tensor] = []
+    first, last = (torch.full((), torch.nan, device=backbone.mean.device) for _ in range(2))
     with watching(student, stage) as of_student, watching(teacher, stage) as of_teacher:
 
         def loss_of(images: Images, truth: Labels) -> Scalar:
@@ -56,7 +66,8 @@ def distill_attention(
             with torch.no_grad():
                 teacher(images)  # frozen, in eval mode
             distance = attention_distance(of_student[0], of_teacher[0], axis=stage.axis)
-            distances.append(distance.detach())
+            last.copy_(distance.detach())
+            first.copy_(torch.where(first.isnan(), last, first))
             return F.cross_entropy(logits, truth) + settings.beta * distance
 
         tune(
@@ -67,12 +78,14 @@ def distill_attention(
             seed=settings.seed,
             loss_of=loss_of,
             after_step=count,
+            keep=keep,
+            also={"distances": {"first": first, "last": last}},
         )
     log = {
         "stage": stage.name,
         "positions": stage.positions,
-        "attention_distance_first": distances[0].item(),
-        "attention_distance_last": distances[-1].item(),
+        "attention_distance_first": first.item(),
+        "attention_distance_last": last.item(),
     }
     return Defended(finished(student), log)
 
