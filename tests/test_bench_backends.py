@@ -1,7 +1,9 @@
 import importlib.util
+import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -119,6 +121,30 @@ def test_several_workers_share_the_victims_and_replace_the_one_that_dies(cells, 
     assert "a worker died" in said[0]
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_the_process_that_started_them(cells, place, tmp_path):
+    results = tmp_path / "results"
+    open_store(results)
+    context = multiprocessing.get_context("spawn")
+    parent = context.Process(
+        target=run_local, args=(cells, results, place), kwargs={"workers": 2, "say": print}
+    )
+    parent.start()
+    claim = results / "running" / f"{slow_one(cells).key}.json"
+    until = time.monotonic() + 200
+    while not claim.exists():
+        assert time.monotonic() < until, "nobody got that far"
+        time.sleep(0.02)
+    worker = json.loads(claim.read_text())["pid"]
+    assert worker != parent.pid
+    parent.terminate()
+    parent.join()
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < until, "the worker goes on"
+        time.sleep(0.05)
+    assert not look_at(results).is_done(slow_one(cells).key)
+
+
 def dies(backbone, data, settings, *, device="cpu", on_step=None):
     """Stand for a defense for which a machine has no memory."""
     os._exit(9)
@@ -144,7 +170,7 @@ def test_a_cell_at_which_workers_die_again_and_again_has_failed(cells, place, tm
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install '.[ray]'")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
-def test_ray_starts_a_killed_worker_again_and_nothing_is_lost(cells, place, tmp_path):
+def test_ray_starts_a_killed_worker_again_and_nothing_is_lost(cells, place, tmp_path, monkeypatch):
     results = tmp_path / "results"
     open_store(results)
     killer = multiprocessing.get_context("spawn").Process(
@@ -152,14 +178,15 @@ def test_ray_starts_a_killed_worker_again_and_nothing_is_lost(cells, place, tmp_
     )
     killer.start()
     said = []
-    tally = run_ray(cells, results, place, say=said.append)
+    monkeypatch.chdir(tmp_path)  # workers of a cluster run elsewhere, so that paths are made whole
+    tally = run_ray(cells, Path("results"), place._replace(data="shades"), say=said.append)
     killer.join(10)
     killer.terminate()  # had there been nobody to kill
     assert killer.exitcode == 0, said
     assert (tally.done, tally.failed, tally.left) == (3, 0, 0)
 
 
-@pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
-def test_without_ray_its_backend_says_what_to_install(cells, place, tmp_path):
+def test_without_ray_its_backend_says_what_to_install(cells, place, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
     with pytest.raises(SettingsError, match=r"pip install '.\[ray\]'"):
         run_ray(cells, tmp_path / "results", place)

@@ -56,6 +56,12 @@ def test_status_table_and_report_are_made_of_records(results, capsys, tmp_path):
     page = tmp_path / "bench.html"
     assert main(["bench", "report", SMOKE, "--results", results, "--out", str(page)]) == 0
     assert "4 of 4 cells are done" in page.read_text()
+    for words in (["status"], ["table"], ["report", "--out", str(tmp_path / "other.html")]):
+        assert main(["bench", *words, SMOKE, "--results", results, "--data", "cifar10:other"]) == 0
+    said = capsys.readouterr().out
+    assert "smoke: 0 done" in said
+    assert "| BadNets: CBD | – |" in said
+    assert "0 of 4 cells are done" in (tmp_path / "other.html").read_text()
     assert main(["bench", "report", SMOKE, "--results", results, "--out", str(page)]) == 2
 
 
@@ -105,6 +111,7 @@ def test_a_failed_cell_ends_in_an_exit_code_and_a_name(tmp_path, capsys):
         (["run", SMOKE, "--limit", "0"], "at least 1"),
         (["run", SMOKE, "--backend", "slurm"], "slurm"),
         (["run", SMOKE, "--rows", "CLP", "CDB"], "row 'CDB' is unknown; did you mean 'CBD'?"),
+        (["run", SMOKE, "--attacks", "sgi"], "attack 'sgi' is unknown; there are badnets"),
         (["run", SMOKE, "--seeds", "0", "7"], "seed 7 is in no grid; there are [0]"),
     ],
 )
@@ -135,6 +142,11 @@ def test_rows_and_seeds_are_picked_by_name():
         assert some.found == wanted
         assert {entry.cell.seed for entry in wanted} == {0, 2}
     assert plan_grids(grids, rows=rows)[0].found != picked[0].found
+    by_attack = plan_grids(grids, rows=rows, attacks=["sig", "cla"])[0].found
+    assert by_attack == [
+        e for e in everything[0].found if e.row in rows and e.attack in ("sig", "cla")
+    ]
+    assert {entry.attack for entry in by_attack} == {"sig", "cla"}
 
 
 def test_a_run_of_one_row_leaves_the_others(tmp_path, capsys):

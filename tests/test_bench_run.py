@@ -27,7 +27,7 @@ from unbackdoor.bench.run import (
 from unbackdoor.bench.store import forget_failures, is_running, open_store, read_record
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.cli import main
-from unbackdoor.data import load_labeled
+from unbackdoor.data import LabeledImages, load_labeled
 from unbackdoor.defense_jobs import load_pool
 from unbackdoor.defenses import keeping
 from unbackdoor.errors import DataError
@@ -238,6 +238,9 @@ def test_a_defense_in_a_file_is_run_and_scored_like_ours(data, tmp_path, capsys)
     assert main([*command, "--rows", "No Defense", "--drop-victims"]) == 0
     (weights,) = (results / "victims").glob("*/*.safetensors")  # for the other rows
     assert main([*command, "--drop-victims"]) == 2
+    assert not weights.exists()
+    weights.touch()  # as after a kill right at the end
+    assert main([*command, "--drop-victims"]) == 0
     assert not weights.exists()
     said = capsys.readouterr()
     assert "mine.py:returns_nothing returned a NoneType; a defense returns Defended" in said.out
@@ -501,14 +504,19 @@ def test_flags_tell_what_to_doubt(cells):
     reading = Reading(None, *[Scores(1.0, 0.0, 1.0, 100, 90)] * 2)
     attack = Attack(BadNets())
     weak, took = (Known(attack, "badnets", True, asr) for asr in (0.5, 0.95))
-    assert flags_of(cells["CBD"], weak, reading) == [
+    probe = LabeledImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2), ("a", "b"))
+    assert flags_of(cells["CBD"], weak, reading, probe) == [
         "the victim's own ASR was 50.0 %, below 90 %: the attack did not take",
         "only 90 triggered images",
     ]
     many = reading._replace(probe=Scores(1.0, 0.0, 1.0, 1000, 900))
-    assert flags_of(cells["CBD"], took, many) == []
+    assert flags_of(cells["CBD"], took, many, probe) == []
+    (doubt,) = flags_of(cells["CBD"], took, many, probe._replace(classes=("a", "b", "c")))
+    assert doubt.startswith("1 of 3 classes have none of the 2 labeled images")
+    (doubt,) = flags_of(cells["CBD"], took, many, probe._replace(classes=tuple("abcdefg")))
+    assert doubt.endswith("the target 6 too: their ASR is 0 whatever the network")
     told: Cell = replace(cells["CBD"], labels="given")
-    assert flags_of(told, took, many) == ["a label-free method was given labels"]
+    assert flags_of(told, took, many, probe) == ["a label-free method was given labels"]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ def record(cell, seconds, victim_seconds):
         "schema": SCHEMA,
         "cell": {
             "defense": cell.defense,
+            "settings": [list(pair) for pair in cell.settings],
             "victim": {
                 "attack": cell.victim.attack,
                 "arch": cell.victim.arch,
@@ -41,6 +42,12 @@ def test_the_estimate_is_the_median_of_the_same_kind_and_that_of_all_is_a_guess(
     assert estimate([detects], [], records) == (20, 1)
     records.append(record(detects, 500.0, 100.0))
     assert estimate([CELL, detects], [], records) == (520, 0)
+    longer = replace(CELL, settings=(("seed", 0), ("steps", 40)))
+    assert estimate([longer], [], records) == (20, 0)  # those of other settings, for want of better
+    records.append(record(longer, 90.0, 100.0))
+    again = replace(CELL, settings=(("seed", 1), ("steps", 40)), seed=1)
+    assert estimate([again], [], records) == (90, 0)
+    assert estimate([CELL], [], records) == (20, 0)
     clean = replace(CELL, victim=replace(VICTIM, attack="clean"))
     records.append(record(clean, 3.0, 100.0))
     assert estimate([CELL, clean], [], records) == (23, 0)

@@ -102,6 +102,9 @@ def test_another_hosts_claim_is_void_after_a_long_silence(store):
     path = store.folder / "running" / "a.json"
     path.write_text(json.dumps({"owner": "x", "host": f"not {socket.gethostname()}", "pid": 1}))
     assert is_running(store, "a")
+    assert not died_at(store, "a")
+    assert not died_at(store, "a", dead=["y"])
+    assert died_at(store, "a", dead=["y", "x"])
     silent = path.stat().st_mtime - SILENT - 1
     os.utime(path, (silent, silent))
     assert not is_running(store, "a")

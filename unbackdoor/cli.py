@@ -756,6 +756,7 @@ def bench_run(
     workers: Whole = 1,
     limit: Whole | None = None,
     rows: Words = (),
+    attacks: Words = (),
     seeds: Seeds = (),
     data: str | None = None,
     detection_data: str | None = None,
@@ -780,6 +781,8 @@ def bench_run(
         Run at most this many cells.
     rows
         Run these rows alone, named as in the tables.
+    attacks
+        Run these attacks alone, named as in the grid files.
     seeds
         Run these seeds alone.
     data
@@ -791,7 +794,8 @@ def bench_run(
     drop_victims
         Delete a victim's weights when all its cells in these files are done.
     address
-        Of a running Ray cluster; without it, one is started on this machine.
+        Of a running Ray cluster: auto on one of its machines, HOST:PORT of its head, or
+        ray://HOST:10001 from elsewhere; without it, one is started on this machine.
     gpus
         Ray: GPUs a victim and its cells take; a fraction shares one.
     precision
@@ -807,6 +811,7 @@ def bench_run(
             workers=workers,
             limit=limit,
             rows=rows,
+            attacks=attacks,
             seeds=seeds,
             data=data,
             detection_data=detection_data,
@@ -864,6 +869,8 @@ def bench_status(
     /,
     *,
     results: Results = Path("results/bench"),
+    data: str | None = None,
+    detection_data: str | None = None,
 ) -> None:
     """Show what is done, running, failed and left, and an estimate of the time.
 
@@ -871,10 +878,15 @@ def bench_status(
     ----------
     grids
         Grid files.
+    data
+        The images, if they were not those that the grid files name.
+    detection_data
+        The same for the data of detectors.
     """
     from unbackdoor.bench import jobs
 
-    print("\n".join(jobs.grids_status(grids, results)))
+    where = {"data": data, "detection_data": detection_data}
+    print("\n".join(jobs.grids_status(grids, results, **where)))
 
 
 @bench.command(name="table")
@@ -883,6 +895,8 @@ def bench_table(
     /,
     *,
     results: Results = Path("results/bench"),
+    data: str | None = None,
+    detection_data: str | None = None,
     out: Path | None = None,
     force: Switch = False,
 ) -> None:
@@ -892,6 +906,10 @@ def bench_table(
     ----------
     grids
         Grid files.
+    data
+        The images, if they were not those that the grid files name.
+    detection_data
+        The same for the data of detectors.
     out
         A file to write to instead.
     force
@@ -899,7 +917,8 @@ def bench_table(
     """
     from unbackdoor.bench import jobs
 
-    text = jobs.grids_tables(grids, results)
+    where = {"data": data, "detection_data": detection_data}
+    text = jobs.grids_tables(grids, results, **where)
     if out is None:
         print(text)
     else:
@@ -912,6 +931,8 @@ def bench_report(
     /,
     *,
     results: Results = Path("results/bench"),
+    data: str | None = None,
+    detection_data: str | None = None,
     out: Path = Path("bench.html"),
     force: Switch = False,
 ) -> None:
@@ -921,6 +942,10 @@ def bench_report(
     ----------
     grids
         Grid files.
+    data
+        The images, if they were not those that the grid files name.
+    detection_data
+        The same for the data of detectors.
     out
         The file.
     force
@@ -928,7 +953,8 @@ def bench_report(
     """
     from unbackdoor.bench import jobs
 
-    jobs.write_report(grids, results, out, overwrite=force)
+    where = {"data": data, "detection_data": detection_data}
+    jobs.write_report(grids, results, out, overwrite=force, **where)
     print(f"wrote {out}")
 
 

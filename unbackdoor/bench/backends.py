@@ -7,6 +7,7 @@ a time, so a worker that dies loses nothing but the epoch it was in.
 import importlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,6 +98,7 @@ def run_ray(
         ) from error
     from unbackdoor.bench.run import Tally, by_victim
 
+    place = _anywhere(place)
     wanted = _wanted(cells, results)
     started = not ray.is_initialized()
     if started:
@@ -105,37 +107,69 @@ def run_ray(
     folder, owner = results.resolve(), os.urandom(8).hex()
     jobs = {}
     for victim, group in by_victim(wanted):
-        job = task.remote(group, folder, place, workers or 1, owner=f"{owner}-{victim.key}")
-        jobs[job] = (f"{victim.attack}, seed {victim.seed}", group)
+        one = f"{owner}-{victim.key}"
+        job = task.remote(group, folder, place, workers or 1, owner=one)
+        jobs[job] = (f"{victim.attack}, seed {victim.seed}", group, one)
     lost: list[Cell] = []
+    dead: list[str] = []
     try:
         while jobs:
             (ready,), _ = ray.wait(list(jobs), num_returns=1)
-            name, group = jobs.pop(ready)
+            name, group, one = jobs.pop(ready)
             try:
                 ray.get(ready)
             except ray.exceptions.RayError as error:
                 say(f"{name}: given up: {error}")
                 lost += group
+                dead.append(one)
                 continue
             say(f"{name}: finished")
     finally:
         if started:
             ray.shutdown()
-    return _lost(lost, results, _tally(cells, results, Tally), say=say)
+    return _lost(lost, results, _tally(cells, results, Tally), dead, say=say)
 
 
 def work(
     cells: Sequence[Cell], results: Path, place: "Place", threads: int, *, owner: str | None = None
 ) -> None:
-    """Be a worker: run whatever of ``cells`` nobody else is at work on."""
+    """Be a worker: run whatever of ``cells`` nobody else is at work on.
+
+    A process that another one started ends with it, however that one ended.
+    """
     import torch
 
     from unbackdoor.bench.run import run_cells
 
+    if multiprocessing.parent_process() is not None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     if place.device == "cpu" or not torch.cuda.is_available():
         torch.set_num_threads(threads)
     run_cells(cells, open_store(results, owner=owner), place)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _anywhere(place: "Place") -> "Place":
+    """Return a place whose relative paths are absolute, for workers that run in other folders."""
+
+    def absolute(text: str) -> str:
+        scheme, colon, path = text.rpartition(":")
+        if not path or text == "fashion-mnist":  # comes with the package
+            return text
+        return f"{scheme}{colon}{Path(path).expanduser().absolute()}"
+
+    return place._replace(
+        data=absolute(place.data),
+        detection=absolute(place.detection),
+        victims=absolute(place.victims),
+        start=absolute(place.start),
+    )
 
 
 def _wanted(cells: Iterable[Cell], results: Path) -> list[Cell]:
@@ -144,11 +178,17 @@ def _wanted(cells: Iterable[Cell], results: Path) -> list[Cell]:
     return pending(cells, open_store(results))
 
 
-def _lost(cells: Iterable[Cell], results: Path, tally: "Tally", *, say: Say) -> "Tally":
-    """Count what no worker has finished as failed, and record the cells that they died at."""
+def _lost(
+    cells: Iterable[Cell], results: Path, tally: "Tally", dead: Sequence[str] = (), *, say: Say
+) -> "Tally":
+    """Count what no worker has finished as failed, and record the cells that they died at.
+
+    Args:
+        dead: Owners of claims that are known to be gone, on whatever machine.
+    """
     store, left = open_store(results), _wanted(cells, results)
     for cell in left:
-        if died_at(store, cell.key):
+        if died_at(store, cell.key, dead):
             write_failure(store, cell.key, describe(cell), "its worker died, again and again", "")
             say(f"failed: {describe(cell)}: its worker died, again and again")
     return tally._replace(failed=tally.failed + len(left), left=tally.left - len(left))

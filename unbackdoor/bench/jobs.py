@@ -12,6 +12,7 @@ from unbackdoor.bench.grid import Entry, Grid, entries, is_own, read_grid, uniqu
 from unbackdoor.bench.obtain import Place, surrogate_of
 from unbackdoor.bench.report import report_of
 from unbackdoor.bench.run import draw_cells, pending
+from unbackdoor.bench.run import drop_victims as drop_victims_of
 from unbackdoor.bench.status import as_lines, status_of
 from unbackdoor.bench.store import (
     forget_failures,
@@ -46,6 +47,7 @@ def plan_grids(
     data: str | None = None,
     detection_data: str | None = None,
     rows: Sequence[str] = (),
+    attacks: Sequence[str] = (),
     seeds: Sequence[int] = (),
 ) -> list[Plan]:
     """Read grid files.
@@ -54,11 +56,12 @@ def plan_grids(
         data: Where the images are, in place of what the files say.
         detection_data: The same for the data of their detectors.
         rows: Only these, as tables name them; none are all.
+        attacks: Likewise, as grid files name them.
         seeds: Likewise.
 
     Raises:
         SettingsError: See ``read_grid``; or if there is no file, or no detector in one that
-            is given data for them, or a row or a seed in none.
+            is given data for them, or a row, an attack or a seed in none.
     """
     if not paths:
         raise SettingsError("pass one grid file or more, such as grids/smoke.toml")
@@ -69,22 +72,28 @@ def plan_grids(
         grids = [_detecting_in(grid, detection_data) for grid in grids]
     plans = [Plan(grid, entries(grid)) for grid in grids]
     found = [entry for plan in plans for entry in plan.found]
-    known_rows = dict.fromkeys(entry.row for entry in found)
     known_seeds = {entry.cell.seed for entry in found}
-    for row in rows:
-        if row not in known_rows:
-            raise SettingsError(unknown("row", row, known_rows))
+    for what, names, known in (
+        ("row", rows, dict.fromkeys(entry.row for entry in found)),
+        ("attack", attacks, dict.fromkeys(entry.attack for entry in found)),
+    ):
+        for name in names:
+            if name not in known:
+                raise SettingsError(unknown(what, name, known))
     for seed in seeds:
         if seed not in known_seeds:
             raise SettingsError(f"seed {seed} is in no grid; there are {sorted(known_seeds)}")
-    return [plan._replace(found=_among(plan.found, rows, seeds)) for plan in plans]
-
-
-def _among(found: list[Entry], rows: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
+    picked = ((rows, "row"), (attacks, "attack"))
     return [
-        entry
-        for entry in found
-        if (not rows or entry.row in rows) and (not seeds or entry.cell.seed in seeds)
+        plan._replace(
+            found=[
+                entry
+                for entry in plan.found
+                if all(not names or getattr(entry, of) in names for names, of in picked)
+                and (not seeds or entry.cell.seed in seeds)
+            ]
+        )
+        for plan in plans
     ]
 
 
@@ -96,6 +105,7 @@ def run_grids(
     workers: int = 1,
     limit: int | None = None,
     rows: Sequence[str] = (),
+    attacks: Sequence[str] = (),
     seeds: Sequence[int] = (),
     data: str | None = None,
     detection_data: str | None = None,
@@ -118,7 +128,7 @@ def run_grids(
     if workers < 1 or (limit is not None and limit < 1):
         raise SettingsError(f"workers and limit are at least 1, got {workers} and {limit}")
     where: dict[str, Any] = {"data": data, "detection_data": detection_data}
-    plans = plan_grids(paths, rows=rows, seeds=seeds, **where)
+    plans = plan_grids(paths, rows=rows, attacks=attacks, seeds=seeds, **where)
     failed, left, store = 0, limit, open_store(results)
     needed = cells_by_victim(cell for plan in plan_grids(paths, **where) for cell in plan.cells)
     for plan in plans:
@@ -140,6 +150,7 @@ def run_grids(
             f"{plan.grid.name}: {tally.done} done, {tally.failed} failed, "
             f"{tally.left} left to others"
         )
+        drop_victims_of(store, place)
         failed += tally.failed
         left = None if left is None else left - len(cells)
         if left == 0:
@@ -201,33 +212,53 @@ def cells_by_victim(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:
     return keys
 
 
-def grids_status(paths: Sequence[Path], results: Path) -> list[str]:
+def grids_status(
+    paths: Sequence[Path],
+    results: Path,
+    *,
+    data: str | None = None,
+    detection_data: str | None = None,
+) -> list[str]:
     """Return how far grid files are, in lines; errors are those of :func:`plan_grids`."""
     store = look_at(results)
     return [
         line
-        for plan in plan_grids(paths)
+        for plan in plan_grids(paths, data=data, detection_data=detection_data)
         for line in as_lines(plan.grid.name, status_of(plan.cells, store, plan.grid.victims))
     ]
 
 
-def grids_tables(paths: Sequence[Path], results: Path) -> str:
+def grids_tables(
+    paths: Sequence[Path],
+    results: Path,
+    *,
+    data: str | None = None,
+    detection_data: str | None = None,
+) -> str:
     """Return the tables of grid files as Markdown; errors are those of :func:`plan_grids`."""
     return "\n".join(
         as_markdown(table)
-        for plan in plan_grids(paths)
+        for plan in plan_grids(paths, data=data, detection_data=detection_data)
         for table in all_tables(plan.grid, plan.found, _records(plan, results))
     )
 
 
-def write_report(paths: Sequence[Path], results: Path, out: Path, *, overwrite: bool) -> None:
+def write_report(
+    paths: Sequence[Path],
+    results: Path,
+    out: Path,
+    *,
+    overwrite: bool,
+    data: str | None = None,
+    detection_data: str | None = None,
+) -> None:
     """Write the report of grid files.
 
     Raises:
         SettingsError: See :func:`plan_grids`.
         OutputError: If ``out`` exists and must not be replaced.
     """
-    plans = plan_grids(paths)
+    plans = plan_grids(paths, data=data, detection_data=detection_data)
     parts = [(plan.grid, plan.found, _records(plan, results)) for plan in plans]
     store = look_at(results)
     features = {

@@ -60,6 +60,7 @@ from unbackdoor.evaluation import (
     not_taken,
     own_head,
     reading_record,
+    without_labels,
 )
 from unbackdoor.jobs import versions
 from unbackdoor.metrics import Reading, make_test_set, read
@@ -116,6 +117,7 @@ def run_cells(
     """
     load = cache(load_sets)
     tally = Tally()
+    revision()
     for victim, group in by_victim(pending(cells, store)):
         with claimed(store, f"{victim.key}-cells") as mine:
             if not mine:
@@ -334,7 +336,7 @@ def defend_cell(
             "test_sha256": from_tensor(sets.test.images).fingerprint,
             **counts(split),
         },
-        "flags": flags_of(cell, known_from(made, attack, cell.attack), reading),
+        "flags": flags_of(cell, known_from(made, attack, cell.attack), reading, split.probe),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_memory": peak_memory(device),
         "device": describe_device(device),
@@ -455,9 +457,14 @@ def _purify(
     return Repaired(cast("Backbone", backbone), {}, epochs, told)
 
 
-def flags_of(cell: Cell, known: Known, reading: Reading) -> list[str]:
-    """Return why the scores of a cell should be read with care."""
-    found = not_taken(known)
+def flags_of(cell: Cell, known: Known, reading: Reading, probe: LabeledImages) -> list[str]:
+    """Return why the scores of a cell should be read with care.
+
+    Args:
+        probe: The images that the probe is trained on.
+    """
+    target = known.attack.target if known.attack.goal == "all-to-one" else None
+    found = not_taken(known) + without_labels(probe, target=target)
     if reading.probe.triggered < FEW:
         found.append(f"only {reading.probe.triggered} triggered images")
     free = cell.defense == CBD or (cell.defense in DEFENSES and not DEFENSES[cell.defense].labels)
@@ -466,8 +473,12 @@ def flags_of(cell: Cell, known: Known, reading: Reading) -> list[str]:
     return found
 
 
+@cache
 def revision() -> str | None:
-    """Return the git revision of this package's checkout, with a mark if files differ from it."""
+    """Return the git revision of this package's checkout, with a mark if files differed from it.
+
+    Read once, when cells begin to run: what is changed meanwhile is not what runs.
+    """
     git, folder = shutil.which("git"), Path(__file__).resolve().parent
     if git is None:
         return None

@@ -1,5 +1,6 @@
 """How far a grid is: done, running, failed, left, and how long that takes. No torch."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,27 +56,31 @@ def estimate(
     """Return the seconds for ``left`` and their victims, and how many cells are a mere guess.
 
     A cell takes the median of the records of its defense and network, with a detector or without,
-    on a clean victim or not (one repair of it serves all attacks), or else of all records; a victim
-    that of the victims of its training and network, or else of all.
+    on a clean victim or not (one repair of it serves all attacks): of those with its settings, or
+    else of all of these, or else of all records. A victim takes that of the victims of its training
+    and network, or else of all.
     """
     if not records:
         return (None, len(left)) if left else (0.0, 0)
-    of_kind: dict[tuple[str, str, bool, bool], list[float]] = {}
+    of_kind: dict[tuple[Any, ...], list[float]] = {}
     trained: dict[str, tuple[tuple[str, str], float]] = {}
+    everything: list[float] = []
     for record in records:
         cell, seconds = record["cell"], record["seconds"]["all"]
         detects = cell.get("detection") is not None
         clean = cell["victim"]["attack"] == CLEAN
         sort = (cell["defense"], cell["victim"]["arch"], detects, clean)
-        of_kind.setdefault(sort, []).append(seconds)
+        for one in (sort, (*sort, _without_seed(cell["settings"]))):
+            of_kind.setdefault(one, []).append(seconds)
+        everything.append(seconds)
         kind = (cell["victim"]["training"], cell["victim"]["arch"])
         if record["victim"]["seconds"] is not None:
             trained[record["victim"]["key"]] = (kind, record["victim"]["seconds"])
-    everything = [second for seconds in of_kind.values() for second in seconds]
     total, guessed = 0.0, 0
     for cell in left:
         detects, clean = cell.detection is not None, cell.victim.attack == CLEAN
-        known = of_kind.get((cell.defense, cell.victim.arch, detects, clean))
+        sort = (cell.defense, cell.victim.arch, detects, clean)
+        known = of_kind.get((*sort, _without_seed(cell.settings))) or of_kind.get(sort)
         guessed += known is None
         total += statistics.median(known or everything)
     for victim in victims:
@@ -103,6 +108,11 @@ def as_lines(name: str, status: Status) -> list[str]:
             f"  time left: about {minutes // 60} h {minutes % 60} min on one worker{guess}"
         )
     return lines
+
+
+def _without_seed(settings: Sequence[Sequence[Any]]) -> str:
+    """Return settings, of a cell or its record, as one text; seeds take the same time."""
+    return json.dumps([pair for pair in settings if pair[0] != "seed"])
 
 
 def _victims(cells: Sequence[Cell]) -> list[Victim]:

@@ -18,7 +18,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,10 +203,15 @@ def is_running(store: Store, key: str) -> bool:
     return _alive(store.folder / "running" / f"{key}.json") is not None
 
 
-def died_at(store: Store, key: str) -> bool:
-    """Tell whether somebody had claimed ``key`` and is no longer alive."""
+def died_at(store: Store, key: str, dead: Sequence[str] = ()) -> bool:
+    """Tell whether somebody had claimed ``key`` and is no longer alive.
+
+    Args:
+        dead: Owners that are known to be gone, on whatever machine.
+    """
     path = store.folder / "running" / f"{key}.json"
-    return path.exists() and _alive(path) is None
+    holder = _alive(path)
+    return path.exists() and (holder is None or holder["owner"] in dead)
 
 
 def beat(store: Store) -> None:
