@@ -20,7 +20,13 @@ import torch
 import torchvision
 from torch import nn
 
-from unbackdoor.checkpoint import read_checkpoint, sha256_of, write_tensors, write_text
+from unbackdoor.checkpoint import (
+    check_tensors,
+    read_checkpoint,
+    sha256_of,
+    write_tensors,
+    write_text,
+)
 from unbackdoor.errors import CheckpointError, OutputError, UnbackdoorError, UnsafeCheckpointError
 
 torch.set_num_threads(1)
@@ -485,6 +491,37 @@ def test_loops_and_references_that_unfold_without_end_are_refused(tmp_path, zipp
         level = {"a": level, "b": level}
     with pytest.raises(CheckpointError, match="repeats one part of itself without end"):
         read_checkpoint(save(level, tmp_path / "laughs.pt", zipped=zipped))
+
+
+def test_more_parts_than_a_checkpoint_has_and_endless_names_are_refused(tmp_path):
+    few = {str(i): i for i in range(400)}
+    many = {"a": [few] * 900, "w": torch.ones(1)}  # each is there less often than it may be
+    deep: object = {"w": torch.ones(1)}
+    for _ in range(100):
+        deep = {"n" * 100: deep}
+    for name, value in (("many", many), ("deep", deep)):
+        with pytest.raises(CheckpointError, match="as no checkpoint has"):
+            read_checkpoint(save(value, tmp_path / f"{name}.pt"))
+
+
+def test_a_shape_beyond_64_bits_is_refused(tmp_path):
+    huge = pickle.dumps(tuple([2**200] * 30), 2)[2:-1]
+    path = save({"w": torch.ones(3)}, tmp_path / "huge.pt")
+    small = pickle.dumps((3,), 2)[2:-1].partition(b"q")[0]
+    rewrite(path, lambda pickled: pickled.replace(small, huge.partition(b"q")[0], 1))
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [("__metadata__", torch.float32), ("w\ud800", torch.float32), ("w", torch.complex128)],
+)
+def test_tensors_that_safetensors_cannot_hold_are_refused_before_they_are_computed(key, dtype):
+    path, good = Path("out.safetensors"), {"v": torch.ones(1), "b": torch.ones(1).bfloat16()}
+    check_tensors(path, good)
+    with pytest.raises(OutputError, match=f"cannot hold '.*' of {dtype}; pass a .pt file"):
+        check_tensors(path, good | {key: torch.ones(1, dtype=dtype)})
 
 
 def hugging_face(folder: Path, state, *, suffix: str, config: bool = True) -> Path:

@@ -218,6 +218,15 @@ def test_a_config_holds_settings_and_nothing_else(text, message, inputs, tmp_pat
     assert message in unwrapped(capsys)
 
 
+def test_what_the_system_refuses_is_an_error_and_no_traceback(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert main(["evaluate", "a" * 5000, "--arch", "x", "--data", "y", "--attack", "badnets"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 2
+    assert "File name too long" in said
+
+
 def test_an_interrupted_run_says_how_to_continue(inputs, tmp_path):
     words = [*inputs, *FEW]
     endless = [*COMMAND, *words, "--epochs", "1000"]

@@ -857,6 +857,18 @@ def test_reading_ahead_starts_one_thread_and_none_of_pytorchs(tmp_path, from_fil
     assert len(run.stdout.split()) == 2
 
 
+def test_an_image_of_too_many_pixels_is_broken_before_it_is_decoded(tmp_path, monkeypatch):
+    for name, side in (("small", 8), ("large", 90)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(data, "MOST_PIXELS", 8000)
+    source = load_images(tmp_path, size=8, max_broken=1)
+    assert source.read([0, 1]).shape == (2, 3, 8, 8)
+    assert source.broken == ["large.png"]
+    (tmp_path / "small.png").unlink()
+    with pytest.raises(DataError, match=r"90 × 90 pixels, at most 8,000 are read"):
+        load_images(tmp_path, size=8).read([0])
+
+
 def test_the_name_of_a_broken_image_steers_no_terminal(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "b\x1b[2J\x07.png").write_bytes(b"no image")

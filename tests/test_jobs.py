@@ -9,8 +9,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unbackdoor.backbones import build, network_state
-from unbackdoor.errors import DataError, DeviceError, DivergedError, OutputError
-from unbackdoor.jobs import Source, dry_run, open_source, plan_outputs, purify_file, report_of
+from unbackdoor.errors import (
+    CheckpointError,
+    DataError,
+    DeviceError,
+    DivergedError,
+    OutputError,
+)
+from unbackdoor.jobs import (
+    Source,
+    dry_run,
+    open_source,
+    plan_outputs,
+    purify_file,
+    report_of,
+    round_as_written,
+)
 from unbackdoor.ranks import Ranks
 from unbackdoor.settings import ChangeSettings, PurifySettings
 
@@ -110,6 +124,39 @@ def test_half_precision_files_stay_half_precision(photos, tmp_path):
     save_file(tensors, tmp_path / "half.safetensors")
     out = run(tmp_path / "half.safetensors", photos, tmp_path / "clean.safetensors").tensors
     assert load_file(out)["conv1.weight"].dtype == torch.float16
+
+
+def test_what_is_measured_is_rounded_as_it_is_written(tmp_path):
+    tensors = build("cifar/wrn16_1").network.half().state_dict()
+    save_file(tensors, tmp_path / "half.safetensors")
+    loaded = open_source(Source(tmp_path / "half.safetensors", "cifar/wrn16_1", size=16))
+    weight = loaded.backbone.body.conv1.weight
+    with torch.no_grad():
+        weight.add_(1e-5)
+    kept = weight.detach().clone()
+    round_as_written(loaded, loaded.backbone)
+    assert weight.equal(kept.half().float())
+    assert not weight.equal(kept)
+
+
+def test_an_output_that_could_not_hold_the_tensors_is_refused_first(victim, photos, tmp_path):
+    content = torch.load(victim, weights_only=True)
+    content["state_dict"]["__metadata__"] = torch.ones(1)
+    torch.save(content, victim)
+    said: list[str] = []
+    with pytest.raises(OutputError, match=r"cannot hold '__metadata__' of torch\.float32"):
+        run(victim, photos, tmp_path / "clean.safetensors", on_step=said.append)
+    assert not said
+    run(victim, photos, tmp_path / "clean.pt")
+
+
+def test_complex_weights_are_refused(victim, photos, tmp_path):
+    content = torch.load(victim, weights_only=True)
+    weights = content["state_dict"]
+    weights["module.conv1.weight"] = weights["module.conv1.weight"].to(torch.complex64)
+    torch.save(content, victim)
+    with pytest.raises(CheckpointError, match=r"conv1\.weight is of complex numbers"):
+        run(victim, photos, tmp_path / "clean.pt")
 
 
 def test_a_killed_run_resumes_to_the_same_file(victim, photos, tmp_path):

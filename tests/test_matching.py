@@ -225,6 +225,29 @@ def test_the_user_can_choose_the_other_copy():
         match_keys(found, shapes(network()), head=HEAD, nesting="ema")
 
 
+def test_of_many_state_dicts_one_has_to_be_named():
+    state = network(1).state_dict()
+    found = checkpoint({f"epoch{i}": {**state} for i in range(300)})
+    with pytest.raises(MismatchError, match="holds 300 state dicts, such as 'epoch0' and 'epoch2"):
+        match_keys(found, shapes(network()), head=HEAD)
+    assert match_keys(found, shapes(network()), head=HEAD, nesting="epoch7").nesting == ("epoch7",)
+    with pytest.raises(MismatchError, match=r"only at 'epoch0', .* and 288 more"):
+        match_keys(found, shapes(network()), head=HEAD, nesting="epoch")
+
+
+def test_what_was_not_changed_stays_bit_for_bit_whatever_reading_rounded():
+    doubles = {key: tensor.double() for key, tensor in network(1).state_dict().items()}
+    doubles["fc.weight"] += 1e-12
+    found = checkpoint({"model": doubles})
+    match = match_keys(found, shapes(network()), head=HEAD)
+    state = {key: tensor.float() for key, tensor in doubles.items()}
+    state["conv1.weight"] = state["conv1.weight"] + 1
+    new = flat_tree(match, replace_tensors(found, match, state))
+    assert new["fc.weight"] is doubles["fc.weight"]
+    assert new["conv1.weight"].equal((doubles["conv1.weight"].float() + 1).double())
+    assert {tensor.dtype for tensor in new.values()} == {torch.float64}
+
+
 def test_a_copy_without_head_gives_way_to_one_with_head():
     state = network(1).state_dict()
     body = {key: tensor for key, tensor in network(2).state_dict().items() if key not in HEAD}

@@ -252,6 +252,11 @@ def open_backbone(
     architecture = build(arch, head=head)
     match = _match(source, arch, architecture, nesting=nesting, prefix=prefix)
     tensors = matched_tensors(source, match)
+    for key, tensor in tensors.items():
+        if tensor.is_complex():
+            raise CheckpointError(
+                f"{checkpoint}: {key} is of complex numbers, which no network has"
+            )
     classes = _count_classes(tensors, architecture.heads)
     if classes and classes != _count_classes(architecture.network.state_dict(), architecture.heads):
         architecture = build(arch, classes=classes, head=head)

@@ -48,6 +48,8 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file that torch <
 LFS_POINTER = b"version https://git-lfs"  # begins what a clone without Git LFS holds instead
 ALIGNMENT = 16  # bytes; tensors that start elsewhere are copied out of the mapped file
 MOST_VISITS = 1_000  # of one container while walking a file; only bombs need more
+MOST_PARTS = 300_000  # of a file, each counted as often as it is referred to
+MOST_LETTERS = 2_000  # of a part's name with the names of all that it lies in
 
 # Trainers' state: it belongs to the old weights, although it holds tensors.
 TRAINER_WORDS = ("optim", "scheduler", "scaler")
@@ -205,6 +207,23 @@ def check_output(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
         raise OutputError(f"{path}: exists already; pass --force to replace it")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}")
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that a safetensors file cannot hold, by their names and dtypes alone.
+
+    Raises:
+        OutputError: If one of them could not be written to ``path``, or not be read again.
+    """
+    for key, tensor in tensors.items():
+        empty = {key: torch.empty(0, dtype=tensor.dtype)}
+        try:
+            safetensors.torch.load(safetensors.torch.save(empty))
+        except (KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise OutputError(
+                f"{path}: safetensors cannot hold {printable(key)!r} of {tensor.dtype}; "
+                "pass a .pt file"
+            ) from error
 
 
 def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
@@ -713,8 +732,8 @@ def _call(function: Any, arguments: Any) -> Any:
 
 def _view(storage: Any, dtype: torch.dtype, offset: Any, shape: Any, stride: Any) -> _View:
     whole = (offset, *shape, *stride)
-    if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in whole):
-        raise ValueError("a tensor's shape is not made of whole numbers")
+    if len(shape) != len(stride) or any(type(n) is not int or not 0 <= n < 2**63 for n in whole):
+        raise ValueError("a tensor's shape is not made of whole numbers of 64 bits")
     return _View(storage, dtype, offset, tuple(shape), tuple(stride))
 
 
@@ -738,10 +757,17 @@ class _Harvest:
     spans: Mapping[str, range]
     dropped: list[str] = field(default_factory=list)
     visits: Counter[int] = field(default_factory=Counter)
+    parts: int = 0
     cut: dict[str, torch.UntypedStorage] = field(default_factory=dict)
 
     def take(self, value: Any, name: str) -> Tree | Tensor | None:
         """Return the tensors in ``value``, or None (and note it) if there are none."""
+        self.parts += 1
+        if self.parts > MOST_PARTS or len(name) > MOST_LETTERS:
+            raise CheckpointError(
+                f"{self.path}: has more than {MOST_PARTS:,} parts, or one whose name is longer "
+                f"than {MOST_LETTERS:,} letters, as no checkpoint has: {name[:60]!r}"
+            )
         if isinstance(value, _View):
             return self.tensor(value, name)
         before = len(self.dropped)

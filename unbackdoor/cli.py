@@ -971,7 +971,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except CycloptsError:
         return 2  # cyclopts has printed it
-    except UnbackdoorError as error:
+    except (UnbackdoorError, OSError) as error:  # such as a path too long, or a file as a folder
         complain(f"error: {error}")
         return 2
     except KeyboardInterrupt:

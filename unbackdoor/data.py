@@ -59,6 +59,7 @@ THREADS = min(8, os.cpu_count() or 1)
 IMAGE_SUFFIXES = ["bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"]
 # Pillow knows more formats, one of which (EPS) hands the file to an interpreter.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MOST_PIXELS = 80_000_000  # of one image; 240 MB as it is decoded
 KIND_OF_SUFFIX = {"parquet": "parquet", "tar": "tar"} | dict.fromkeys(IMAGE_SUFFIXES, "image")
 SCHEMES = ("cifar10", "fashion-mnist")
 MAX_CLASSES = 100_000
@@ -437,6 +438,8 @@ def open_image(encoded: bytes, *, upright: bool = True) -> Image.Image:
     if not encoded:
         raise ValueError("empty, or cannot be read")
     image: Image.Image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} × {image.height} pixels, at most {MOST_PIXELS:,} are read")
     if upright:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":

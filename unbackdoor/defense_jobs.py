@@ -28,6 +28,7 @@ from unbackdoor.jobs import (
     Say,
     Source,
     account_tables,
+    check_writable,
     describe_input,
     describe_network,
     evidence_table,
@@ -35,6 +36,7 @@ from unbackdoor.jobs import (
     movement_picture,
     open_source,
     plan_outputs,
+    round_as_written,
     told_of_memory,
     write_outputs,
 )
@@ -115,6 +117,7 @@ def defend_file(
         raise SettingsError(f"{name} needs labels; pass --labels given or --labels pseudo")
     loaded = open_source(source)
     describe_input(source, loaded, say=say)
+    check_writable(outputs, loaded)
     where = pick_device(device)
     pool = load_pool(data, size=loaded.size, labels=kind, share=share, seed=seed)
     with told_of_memory(where):
@@ -143,6 +146,7 @@ def defend_file(
         result = run_defense(
             chosen, loaded.backbone, given, device=where, on_step=on_step, keep=keep
         )
+    round_as_written(loaded, result.backbone)
     tuned = [] if heads_equal(result.backbone, loaded.backbone) else loaded.backbone.head_names
     say(f"the head {', '.join(tuned)} was tuned too" if tuned else "the head is as it was")
 

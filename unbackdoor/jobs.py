@@ -23,12 +23,25 @@ from unbackdoor.cbd import (
     steps_per_epoch,
 )
 from unbackdoor.changes import learn_changes
-from unbackdoor.checkpoint import Tree, refuse_inputs, sha256_of, write_tensors, write_text
+from unbackdoor.checkpoint import (
+    Tree,
+    check_tensors,
+    refuse_inputs,
+    sha256_of,
+    write_tensors,
+    write_text,
+)
 from unbackdoor.data import ImageSource, load_images
 from unbackdoor.devices import peak_memory, pick_device, pick_precision
 from unbackdoor.diagnostics import Evidence, measure
 from unbackdoor.errors import DeviceError, DivergedError, OutputError
-from unbackdoor.matching import describe_match, flat_tree, replace_tensors, state_dicts_apart
+from unbackdoor.matching import (
+    describe_match,
+    flat_tree,
+    matched_tensors,
+    replace_tensors,
+    state_dicts_apart,
+)
 from unbackdoor.ranks import ALONE, Ranks, gather_names, joined
 from unbackdoor.report import Table, bars_picture, curves_picture, render_report
 from unbackdoor.resume import identity, load_state, save_state
@@ -147,6 +160,7 @@ def purify_file(
     loaded, photos = open_both(
         source, images, settings, limit=limit, max_broken=max_broken, ranks=ranks, say=say
     )
+    check_writable(outputs, loaded)
     where = pick_device(device)
     how = pick_precision(precision, where)
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=photos.fingerprint)
@@ -187,6 +201,7 @@ def purify_file(
     if ranks.rank > 0:
         return outputs
     say("measuring what changed")
+    round_as_written(loaded, cast("Backbone", backbone))
     original = loaded.backbone.to(where)
     with told_of_memory(where):
         evidence = {
@@ -235,6 +250,7 @@ def dry_run(
     loaded, photos = open_both(
         source, images, settings, limit=limit, max_broken=max_broken, ranks=ranks, say=say
     )
+    check_writable(outputs, loaded)
     where = pick_device(device)
     times: list[float] = []
 
@@ -456,6 +472,21 @@ def make_record(
         "evidence": {when: asdict(values) for when, values in evidence.items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def check_writable(outputs: Outputs, loaded: Loaded) -> None:
+    """Refuse a checkpoint whose tensors the output could not hold; errors: ``check_tensors``."""
+    if outputs.tensors.suffix in FLAT:
+        check_tensors(outputs.tensors, flat_tree(loaded.match, loaded.checkpoint.tree))
+
+
+@torch.no_grad()
+def round_as_written(loaded: Loaded, backbone: Backbone) -> None:
+    """Round weights in place to the dtypes that the file has, so that these are measured."""
+    found = matched_tensors(loaded.checkpoint, loaded.match)
+    for key, value in network_state(backbone).items():
+        if key in found:
+            value.copy_(value.to(found[key].dtype))
 
 
 def write_outputs(

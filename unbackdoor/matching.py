@@ -30,6 +30,7 @@ TAKEN_LAST = frozenset({"k", "key", "momentum", "target", "ema", "swa", "average
 
 COUNTER = "num_batches_tracked"  # of batch norms; older files have none, and it moves no output
 MOST_PREFIXES = 20  # tried for each state dict and spelling
+MOST_STATE_DICTS = 200  # looked through in one file
 MOST_LINES = 12  # of a table in an error, of groups in the account
 
 Rename = Callable[[Mapping[str, Tensor]], Mapping[str, str]]
@@ -86,11 +87,17 @@ def match_keys(
     Raises:
         MismatchError: If no state dict holds all of the body with equal shapes.
     """
+    places = [".".join(path) for path, _ in _state_dicts(checkpoint.tree, ())]
+    if nesting is None and len(places) > MOST_STATE_DICTS:
+        raise MismatchError(
+            f"{checkpoint.path}: holds {len(places)} state dicts, such as {places[0]!r} and "
+            f"{places[-1]!r}; name one by --nesting"
+        )
     candidates = list(_candidates(checkpoint.tree, expected, head, nesting, prefix))
     if not candidates:
-        places = ", ".join(repr(".".join(path)) for path, _ in _state_dicts(checkpoint.tree, ()))
         raise MismatchError(
-            f"{checkpoint.path}: holds no tensors at --nesting {nesting!r}, only at {places}"
+            f"{checkpoint.path}: holds no tensors at --nesting {nesting!r}, only at "
+            f"{_shortened(map(repr, places))}"
         )
     fits = sorted((c for c in candidates if not c.unfit), key=_preference)
     if not fits and (outer := _wrapper(key for key in expected if key not in head)):
@@ -160,7 +167,8 @@ def replace_tensors(checkpoint: Checkpoint, match: Match, state: Mapping[str, Te
         match: Of this checkpoint.
         state: A network's tensors by its keys. Each is brought to the CPU and to the dtype that it
             has in the checkpoint. Keys that did not match are ignored; matched ones that are not
-            in ``state`` stay.
+            in ``state`` stay, and so do those that are in it as they were read, whatever was
+            rounded in reading.
 
     Returns:
         A new tree; all that is not replaced is the same object as before.
@@ -177,7 +185,9 @@ def replace_tensors(checkpoint: Checkpoint, match: Match, state: Mapping[str, Te
                     f"{key} is {_shape(state[key].shape)} in the network, "
                     f"{_shape(found[name].shape)} in {checkpoint.path}"
                 )
-            new[name] = state[key].detach().to("cpu", found[name].dtype)
+            value = state[key].detach().cpu()
+            if not value.equal(found[name].to(value.dtype)):
+                new[name] = value.to(found[name].dtype)
     return _merged(checkpoint.tree, match.nesting, new)
 
 
