@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from unbackdoor.backbones import build, network_state
+from unbackdoor.backbones import CIFAR10_MEAN, CIFAR10_STD, build, network_state
 from unbackdoor.errors import (
     CheckpointError,
     DataError,
@@ -93,6 +93,8 @@ def test_a_safetensors_output_is_flat_and_tells_where_it_comes_from(victim, phot
     assert provenance["settings"]["changes"]["steps"] == 1
     assert record["input"]["name"] == "victim.pth"
     assert record["dropped"] == ["optimizer (dict)", "epoch (int)"]
+    assert record["mean"] == pytest.approx(CIFAR10_MEAN)
+    assert record["std"] == pytest.approx(CIFAR10_STD)
     assert record["images"]["count"] == 20
     assert len(record["history"]) == 2
     assert record["evidence"]["before"]["cosine"] == pytest.approx(1)
@@ -241,6 +243,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(victim, photos, tmp_
     assert estimate.memory > 2**20
     text = "\n".join(lines)
     assert "80 of 80 body tensors" in text
+    assert "64 features; pixels less mean 0.4914, 0.4822, 0.4465, over std 0.247, 0.2435" in text
     assert "wrote nothing" in text
 
 

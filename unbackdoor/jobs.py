@@ -401,7 +401,9 @@ def describe_input(source: Source, loaded: Loaded, *, say: Say) -> None:
     """Say what the checkpoint is and which of its tensors are used."""
     say(f"{source.checkpoint}: {loaded.checkpoint.kind}, sha256 {loaded.checkpoint.sha256[:16]}")
     say(describe_match(loaded.match, loaded.checkpoint))
-    say(f"{source.arch}: {loaded.dimension} features")
+    pixels = (loaded.backbone.mean, loaded.backbone.std)
+    mean, std = (", ".join(f"{value:.4g}" for value in each.flatten().tolist()) for each in pixels)
+    say(f"{source.arch}: {loaded.dimension} features; pixels less mean {mean}, over std {std}")
 
 
 def describe_network(source: Source, loaded: Loaded) -> dict[str, str]:
@@ -451,6 +453,8 @@ def make_record(
             "sha256": checkpoint.sha256,
         },
         "arch": public_name(source.arch),
+        "mean": loaded.backbone.mean.flatten().tolist(),
+        "std": loaded.backbone.std.flatten().tolist(),
         "matched": {
             "nesting": list(match.nesting),
             "prefix": match.prefix,
