@@ -1,12 +1,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from unbackdoor.bench.cells import as_record
-from unbackdoor.bench.jobs import featured, pictured, plan_grids
+from unbackdoor.bench.jobs import featured, pictured, place_of, plan_grids, together
 from unbackdoor.bench.store import SCHEMA, open_store, write_record
 from unbackdoor.cli import main
 from unbackdoor.errors import SettingsError
@@ -162,6 +163,24 @@ def test_features_are_kept_of_the_first_seed_of_the_rows_that_the_grid_names():
     kept = [entry for entry in plan.found if entry.cell.key in featured(plan)]
     assert {(entry.row, entry.cell.seed) for entry in kept} == {("CBD", 0)}
     assert {entry.attack for entry in kept} == set(plan.grid.attacks)
+
+
+def test_grids_are_run_together_unless_they_look_elsewhere():
+    names = ("table3-cpu", "smoke", "table6-cpu", "table9-cpu")
+    plans = plan_grids([Path(SMOKE).with_name(f"{name}.toml") for name in names])
+    elsewhere = replace(plans[3].grid, victims="elsewhere")
+    groups = together([*plans, plans[3]._replace(grid=elsewhere)])
+    assert groups == [
+        [plans[0], plans[2], plans[3]],
+        [plans[1]],
+        [plans[3]._replace(grid=elsewhere)],
+    ]
+    place = place_of(groups[0])
+    assert place.data == plans[0].grid.data
+    assert place.detection == plans[2].grid.detection.data
+    assert place.pictures == pictured(plans[2])
+    drawn = {key for plan in groups[0] for key in featured(plan)}
+    assert drawn == set(place.features) > set(place_of([plans[0]]).features)
 
 
 def test_detections_are_kept_of_the_first_seed_of_the_rows_that_the_grid_names():

@@ -13,7 +13,7 @@ from unbackdoor.attacks.triggers import BadNets
 from unbackdoor.bench.cells import Cell, as_record
 from unbackdoor.bench.features import from_base64
 from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid, unique_cells
-from unbackdoor.bench.jobs import cells_by_victim
+from unbackdoor.bench.jobs import cells_by_victim, run_grids
 from unbackdoor.bench.obtain import Place, load_sets, surrogate_of
 from unbackdoor.bench.run import (
     Tally,
@@ -430,6 +430,22 @@ def test_weights_are_dropped_after_the_last_cell_and_not_before(run, store, cell
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     run(wanted, drop=drop)
     assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+
+def test_a_victim_of_two_grids_is_one_job_and_dropped_also_by_a_later_run(data, tmp_path):
+    head = GRID.format(data=data, victims="").partition("[[rows]]")[0]
+    head = head.replace('["badnets"]', '["badnets", "blend"]').replace("epochs = 2", "epochs = 1")
+    paths = [tmp_path / f"{name}.toml" for name in ("none", "clp")]
+    for path in paths:
+        path.write_text(f'{head}[[rows]]\nname = "{path.stem}"\ndefense = "{path.stem}"\n')
+    lines, results = [], tmp_path / "results"
+    assert run_grids(paths, results, device="cpu", say=lines.append) == 0
+    said = [line.split()[0] for line in lines if "seed 0" in line]
+    assert said == ["clean", "clean", "badnets", "badnets", "blend", "blend"]
+    assert len(list(results.rglob("victims/*/*.safetensors"))) == 3
+    assert run_grids(paths, results, device="cpu", drop_victims=True, say=lines.append) == 0
+    assert lines[-1] == "none, clp: 0 done, 0 failed, 0 left to others"
+    assert not list(results.rglob("victims/*/*.safetensors"))
 
 
 def test_the_surrogate_of_an_attack_is_needed_by_its_cells_too(grid):

@@ -11,8 +11,7 @@ from unbackdoor.bench.detection import check_detectors
 from unbackdoor.bench.grid import Entry, Grid, entries, is_own, read_grid, unique_cells, unknown
 from unbackdoor.bench.obtain import Place, surrogate_of
 from unbackdoor.bench.report import report_of
-from unbackdoor.bench.run import draw_cells, pending
-from unbackdoor.bench.run import drop_victims as drop_victims_of
+from unbackdoor.bench.run import draw_cells, drop_unneeded, pending
 from unbackdoor.bench.status import as_lines, status_of
 from unbackdoor.bench.store import (
     forget_failures,
@@ -118,7 +117,9 @@ def run_grids(
     say: Say = print,
     on_step: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Run the cells of grid files that have no record yet, file by file; returns how many failed.
+    """Run the cells of grid files that have no record yet; returns how many failed.
+
+    A victim's cells are run together, also those of several grids, see :func:`together`.
 
     Raises:
         SettingsError: See :func:`plan_grids`; or if a number is out of range, or Ray is missing.
@@ -135,26 +136,28 @@ def run_grids(
         if retry:
             forget_failures(store, [cell.key for cell in plan.cells])
         check_detectors(pending(plan.cells, store), _detection_data(plan.grid))
-    for plan in plans:
-        cells = pending(plan.cells, store)[:left]
-        say(f"{plan.grid.name}: {len(cells)} cells to run, {len(plan.cells) - len(cells)} not")
-        place = place_of(plan)._replace(device=device, precision=precision)
-        if drop_victims:
-            place = place._replace(drop=tuple(needed.items()))
+    for group in together(plans):
+        name = ", ".join(plan.grid.name for plan in group)
+        everything = unique_cells([entry for plan in group for entry in plan.found])
+        cells = pending(everything, store)[:left]
+        say(f"{name}: {len(cells)} cells to run, {len(everything) - len(cells)} not")
+        place = place_of(group)._replace(
+            device=device,
+            precision=precision,
+            drop=tuple(needed.items()) if drop_victims else (),
+        )
         common: dict[str, Any] = {"workers": workers, "say": say}
         if backend == "ray":
             tally = run_ray(cells, results, place, address=address, gpus=gpus, **common)
         else:
             tally = run_local(cells, results, place, on_step=on_step, **common)
-        say(
-            f"{plan.grid.name}: {tally.done} done, {tally.failed} failed, "
-            f"{tally.left} left to others"
-        )
-        drop_victims_of(store, place)
+        say(f"{name}: {tally.done} done, {tally.failed} failed, {tally.left} left to others")
         failed += tally.failed
         left = None if left is None else left - len(cells)
         if left == 0:
             break
+    if drop_victims:
+        drop_unneeded(store, needed.items())
     return failed
 
 
@@ -176,21 +179,43 @@ def draw_grids(
     """
     store = open_store(results)
     for plan in plan_grids(paths, data=data):
-        place = place_of(plan)._replace(device=device, precision=precision)
+        place = place_of([plan])._replace(device=device, precision=precision)
         drawn = draw_cells(plan.cells, store, place, say=say, on_step=on_step)
         say(f"{plan.grid.name}: drew {drawn} of {len(place.features)} cells")
 
 
-def place_of(plan: Plan) -> Place:
-    """Return where the things of a grid are, and what its report draws."""
+def together(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """Put grids together that find images, victims and starts at one place, in order.
+
+    Grids of other places share no victim, or would look for it elsewhere. A grid without detectors
+    goes with one that has them.
+    """
+
+    def where(grid: Grid) -> tuple[str, ...]:
+        return grid.data, grid.victims, grid.start
+
+    detecting = {
+        where(plan.grid): _detection_data(plan.grid) for plan in plans if plan.grid.detection
+    }
+    groups: dict[tuple[str, ...], list[Plan]] = {}
+    for plan in plans:
+        at = where(plan.grid)
+        detection = _detection_data(plan.grid) or detecting.get(at, "")
+        groups.setdefault((*at, detection), []).append(plan)
+    return list(groups.values())
+
+
+def place_of(plans: Sequence[Plan]) -> Place:
+    """Return where the grids of one group of :func:`together` find things."""
+    grid = plans[0].grid
     return Place(
-        data=plan.grid.data,
-        victims=plan.grid.victims,
-        features=featured(plan),
-        detection=_detection_data(plan.grid),
-        pictures=pictured(plan),
-        start=plan.grid.start,
-        own=tuple(row.defense for row in plan.grid.rows if is_own(row.defense)),
+        data=grid.data,
+        victims=grid.victims,
+        features=tuple(key for plan in plans for key in featured(plan)),
+        detection=next(filter(None, (_detection_data(plan.grid) for plan in plans)), ""),
+        pictures=tuple(key for plan in plans for key in pictured(plan)),
+        start=grid.start,
+        own=tuple(row.defense for plan in plans for row in plan.grid.rows if is_own(row.defense)),
     )
 
 

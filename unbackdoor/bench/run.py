@@ -127,7 +127,7 @@ def run_cells(
             step = _beating(store, on_step)
             done = _run_group(victim, group, store, place, load=load, say=say, on_step=step)
             tally = tally._replace(done=tally.done + done, failed=tally.failed + len(group) - done)
-            drop_victims(store, place)
+            drop_unneeded(store, place.drop)
     return tally
 
 
@@ -179,9 +179,13 @@ def _beating(store: Store, on_step: OnStep | None) -> OnStep:
     return step
 
 
-def drop_victims(store: Store, place: Place) -> None:
-    """Delete the weights of those in ``place.drop`` of which all cells are done or have failed."""
-    for victim, keys in place.drop:
+def drop_unneeded(store: Store, needed: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Delete the weights of those victims of which all cells are done or have failed.
+
+    Args:
+        needed: Keys of victims, each with those of all cells that need it.
+    """
+    for victim, keys in needed:
         if all(store.is_done(key) or store.error_of(key) is not None for key in keys):
             drop_victim(store, victim)
 
