@@ -13,8 +13,8 @@ from PIL import Image
 from unbackdoor.bench.backends import run_local, run_ray, work
 from unbackdoor.bench.cells import Cell
 from unbackdoor.bench.grid import entries, read_grid, unique_cells
-from unbackdoor.bench.obtain import Place
-from unbackdoor.bench.store import look_at, open_store
+from unbackdoor.bench.obtain import Place, for_any_folder
+from unbackdoor.bench.store import is_running, look_at, open_store
 from unbackdoor.errors import SettingsError
 
 GRID = """
@@ -73,14 +73,19 @@ def slow_one(cells: list[Cell]) -> Cell:
     return next(cell for cell in cells if cell.defense == "cbd")
 
 
-def kill_in(cell: Cell, results: Path, *, limit: float = 300) -> int:
-    """Kill whoever is at work on ``cell`` after an epoch of it; returns the process."""
+def wait_in(cell: Cell, results: Path, *, limit: float = 300) -> int:
+    """Wait until somebody at work on ``cell`` has finished an epoch of it; returns the process."""
     claim, state = results / "running" / f"{cell.key}.json", look_at(results).state_path(cell.key)
     until = time.monotonic() + limit
     while not (claim.exists() and state.exists()):
         assert time.monotonic() < until, "nobody got that far"
         time.sleep(0.02)
-    pid = int(claim.read_text().partition('"pid": ')[2].partition("}")[0].partition(",")[0])
+    return int(json.loads(claim.read_text())["pid"])
+
+
+def kill_in(cell: Cell, results: Path) -> int:
+    """Kill whoever is at work on ``cell`` after an epoch of it; returns the process."""
+    pid = wait_in(cell, results)
     os.kill(pid, signal.SIGKILL)
     return pid
 
@@ -105,6 +110,26 @@ def test_a_claim_of_the_dead_is_taken_over_and_nothing_is_lost(cells, place, tmp
     assert look_at(results).record_path(first.key).stat().st_mtime_ns == before
 
 
+def test_workers_end_with_the_run_that_started_them(cells, place, tmp_path):
+    results = tmp_path / "results"
+    open_store(results)
+    run = multiprocessing.get_context("spawn").Process(
+        target=run_local, args=(cells, results, place), kwargs={"workers": 2}
+    )
+    run.start()
+    worker, key = wait_in(slow_one(cells), results), slow_one(cells).key
+    assert worker != run.pid
+    assert is_running(look_at(results), key)
+    run.terminate()
+    run.join()
+    assert run.exitcode == -signal.SIGTERM
+    until = time.monotonic() + 60
+    while is_running(look_at(results), key):
+        assert time.monotonic() < until, "the worker goes on"
+        time.sleep(0.02)
+    assert not look_at(results).is_done(key)
+
+
 @pytest.mark.slow
 def test_several_workers_share_the_victims_and_replace_the_one_that_dies(cells, place, tmp_path):
     results, said = tmp_path / "results", []
@@ -121,28 +146,25 @@ def test_several_workers_share_the_victims_and_replace_the_one_that_dies(cells, 
     assert "a worker died" in said[0]
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-def test_workers_end_with_the_process_that_started_them(cells, place, tmp_path):
-    results = tmp_path / "results"
-    open_store(results)
-    context = multiprocessing.get_context("spawn")
-    parent = context.Process(
-        target=run_local, args=(cells, results, place), kwargs={"workers": 2, "say": print}
+def test_a_place_that_is_sent_elsewhere_has_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:b").mkdir()
+    here = Place("shades", victims="../v", start="w.pt", own=("x/mine.py:mine",), features=("k",))
+    assert for_any_folder(here) == Place(
+        f"{tmp_path}/shades",
+        victims=f"{tmp_path}/../v",
+        start=f"{tmp_path}/w.pt",
+        own=(f"{tmp_path}/x/mine.py:mine",),
+        features=("k",),
     )
-    parent.start()
-    claim = results / "running" / f"{slow_one(cells).key}.json"
-    until = time.monotonic() + 200
-    while not claim.exists():
-        assert time.monotonic() < until, "nobody got that far"
-        time.sleep(0.02)
-    worker = json.loads(claim.read_text())["pid"]
-    assert worker != parent.pid
-    parent.terminate()
-    parent.join()
-    while Path(f"/proc/{worker}").exists():
-        assert time.monotonic() < until, "the worker goes on"
-        time.sleep(0.05)
-    assert not look_at(results).is_done(slow_one(cells).key)
+    for data, absolute in (
+        ("cifar10:images", f"cifar10:{tmp_path}/images"),
+        ("a:b", f"{tmp_path}/a:b"),
+        ("fashion-mnist", "fashion-mnist"),
+        ("/data/shades", "/data/shades"),
+    ):
+        assert for_any_folder(Place(data)) == Place(absolute)
+    assert for_any_folder(Place("", detection="voc:cells")).detection == f"voc:{tmp_path}/cells"
 
 
 def dies(backbone, data, settings, *, device="cpu", on_step=None):
@@ -170,7 +192,7 @@ def test_a_cell_at_which_workers_die_again_and_again_has_failed(cells, place, tm
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install '.[ray]'")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
-def test_ray_starts_a_killed_worker_again_and_nothing_is_lost(cells, place, tmp_path, monkeypatch):
+def test_ray_starts_a_killed_worker_again_and_nothing_is_lost(cells, place, tmp_path):
     results = tmp_path / "results"
     open_store(results)
     killer = multiprocessing.get_context("spawn").Process(
@@ -178,12 +200,50 @@ def test_ray_starts_a_killed_worker_again_and_nothing_is_lost(cells, place, tmp_
     )
     killer.start()
     said = []
-    monkeypatch.chdir(tmp_path)  # workers of a cluster run elsewhere, so that paths are made whole
-    tally = run_ray(cells, Path("results"), place._replace(data="shades"), say=said.append)
+    tally = run_ray(cells, results, place, say=said.append)
     killer.join(10)
     killer.terminate()  # had there been nobody to kill
     assert killer.exitcode == 0, said
     assert (tally.done, tally.failed, tally.left) == (3, 0, 0)
+
+
+DIES_ELSEWHERE = """
+import json, os
+from pathlib import Path
+
+def dies(backbone, data, settings, *, device="cpu", on_step=None):
+    for path in Path({running!r}).glob("*.json"):
+        claim = json.loads(path.read_text())
+        if claim["pid"] == os.getpid():
+            path.write_text(json.dumps({{**claim, "host": "elsewhere"}}))
+    os._exit(9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install '.[ray]'")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
+def test_a_cell_at_which_workers_of_other_machines_die_has_failed_too(cells, tmp_path, monkeypatch):
+    path, results = tmp_path / "grid.toml", tmp_path / "results"
+    (tmp_path / "dies.py").write_text(DIES_ELSEWHERE.format(running=str(results / "running")))
+    kept, _, _ = path.read_text().partition("[[rows]]")
+    path.write_text(f'{kept}[[rows]]\nname = "dies"\ndefense = "dies.py:dies"\n')
+    monkeypatch.chdir(tmp_path)
+    (dead,) = [e.cell for e in entries(read_grid(Path("grid.toml"))) if e.row == "dies"]
+    said = []
+    tally = run_ray(
+        [dead], results, Place("shades", device="cpu", own=("dies.py:dies",)), say=said.append
+    )
+    assert (tally.done, tally.failed, tally.left) == (0, 1, 0), said
+    assert look_at(results).error_of(dead.key) == "its worker died, again and again"
+    assert not any((results / "running").iterdir())
+
+
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install '.[ray]'")
+def test_an_address_without_a_cluster_is_told(cells, place, tmp_path):
+    with pytest.raises(SettingsError, match="--address nowhere: no Ray cluster can be reached"):
+        run_ray(cells, tmp_path / "results", place, address="nowhere")
 
 
 def test_without_ray_its_backend_says_what_to_install(cells, place, tmp_path, monkeypatch):

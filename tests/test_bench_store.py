@@ -20,6 +20,7 @@ from unbackdoor.bench.store import (
     open_store,
     read_record,
     read_records,
+    release,
     write_failure,
     write_record,
 )
@@ -102,14 +103,24 @@ def test_another_hosts_claim_is_void_after_a_long_silence(store):
     path = store.folder / "running" / "a.json"
     path.write_text(json.dumps({"owner": "x", "host": f"not {socket.gethostname()}", "pid": 1}))
     assert is_running(store, "a")
-    assert not died_at(store, "a")
-    assert not died_at(store, "a", dead=["y"])
-    assert died_at(store, "a", dead=["y", "x"])
     silent = path.stat().st_mtime - SILENT - 1
     os.utime(path, (silent, silent))
     assert not is_running(store, "a")
     beat(store)  # holds nothing, so it is no sign of life of others
     assert not is_running(store, "a")
+
+
+def test_the_claims_of_an_owner_who_is_known_to_be_dead_are_given_back(store):
+    dead, other = (open_store(store.folder, owner=owner) for owner in ("dead", "other"))
+    with claimed(dead, "a"), claimed(dead, "b"), claimed(other, "c"):
+        for path in (store.folder / "running").iterdir():  # nobody sees whether it is alive
+            path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere"}))
+        with claimed(store, "a") as mine:
+            assert not mine
+        assert release(store, "dead") == {"a", "b"}
+        with claimed(store, "a") as mine:
+            assert mine
+        assert is_running(store, "c")
 
 
 def test_a_sign_of_life_is_one_for_all_that_is_held(store):

@@ -794,8 +794,8 @@ def bench_run(
     drop_victims
         Delete a victim's weights when all its cells in these files are done.
     address
-        Of a running Ray cluster: auto on one of its machines, HOST:PORT of its head, or
-        ray://HOST:10001 from elsewhere; without it, one is started on this machine.
+        Ray: of a running cluster. HEAD:6379 as ray start prints it, ray://HEAD:10001, or auto for
+        the one that this machine is part of. Without it, that one, or else a new one here.
     gpus
         Ray: GPUs a victim and its cells take; a fraction shares one.
     precision

@@ -8,12 +8,12 @@ import importlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unbackdoor.bench.cells import Cell, describe
-from unbackdoor.bench.store import died_at, open_store, write_failure
+from unbackdoor.bench.store import died_at, open_store, release, write_failure
 from unbackdoor.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -83,11 +83,12 @@ def run_ray(
         results: On storage that all machines share, under the same path.
         place: Likewise.
         workers: Processors a task takes; 0 is one.
-        address: Of a running cluster; without one, a small one is started here.
+        address: Of a running cluster, see ``ray.init``; without one, that of the environment
+            variable RAY_ADDRESS or the one that runs on this machine, or else one is started here.
         gpus: A task takes.
 
     Raises:
-        SettingsError: If Ray is not installed.
+        SettingsError: If Ray is not installed, or there is no cluster at ``address``.
     """
     try:
         ray = importlib.import_module("ray")
@@ -96,80 +97,71 @@ def run_ray(
             "--backend ray needs Ray; pip install '.[ray]' where the source is, or pass "
             "--backend local"
         ) from error
+    from unbackdoor.bench.obtain import for_any_folder
     from unbackdoor.bench.run import Tally, by_victim
 
-    place = _anywhere(place)
     wanted = _wanted(cells, results)
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise SettingsError(
+                f"--address {address}: no Ray cluster can be reached ({error}); start one by `ray "
+                "start --head` and pass auto, or the address that it prints"
+            ) from error
     task = ray.remote(num_cpus=workers or 1, num_gpus=gpus, max_retries=TRIES)(work)
-    folder, owner = results.resolve(), os.urandom(8).hex()
+    folder, place = results.resolve(), for_any_folder(place)
     jobs = {}
     for victim, group in by_victim(wanted):
-        one = f"{owner}-{victim.key}"
-        job = task.remote(group, folder, place, workers or 1, owner=one)
-        jobs[job] = (f"{victim.attack}, seed {victim.seed}", group, one)
+        owner = f"{os.urandom(8).hex()}-{victim.key}"
+        job = task.remote(group, folder, place, workers or 1, owner=owner)
+        jobs[job] = (f"{victim.attack}, seed {victim.seed}", group, owner)
     lost: list[Cell] = []
-    dead: list[str] = []
+    died: set[str] = set()
     try:
         while jobs:
             (ready,), _ = ray.wait(list(jobs), num_returns=1)
-            name, group, one = jobs.pop(ready)
+            name, group, owner = jobs.pop(ready)
             try:
                 ray.get(ready)
             except ray.exceptions.RayError as error:
                 say(f"{name}: given up: {error}")
                 lost += group
-                dead.append(one)
+                died |= release(open_store(results), owner)  # also where another machine held them
                 continue
             say(f"{name}: finished")
     finally:
         if started:
             ray.shutdown()
-    return _lost(lost, results, _tally(cells, results, Tally), dead, say=say)
+    return _lost(lost, results, _tally(cells, results, Tally), died=died, say=say)
 
 
 def work(
     cells: Sequence[Cell], results: Path, place: "Place", threads: int, *, owner: str | None = None
 ) -> None:
-    """Be a worker: run whatever of ``cells`` nobody else is at work on.
-
-    A process that another one started ends with it, however that one ended.
-    """
+    """Be a worker: run whatever of ``cells`` nobody else is at work on."""
+    end_with_parent()
     import torch
 
     from unbackdoor.bench.run import run_cells
 
-    if multiprocessing.parent_process() is not None:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
     if place.device == "cpu" or not torch.cuda.is_available():
         torch.set_num_threads(threads)
     run_cells(cells, open_store(results, owner=owner), place)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, also where that was killed."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent is None:  # started by Ray, which ends its workers
+        return
+
+    def wait() -> None:
         parent.join()
-    os._exit(1)
+        os._exit(1)  # as if killed too: whatever is written is written whole
 
-
-def _anywhere(place: "Place") -> "Place":
-    """Return a place whose relative paths are absolute, for workers that run in other folders."""
-
-    def absolute(text: str) -> str:
-        scheme, colon, path = text.rpartition(":")
-        if not path or text == "fashion-mnist":  # comes with the package
-            return text
-        return f"{scheme}{colon}{Path(path).expanduser().absolute()}"
-
-    return place._replace(
-        data=absolute(place.data),
-        detection=absolute(place.detection),
-        victims=absolute(place.victims),
-        start=absolute(place.start),
-    )
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _wanted(cells: Iterable[Cell], results: Path) -> list[Cell]:
@@ -179,16 +171,21 @@ def _wanted(cells: Iterable[Cell], results: Path) -> list[Cell]:
 
 
 def _lost(
-    cells: Iterable[Cell], results: Path, tally: "Tally", dead: Sequence[str] = (), *, say: Say
+    cells: Iterable[Cell],
+    results: Path,
+    tally: "Tally",
+    *,
+    died: Collection[str] = (),
+    say: Say,
 ) -> "Tally":
     """Count what no worker has finished as failed, and record the cells that they died at.
 
     Args:
-        dead: Owners of claims that are known to be gone, on whatever machine.
+        died: Keys that are known to be among these, beside those whose claim tells.
     """
     store, left = open_store(results), _wanted(cells, results)
     for cell in left:
-        if died_at(store, cell.key, dead):
+        if cell.key in died or died_at(store, cell.key):
             write_failure(store, cell.key, describe(cell), "its worker died, again and again", "")
             say(f"failed: {describe(cell)}: its worker died, again and again")
     return tally._replace(failed=tally.failed + len(left), left=tally.left - len(left))

@@ -17,7 +17,7 @@ from unbackdoor.bench.cells import CLEAN, DEMO, Victim
 from unbackdoor.bench.grid import data_name, file_hash
 from unbackdoor.bench.store import Store, beat, claimed
 from unbackdoor.checkpoint import sha256_of
-from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_labeled
+from unbackdoor.data import SCHEMES, LabeledImages, draw_rows, from_tensor, load_labeled
 from unbackdoor.detection.training import SECONDS_BETWEEN_STATES
 from unbackdoor.errors import CheckpointError, OutputError, SettingsError
 from unbackdoor.jobs import Source, open_source
@@ -44,6 +44,28 @@ class Place(NamedTuple):
     seconds_between_states: float = SECONDS_BETWEEN_STATES  # of a detector; least time
     start: str = ""  # the checkpoint that victims are trained on from
     own: tuple[str, ...] = ()  # defenses that are functions in files, as path/to/file.py:function
+
+
+def for_any_folder(place: Place) -> Place:
+    """Return ``place`` with absolute paths, for processes that run in other folders."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    def source(text: str) -> str:
+        if text in ("", *SCHEMES):
+            return text
+        scheme, colon, path = ("", "", text) if Path(text).exists() else text.rpartition(":")
+        return f"{scheme}{colon}{absolute(path)}"
+
+    own = (defense.rpartition(":") for defense in place.own)
+    return place._replace(
+        data=source(place.data),
+        victims=source(place.victims),
+        detection=source(place.detection),
+        start=source(place.start),
+        own=tuple(f"{absolute(file)}:{name}" for file, _, name in own),
+    )
 
 
 class Sets(NamedTuple):

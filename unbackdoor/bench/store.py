@@ -18,7 +18,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,15 +203,19 @@ def is_running(store: Store, key: str) -> bool:
     return _alive(store.folder / "running" / f"{key}.json") is not None
 
 
-def died_at(store: Store, key: str, dead: Sequence[str] = ()) -> bool:
-    """Tell whether somebody had claimed ``key`` and is no longer alive.
-
-    Args:
-        dead: Owners that are known to be gone, on whatever machine.
-    """
+def died_at(store: Store, key: str) -> bool:
+    """Tell whether somebody had claimed ``key`` and is no longer alive."""
     path = store.folder / "running" / f"{key}.json"
-    holder = _alive(path)
-    return path.exists() and (holder is None or holder["owner"] in dead)
+    return path.exists() and _alive(path) is None
+
+
+def release(store: Store, owner: str) -> set[str]:
+    """Give back all claims of ``owner``, who is known to be dead; returns their keys."""
+    claims = (store.folder / "running").glob("*.json")
+    of_owner = [path for path in claims if (_read_claim(path) or {}).get("owner") == owner]
+    for path in of_owner:
+        path.unlink(missing_ok=True)
+    return {path.stem for path in of_owner}
 
 
 def beat(store: Store) -> None:
