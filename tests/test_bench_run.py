@@ -1,6 +1,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from unbackdoor.errors import DataError
 from unbackdoor.evaluation import Known
 from unbackdoor.metrics import Reading, Scores
 
+PACKAGE = Path(__file__).resolve().parents[1] / "unbackdoor"
 GRIDS = Path(__file__).resolve().parents[1] / "grids"
 GRID = """
 table = "1"
@@ -533,6 +536,34 @@ def test_flags_tell_what_to_doubt(cells):
     assert doubt.endswith("the target 6 too: their ASR is 0 whatever the network")
     told: Cell = replace(cells["CBD"], labels="given")
     assert flags_of(told, took, many, probe) == ["a label-free method was given labels"]
+
+
+def test_the_revision_is_that_of_the_code_that_runs(tmp_path):
+    """Files that change during a run do not change it, nor what is recorded."""
+    shutil.copytree(PACKAGE, tmp_path / "unbackdoor", ignore=shutil.ignore_patterns("*.pyc"))
+    code = (
+        "from pathlib import Path\n"
+        "from unbackdoor.bench.obtain import Place\n"
+        "from unbackdoor.bench.run import revision, run_cells\n"
+        "from unbackdoor.bench.store import open_store\n"
+        "run_cells([], open_store(Path('results')), Place(''))\n"
+        "Path('unbackdoor/errors.py').unlink()\n"
+        "print(revision())\n"
+    )
+    git = shutil.which("git")
+    *_, head, found = (
+        subprocess.run(
+            words, cwd=tmp_path, check=True, capture_output=True, text=True, env={"PYTHONPATH": "."}
+        ).stdout
+        for words in (
+            [git, "init"],
+            [git, "add", "unbackdoor"],
+            [git, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--message", "all"],
+            [git, "rev-parse", "HEAD"],
+            [sys.executable, "-B", "-c", code],
+        )
+    )
+    assert found == head
 
 
 @pytest.mark.slow

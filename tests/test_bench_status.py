@@ -18,6 +18,7 @@ def record(cell, seconds, victim_seconds):
         "cell": {
             "defense": cell.defense,
             "settings": [list(pair) for pair in cell.settings],
+            "share": cell.share,
             "victim": {
                 "attack": cell.victim.attack,
                 "arch": cell.victim.arch,
@@ -48,6 +49,8 @@ def test_the_estimate_is_the_median_of_the_same_kind_and_that_of_all_is_a_guess(
     again = replace(CELL, settings=(("seed", 1), ("steps", 40)), seed=1)
     assert estimate([again], [], records) == (90, 0)
     assert estimate([CELL], [], records) == (20, 0)
+    few = record(replace(longer, share=0.01), 15.0, 100.0)
+    assert estimate([replace(again, share=0.01), again], [], [*records, few]) == (105, 0)
     clean = replace(CELL, victim=replace(VICTIM, attack="clean"))
     records.append(record(clean, 3.0, 100.0))
     assert estimate([CELL, clean], [], records) == (23, 0)

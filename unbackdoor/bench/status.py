@@ -56,9 +56,9 @@ def estimate(
     """Return the seconds for ``left`` and their victims, and how many cells are a mere guess.
 
     A cell takes the median of the records of its defense and network, with a detector or without,
-    on a clean victim or not (one repair of it serves all attacks): of those with its settings, or
-    else of all of these, or else of all records. A victim takes that of the victims of its training
-    and network, or else of all.
+    on a clean victim or not (one repair of it serves all attacks): of those with its settings and
+    its share of the images, or else of all of these, or else of all records. A victim takes that of
+    the victims of its training and network, or else of all.
     """
     if not records:
         return (None, len(left)) if left else (0.0, 0)
@@ -70,7 +70,7 @@ def estimate(
         detects = cell.get("detection") is not None
         clean = cell["victim"]["attack"] == CLEAN
         sort = (cell["defense"], cell["victim"]["arch"], detects, clean)
-        for one in (sort, (*sort, _without_seed(cell["settings"]))):
+        for one in (sort, (*sort, _without_seed(cell["settings"]), cell["share"])):
             of_kind.setdefault(one, []).append(seconds)
         everything.append(seconds)
         kind = (cell["victim"]["training"], cell["victim"]["arch"])
@@ -80,7 +80,8 @@ def estimate(
     for cell in left:
         detects, clean = cell.detection is not None, cell.victim.attack == CLEAN
         sort = (cell.defense, cell.victim.arch, detects, clean)
-        known = of_kind.get((*sort, _without_seed(cell.settings))) or of_kind.get(sort)
+        exactly = (*sort, _without_seed(cell.settings), cell.share)
+        known = of_kind.get(exactly) or of_kind.get(sort)
         guessed += known is None
         total += statistics.median(known or everything)
     for victim in victims:
