@@ -69,6 +69,9 @@ def test_the_report_is_one_page_with_everything_in_it(part, kept):
     page = report_of([part], {"key": kept}, {})
     assert page.count("<table") == 3
     assert page.count("<img") == 2 + 1 + 2 + 1  # scatter, losses, features, trigger
+    alone = {name: value for name, value in kept.items() if name != "attack"}
+    without = report_of([part], {"key": alone}, {})  # images are not kept in git
+    assert without.count("<img") == page.count("<img") - 1
     for words in ("4 of 4 cells", "does it last?", "made up", "abc123", "Features:", "Trigger:"):
         assert words in page
     assert "<script" not in page

@@ -26,7 +26,13 @@ from unbackdoor.bench.run import (
     pending,
     run_cells,
 )
-from unbackdoor.bench.store import forget_failures, is_running, open_store, read_record
+from unbackdoor.bench.store import (
+    forget_failures,
+    is_running,
+    open_store,
+    read_features,
+    read_record,
+)
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.cli import main
 from unbackdoor.data import LabeledImages, load_labeled
@@ -162,7 +168,9 @@ def test_a_grid_runs_and_each_record_says_all(run, store, cells):
     assert set(features["panels"]["after"]) == {
         *("bright", "target: dark", "triggered", "adversarial"),
     }
-    clean, triggered = (from_base64(features["attack"][name]) for name in ("clean", "triggered"))
+    images = json.loads(store.images_path(cells["CBD"].key).read_text())
+    clean, triggered = (from_base64(images[name]) for name in ("clean", "triggered"))
+    assert read_features(store, cells["CBD"].key) == {**features, "attack": images}
     assert clean.shape == (6, 3, 8, 8)
     assert (clean != triggered).any()
     assert not any((store.folder / "running").iterdir())
@@ -173,8 +181,15 @@ def test_what_the_report_draws_of_a_done_cell_can_be_made_later(run, grid, store
     run(some[:1], features=(some[0].key,))
     path = store.features_path(some[0].key)
     kept, record = path.read_bytes(), store.record_path(some[0].key).read_bytes()
+    pictures = store.images_path(some[0].key)
+    images = pictures.read_bytes()
     place = Place(grid.data, grid.victims, device="cpu", features=tuple(cell.key for cell in some))
     assert draw_cells(some, store, place) == 0  # one has it, the other has no record
+    pictures.unlink()
+    steps = []
+    assert draw_cells(some, store, place, on_step=lambda step, of: steps.append(step)) == 1
+    assert steps == []  # nothing is repaired for them
+    assert pictures.read_bytes() == images
     path.unlink()
     assert draw_cells(some, store, place._replace(features=())) == 0
     assert draw_cells(some, store, place) == 1

@@ -45,13 +45,19 @@ def cell_features(
         }
         for name, network in panels.items()
     }
-    clean = images[others][:SHOWN]
     return {
         "title": f"{cell.victim.attack}, {cell.victim.training}, seed {cell.seed}",
         "panels": {name: compressed(panel) for name, panel in found.items()},
         "strong": [f"target: {classes[attack.target]}", "triggered", "adversarial"],
-        "attack": {"clean": as_base64(clean), "triggered": as_base64(attack.trigger(clean))},
     }
+
+
+def cell_images(split: Split, attack: Attack) -> dict[str, Any]:
+    """Return some test images of other classes than the target, clean and triggered, as JSON."""
+    images, labels, classes = split.test
+    others = labels != goal_labels(labels, attack, classes=len(classes))
+    clean = images[others][:SHOWN]
+    return {"clean": as_base64(clean), "triggered": as_base64(attack.trigger(clean))}
 
 
 def searched(network: nn.Module, raw: RawImages, cell: Cell) -> Features:

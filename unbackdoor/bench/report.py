@@ -136,8 +136,7 @@ def figures(kept: Mapping[str, Any]) -> list[Picture]:
         name: {group: torch.tensor(rows) for group, rows in groups.items()}
         for name, groups in kept["panels"].items()
     }
-    clean, triggered = (from_base64(kept["attack"][name]) for name in ("clean", "triggered"))
-    return [
+    found = [
         tsne_picture(
             f"Features: {kept['title']}",
             panels,
@@ -146,16 +145,17 @@ def figures(kept: Mapping[str, Any]) -> list[Picture]:
             caption="Test images. Adversarial ones are those that the row's search, or the "
             "default one, finds in each backbone. Features are reduced to their first components "
             "before.",
-        ),
-        images_picture(
-            f"Trigger: {kept['title']}",
-            {
-                "clean": clean,
-                "triggered": triggered,
-                f"difference, {GAIN} times": amplified_difference(clean, triggered, gain=GAIN),
-            },
-        ),
+        )
     ]
+    if "attack" in kept:
+        clean, triggered = (from_base64(kept["attack"][name]) for name in ("clean", "triggered"))
+        rows = {
+            "clean": clean,
+            "triggered": triggered,
+            f"difference, {GAIN} times": amplified_difference(clean, triggered, gain=GAIN),
+        }
+        found.append(images_picture(f"Trigger: {kept['title']}", rows))
+    return found
 
 
 def detected(

@@ -18,7 +18,7 @@ from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.backbones import Backbone, Loaded, network_state
 from unbackdoor.bench.cells import CBD, CLEAN, NO_DEFENSE, Cell, Victim, as_record, describe
 from unbackdoor.bench.detection import detect_cell
-from unbackdoor.bench.features import cell_features
+from unbackdoor.bench.features import cell_features, cell_images
 from unbackdoor.bench.grid import data_name, find_own, settings_of
 from unbackdoor.bench.obtain import (
     Found,
@@ -141,15 +141,16 @@ def draw_cells(
 ) -> int:
     """Keep what the report draws of those in ``place.features`` that have a record and lack it.
 
-    Each is repaired again, and its record stays as it is; returns how many.
+    Those whose features are lacking are repaired again; records stay as they are. Returns how many.
 
     Raises:
         UnbackdoorError: See ``errors``.
     """
     load, step, drawn = cache(load_sets), _beating(store, on_step), 0
     for cell in cells:
-        path = store.features_path(cell.key)
-        if cell.key not in place.features or path.is_file() or not store.is_done(cell.key):
+        path, images = store.features_path(cell.key), store.images_path(cell.key)
+        has_all = path.is_file() and images.is_file()
+        if cell.key not in place.features or has_all or not store.is_done(cell.key):
             continue
         with claimed(store, cell.key) as mine:
             if not mine:
@@ -158,12 +159,14 @@ def draw_cells(
             found = obtain_victim(cell.victim, store, place, load=load, say=say, on_step=step)
             loaded = open_victim(found, json.loads(found.record.read_text()))
             sets = load(place.data, loaded.size)
-            repaired = repair(cell, loaded, sets.train, store, place, on_step=step)
             split = divide(sets.train, sets.test, seed=cell.seed)
             attack = attack_of(cell, found, size=loaded.size)
-            kept = cell_features(loaded.backbone, repaired.backbone, split, attack, cell)
-            write_json(path, kept, indent=None)
-            store.state_path(cell.key).unlink(missing_ok=True)
+            if not path.is_file():
+                repaired = repair(cell, loaded, sets.train, store, place, on_step=step)
+                kept = cell_features(loaded.backbone, repaired.backbone, split, attack, cell)
+                write_json(path, kept, indent=None)
+                store.state_path(cell.key).unlink(missing_ok=True)
+            write_json(images, cell_images(split, attack), indent=None)
             drawn += 1
     return drawn
 
@@ -324,6 +327,7 @@ def defend_cell(
     if cell.key in place.features:
         kept = cell_features(loaded.backbone, repaired.backbone, split, attack, cell)
         write_json(store.features_path(cell.key), kept, indent=None)
+        write_json(store.images_path(cell.key), cell_images(split, attack), indent=None)
     seconds["all"] = time.monotonic() - started
     record = {
         "schema": SCHEMA,

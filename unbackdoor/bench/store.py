@@ -8,9 +8,10 @@
     RESULTS/victims/KEY/        a victim and its record
     RESULTS/states/KEY.*        the last finished epoch of a cell; its repaired backbone, and the
                                 detector that is trained on it
-    RESULTS/features/KEY.*      what the report draws
+    RESULTS/features/KEY.json   features before and after, which the report draws
+    RESULTS/features/KEY.*.json likewise: test images, clean and triggered, and what detectors find
 
-Only the records and features are worth keeping in git.
+Only the records and features are worth keeping in git; images belong to others.
 """
 
 import json
@@ -71,8 +72,12 @@ class Store:
         return self.folder / "states" / f"{key}.detector.safetensors"
 
     def features_path(self, key: str) -> Path:
-        """Of what the report draws of a cell."""
+        """Of the features before and after a cell."""
         return self.folder / "features" / f"{key}.json"
+
+    def images_path(self, key: str) -> Path:
+        """Of some test images, clean and triggered."""
+        return self.folder / "features" / f"{key}.images.json"
 
     def detections_path(self, key: str) -> Path:
         """Of the pictures of what a cell's detector finds."""
@@ -145,9 +150,15 @@ def read_records(store: Store, keys: Iterable[str]) -> dict[str, dict[str, Any]]
 
 
 def read_features(store: Store, key: str) -> dict[str, Any] | None:
-    """Return what the report draws of a cell; None if it was not kept."""
-    path = store.features_path(key)
-    return dict(json.loads(path.read_text())) if path.is_file() else None
+    """Return what ``cell_features`` kept of a cell, and what ``cell_images`` did as ``attack``.
+
+    None if the former was not kept; without ``attack`` if the latter was not.
+    """
+    path, images = store.features_path(key), store.images_path(key)
+    if not path.is_file():
+        return None
+    features = dict(json.loads(path.read_text()))
+    return features | ({"attack": json.loads(images.read_text())} if images.is_file() else {})
 
 
 def read_detections(store: Store, key: str) -> list[dict[str, Any]]:
