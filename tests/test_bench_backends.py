@@ -200,7 +200,7 @@ def test_ray_starts_a_killed_worker_again_and_nothing_is_lost(cells, place, tmp_
     )
     killer.start()
     said = []
-    tally = run_ray(cells, results, place, say=said.append)
+    tally = run_ray(cells, results, place, address="local", say=said.append)
     killer.join(10)
     killer.terminate()  # had there been nobody to kill
     assert killer.exitcode == 0, said
@@ -233,7 +233,11 @@ def test_a_cell_at_which_workers_of_other_machines_die_has_failed_too(cells, tmp
     (dead,) = [e.cell for e in entries(read_grid(Path("grid.toml"))) if e.row == "dies"]
     said = []
     tally = run_ray(
-        [dead], results, Place("shades", device="cpu", own=("dies.py:dies",)), say=said.append
+        [dead],
+        results,
+        Place("shades", device="cpu", own=("dies.py:dies",)),
+        address="local",
+        say=said.append,
     )
     assert (tally.done, tally.failed, tally.left) == (0, 1, 0), said
     assert look_at(results).error_of(dead.key) == "its worker died, again and again"

@@ -794,8 +794,9 @@ def bench_run(
     drop_victims
         Delete a victim's weights when all its cells in these files are done.
     address
-        Ray: of a running cluster. HEAD:6379 as ray start prints it, ray://HEAD:10001, or auto for
-        the one that this machine is part of. Without it, that one, or else a new one here.
+        Ray: of a running cluster. HEAD:6379 as ray start prints it, ray://HEAD:10001, auto for the
+        one that this machine is part of, or local for a new one here. Without it, auto if there is
+        such a one, else local.
     gpus
         Ray: GPUs a victim and its cells take; a fraction shares one.
     precision

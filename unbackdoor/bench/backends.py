@@ -108,7 +108,7 @@ def run_ray(
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise SettingsError(
                 f"--address {address}: no Ray cluster can be reached ({error}); start one by `ray "
-                "start --head` and pass auto, or the address that it prints"
+                "start --head` and pass auto or the address that it prints, or pass local"
             ) from error
     task = ray.remote(num_cpus=workers or 1, num_gpus=gpus, max_retries=TRIES)(work)
     folder, place = results.resolve(), for_any_folder(place)
