@@ -110,6 +110,7 @@ def test_a_claim_of_the_dead_is_taken_over_and_nothing_is_lost(cells, place, tmp
     assert look_at(results).record_path(first.key).stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_run_that_started_them(cells, place, tmp_path):
     results = tmp_path / "results"
     open_store(results)

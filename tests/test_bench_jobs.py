@@ -66,6 +66,7 @@ def test_status_table_and_report_are_made_of_records(results, capsys, tmp_path):
     assert main(["bench", "report", SMOKE, "--results", results, "--out", str(page)]) == 2
 
 
+@pytest.mark.slow
 def test_what_the_report_lacks_of_done_cells_is_drawn_later(results, capsys, tmp_path):
     pages = [str(tmp_path / name) for name in ("lacks.html", "has.html")]
     assert main(["bench", "report", SMOKE, "--results", results, "--out", pages[0]]) == 0

@@ -269,8 +269,8 @@ class BcuSettings:
             in the head. Pang et al. 2023, for ResNet-18 (the authors' ``run_defense.sh``).
         match: What is distilled: features, which every backbone has (ours), or the published
             logits.
-        spread: Of the weights drawn anew: ``kaiming`` for convolutions, as the network in the
-            authors' code begins, or as PyTorch's layers begin.
+        spread: Of the weights drawn anew: ``kaiming`` for convolutions, as the network in the code
+            of Pang et al. 2023 begins, or as PyTorch's layers begin.
         tuning: Of the distillation. 100 epochs, rate .01, a cosine, batch 256: the authors'
             ``config/defense/ft/cifar10.yaml``.
         seed: Of the weights, order and augmentation.
