@@ -801,7 +801,8 @@ def _tar_classes(path: Path) -> list[int]:
         elif _suffix(member.name) == "cls" and (file := archive.extractfile(member)):
             text = file.read(20)
             if not text.strip().isdigit():
-                raise DataError(f"{path}: {member.name} holds no number of a class, but {text!r}")
+                name = _printable(member.name)
+                raise DataError(f"{path}: {name} holds no number of a class, but {text!r}")
             classes[key] = int(text)
     if missing := [key for key in images if key not in classes]:
         raise UnlabeledError(
