@@ -3,7 +3,8 @@
 import os
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -231,29 +232,25 @@ def purify(
         "precision": precision,
         "compiled": compiled,
     }
-    try:
-        with (
-            jobs.all_ranks(device) as ranks,
-            display("purify", quiet=ranks.rank > 0) as shown,
-        ):
-            options |= {"ranks": ranks, "say": shown.say}
-            if dry_run:
-                jobs.dry_run(source, images, out, settings, **options)
-                return
-            jobs.purify_file(
-                source,
-                images,
-                out,
-                settings,
-                **options,
-                overwrite=force,
-                resume=resume,
-                on_step=shown.on_step,
-            )
-    except KeyboardInterrupt:
-        if jobs.name_outputs(out).state.exists():
-            complain("run the same command with --resume to continue")
-        raise
+    with (
+        resumable(lambda: jobs.name_outputs(out).state),
+        jobs.all_ranks(device) as ranks,
+        display("purify", quiet=ranks.rank > 0) as shown,
+    ):
+        options |= {"ranks": ranks, "say": shown.say}
+        if dry_run:
+            jobs.dry_run(source, images, out, settings, **options)
+            return
+        jobs.purify_file(
+            source,
+            images,
+            out,
+            settings,
+            **options,
+            overwrite=force,
+            resume=resume,
+            on_step=shown.on_step,
+        )
 
 
 @app.command(config=fill_victim)
@@ -546,27 +543,25 @@ def defend(
     """
     from unbackdoor import defense_jobs, jobs  # import torch, so not before they are needed
 
-    try:
-        with display(f"defend {name}") as shown:
-            defense_jobs.defend_file(
-                name,
-                jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix),
-                data,
-                out,
-                values=values,
-                labels=labels,
-                share=share,
-                seed=seed,
-                device=device,
-                overwrite=force,
-                resume=resume,
-                say=shown.say,
-                on_step=shown.on_step,
-            )
-    except KeyboardInterrupt:
-        if jobs.name_outputs(out).state.exists():
-            complain("run the same command with --resume to continue")
-        raise
+    with (
+        resumable(lambda: jobs.name_outputs(out).state),
+        display(f"defend {name}") as shown,
+    ):
+        defense_jobs.defend_file(
+            name,
+            jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix),
+            data,
+            out,
+            values=values,
+            labels=labels,
+            share=share,
+            seed=seed,
+            device=device,
+            overwrite=force,
+            resume=resume,
+            say=shown.say,
+            on_step=shown.on_step,
+        )
 
 
 @app.command
@@ -655,27 +650,25 @@ def detect_train(
     from unbackdoor import jobs
     from unbackdoor.detection import jobs as detection_jobs
 
-    try:
-        with display("detect train") as shown:
-            detection_jobs.train_file(
-                jobs.Source(backbone, arch, mean, std, size, head, nesting, prefix),
-                data,
-                out,
-                settings,
-                name=split,
-                classes=classes or None,
-                stages=stages,
-                device=device,
-                precision=precision,
-                overwrite=force,
-                resume=resume,
-                say=shown.say,
-                on_step=shown.on_step,
-            )
-    except KeyboardInterrupt:
-        if detection_jobs.name_files(out).state.exists():
-            print("run it again with --resume, without --force, to continue", file=sys.stderr)
-        raise
+    with (
+        resumable(lambda: detection_jobs.name_files(out).state),
+        display("detect train") as shown,
+    ):
+        detection_jobs.train_file(
+            jobs.Source(backbone, arch, mean, std, size, head, nesting, prefix),
+            data,
+            out,
+            settings,
+            name=split,
+            classes=classes or None,
+            stages=stages,
+            device=device,
+            precision=precision,
+            overwrite=force,
+            resume=resume,
+            say=shown.say,
+            on_step=shown.on_step,
+        )
 
 
 @detect.command(name="evaluate")
@@ -982,6 +975,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"error: out of memory ({error}); pass a smaller --batch-size")
         return 2
     return 0
+
+
+@contextmanager
+def resumable(state: Callable[[], Path]) -> Iterator[None]:
+    """Say, where this is interrupted, how to go on from the state that it has kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state().exists():
+            complain("run the same command with --resume to continue")
+        raise
 
 
 def complain(text: str) -> None:
