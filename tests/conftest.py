@@ -1,4 +1,5 @@
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -80,14 +81,25 @@ def voc(tmp_path: Path) -> Path:
     return write_voc(tmp_path / "VOC2007")
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> str:
-    """Two classes of images, dark and bright, 600 for training and 20 for the test."""
-    for split, count in (("train", 300), ("test", 10)):
+def write_shades(root: Path, *, train: int, test: int) -> Path:
+    """Write two classes of images, dark and bright, so many of each."""
+    for split, count in (("train", train), ("test", test)):
         for label, name in enumerate(("dark", "bright")):
-            folder = tmp_path / "data" / split / name
+            folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
                 level = 40 + 120 * label + i % 80
                 Image.new("RGB", (8, 8), (level, 90, level)).save(folder / f"{i:03}.png")
-    return str(tmp_path / "data")
+    return root
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """600 images for training and 20 for the test; all tests read the same."""
+    return str(write_shades(tmp_path_factory.mktemp("shades") / "data", train=300, test=10))
+
+
+@pytest.fixture
+def own_data(data: str, tmp_path: Path) -> Path:
+    """A copy of ``data`` that a test may change."""
+    return shutil.copytree(data, tmp_path / "data")

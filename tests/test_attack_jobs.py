@@ -34,12 +34,12 @@ QUICK = VictimSettings(epochs=2, batch_size=25, augment="none")
 def make(data, tmp_path):
     """Make a small victim in ``out``; returns its record and the lines that were said."""
 
-    def run(name, settings=QUICK, **options):
+    def run(name, settings=QUICK, *, source=data, **options):
         lines = []
         given = {"options": {"target": 1}, "size": 8, **options}
         files = make_victim(
             name,
-            data,
+            str(source),
             "cifar/wrn16_1",
             tmp_path / "out",
             settings,
@@ -187,6 +187,7 @@ def test_a_clean_network_of_another_kind_is_no_surrogate(changed, named, make, t
         make("cla")
 
 
+@pytest.mark.slow
 def test_cla_resumes_in_its_surrogate_and_in_itself(make, monkeypatch, tmp_path):
     monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
 
@@ -387,7 +388,7 @@ def test_what_cannot_be_made_is_refused_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_data_without_labels_or_of_one_class_are_refused(make, data, tmp_path):
+def test_data_without_labels_or_of_one_class_are_refused(own_data, tmp_path):
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "flat/0.png")
     for source, message in (
@@ -397,7 +398,7 @@ def test_data_without_labels_or_of_one_class_are_refused(make, data, tmp_path):
         if source == "one":
             for split in ("train", "test"):
                 (tmp_path / "one" / split).mkdir(parents=True)
-                source_of_one = tmp_path / "data" / split / "dark"
+                source_of_one = own_data / split / "dark"
                 source_of_one.rename(tmp_path / "one" / split / "dark")
         with pytest.raises(UnbackdoorError, match=message):
             make_victim(
@@ -413,24 +414,26 @@ def test_data_without_labels_or_of_one_class_are_refused(make, data, tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 3])
-def test_what_cannot_be_scored_is_refused_before_the_training(left, make, tmp_path):
-    for path in sorted((tmp_path / "data/test").rglob("*.png"))[left:]:
+def test_what_cannot_be_scored_is_refused_before_the_training(left, make, own_data, tmp_path):
+    for path in sorted((own_data / "test").rglob("*.png"))[left:]:
         path.unlink()
-    for path in sorted((tmp_path / "data/train/bright").glob("*.png"))[left:]:
+    for path in sorted((own_data / "train/bright").glob("*.png"))[left:]:
         path.unlink()
     steps = []
     with pytest.raises(DataError):
-        make("badnets", on_step=lambda *step: steps.append(step))
+        make("badnets", source=own_data, on_step=lambda *step: steps.append(step))
     assert not steps
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["badnets", "clean"])
-def test_test_images_of_the_target_alone_are_refused_before_the_training(name, make, tmp_path):
-    for path in (tmp_path / "data/test/bright").glob("*.png"):
+def test_test_images_of_the_target_alone_are_refused_before_the_training(
+    name, make, own_data, tmp_path
+):
+    for path in (own_data / "test/bright").glob("*.png"):
         path.unlink()
     with pytest.raises(DataError, match="every test image is of the target class 1"):
-        make(name)
+        make(name, source=own_data)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from unbackdoor.bench.backends import run_local, run_ray, work
 from unbackdoor.bench.cells import Cell
@@ -50,23 +49,16 @@ HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
 @pytest.fixture
-def cells(tmp_path):
+def cells(data, tmp_path):
     """Three cells of two victims, of which one takes long enough to be killed in."""
-    for split, count in (("train", 200), ("test", 10)):
-        for label, name in enumerate(("dark", "bright")):
-            folder = tmp_path / "shades" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                level = 40 + 120 * label + i % 80
-                Image.new("RGB", (8, 8), (level, 90, level)).save(folder / f"{i:03}.png")
     path = tmp_path / "grid.toml"
-    path.write_text(GRID.format(data=tmp_path / "shades"))
+    path.write_text(GRID.format(data=data))
     return unique_cells(entries(read_grid(path)))
 
 
 @pytest.fixture
-def place(tmp_path):
-    return Place(str(tmp_path / "shades"), device="cpu")
+def place(data):
+    return Place(data, device="cpu")
 
 
 def slow_one(cells: list[Cell]) -> Cell:
@@ -90,6 +82,7 @@ def kill_in(cell: Cell, results: Path) -> int:
     return pid
 
 
+@pytest.mark.slow
 def test_a_claim_of_the_dead_is_taken_over_and_nothing_is_lost(cells, place, tmp_path):
     results = tmp_path / "results"
     open_store(results)

@@ -133,6 +133,7 @@ def test_a_grid_with_detectors_runs_to_its_table_and_its_pictures(path, cells, t
     assert "grid: 0 cells to run, 3 not" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_detector_goes_on_and_its_backbone_is_not_repaired_again(run, cells):
     whole, _ = run(cells["FT"], results="whole")
     steps = []

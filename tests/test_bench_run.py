@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from conftest import write_shades
 
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.attacks.triggers import BadNets
@@ -94,15 +94,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Two classes of images, dark and bright: 400 for training, 60 for the test."""
-    root = tmp_path_factory.mktemp("bench") / "shades"
-    for split, count in (("train", 200), ("test", 30)):
-        for label, name in enumerate(("dark", "bright")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                level = 40 + 120 * label + i % 80
-                Image.new("RGB", (8, 8), (level, 90, level)).save(folder / f"{i:03}.png")
-    return root
+    return write_shades(tmp_path_factory.mktemp("bench") / "shades", train=200, test=30)
 
 
 @pytest.fixture
@@ -411,6 +403,7 @@ def test_a_failed_cell_is_run_again_only_when_asked(run, store, cells):
     assert pending([cells["broken"]], store) == [cells["broken"]]
 
 
+@pytest.mark.slow
 def test_a_victim_that_is_given_is_used_only_if_it_is_the_same(run, store, cells, tmp_path):
     run([cells["No Defense"]])
     (folder,) = (store.folder / "victims").iterdir()

@@ -231,6 +231,7 @@ def test_a_seed_is_a_pool(network):
     assert not torch.equal(learned(0), learned(1))
 
 
+@pytest.mark.slow
 def test_what_is_learned_on_a_victim_moves_images_to_where_the_trigger_does():
     assets = importlib.resources.files("unbackdoor") / "assets"
     record = json.loads((assets / "demo_victim.json").read_text())

@@ -1,7 +1,9 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
+from unbackdoor import defense_jobs
 from unbackdoor.backbones import build
 from unbackdoor.cli import main
 from unbackdoor.data import load_labeled, split_rows
@@ -28,6 +31,7 @@ from unbackdoor.errors import (
 )
 from unbackdoor.jobs import Source
 from unbackdoor.roles import defender_rows, divide_rows
+from unbackdoor.settings import ChangeSettings, PurifySettings
 
 
 class Killed(BaseException):
@@ -95,15 +99,17 @@ class Odd:
     either: int | str = 1
 
 
-@pytest.fixture
-def photos(tmp_path, generator):
-    """200 images in two folders, one for each class."""
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """200 images in two folders, one for each class; all tests read the same."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
     for i in range(200):
-        folder = tmp_path / "photos" / f"class{i % 2}"
+        folder = root / f"class{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator)
         Image.fromarray(pixels.numpy()).save(folder / f"{i:03}.png")
-    return str(tmp_path / "photos")
+    return str(root)
 
 
 @pytest.fixture
@@ -121,6 +127,12 @@ def own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(OWN)
     return path
+
+
+@pytest.fixture(autouse=True)
+def measured_in_one_step(monkeypatch):
+    one = partial(PurifySettings, changes=ChangeSettings(steps=1))
+    monkeypatch.setattr(defense_jobs, "PurifySettings", one)  # most of the time otherwise
 
 
 def run(name, victim, photos, out, **options):
@@ -176,7 +188,7 @@ def test_masks_are_whole_in_the_record_and_cut_short_in_the_report(victim, photo
 
 
 def test_a_label_free_defense_takes_a_folder_without_classes(victim, photos, tmp_path):
-    flat = tmp_path / "photos" / "class0"
+    flat = Path(photos) / "class0"
     outputs = run("clp", victim, str(flat), tmp_path / "clean.pt", labels="pseudo", share=0.5)
     record = json.loads(outputs.record.read_text())
     assert record["labels"] == {"kind": "pseudo", "pseudo_label_accuracy": None}
@@ -215,17 +227,18 @@ def test_a_share_that_cannot_be_is_refused(photos, share):
         load_pool(photos, size=16, labels="given", share=share, seed=0)
 
 
-def test_a_broken_image_does_not_make_a_labeled_set_unlabeled(photos):
-    (Path(photos) / "class0" / "000.png").write_bytes(b"no image")
+def test_a_broken_image_does_not_make_a_labeled_set_unlabeled(photos, tmp_path):
+    broken = shutil.copytree(photos, tmp_path / "broken")
+    (broken / "class0" / "000.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="1 of its images are broken"):
-        load_pool(photos, size=16, labels="none", share=0.5, seed=0)
+        load_pool(str(broken), size=16, labels="none", share=0.5, seed=0)
 
 
 def test_a_broken_image_without_a_label_is_replaced_and_named(victim, photos, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in Path(photos).rglob("*.png"):
-        path.rename(flat / path.name)
+        shutil.copy(path, flat)
     sound = load_pool(str(flat), size=16, labels="none", share=0.05, seed=0)
     row = defender_rows(200, labeled=False, share=0.05, seed=0)[3]
     (flat / f"{row:03}.png").write_bytes(b"no image")

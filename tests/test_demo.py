@@ -73,6 +73,7 @@ def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
     assert (given["images"], given["limit"], given["device"]) == ("fashion-mnist", 2500, "cpu")
 
 
+@pytest.mark.slow
 def test_the_demo_prints_scores_and_writes_one_self_contained_page(tmp_path, monkeypatch):
     def few_images(seed):  # a minute otherwise
         unlabeled, probe, test, *_ = split_images(seed)

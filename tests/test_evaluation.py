@@ -84,7 +84,7 @@ def test_a_split_has_no_row_twice():
     assert rows[:50] == drawn  # what `purify --limit 50 --seed 0` takes
 
 
-def test_training_images_are_no_test_images(data, tmp_path):
+def test_training_images_are_no_test_images(data):
     with pytest.raises(DataError, match="training and test images are the same"):
         load_split(f"{data}/train", size=16, seed=0)
 
@@ -96,11 +96,11 @@ def test_a_split_follows_its_seed(data):
     assert not torch.equal(split.unlabeled, load_split(data, size=16, seed=1).unlabeled)
 
 
-def test_too_few_images_for_a_probe_are_refused(data, tmp_path):
-    for path in sorted((tmp_path / "data/train").rglob("*.png"))[3:-2]:
+def test_too_few_images_for_a_probe_are_refused(own_data):
+    for path in sorted((own_data / "train").rglob("*.png"))[3:-2]:
         path.unlink()
     with pytest.raises(DataError, match="1 % of 5 training images are too few for a probe"):
-        load_split(data, size=16, seed=0)
+        load_split(str(own_data), size=16, seed=0)
 
 
 def write_record(tmp_path, **changed):

@@ -149,6 +149,7 @@ def work(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does_and_with_the_wrong_gather_they_do_not(tmp_path):
     # one test: starting two processes takes longer than all that they compute
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)

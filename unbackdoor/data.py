@@ -66,6 +66,7 @@ MAX_CLASSES = 100_000
 HIDDEN = -1  # the label of a test image whose class is nobody's business
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 WORDS_FOR_SPLIT = {"train": ("train",), "test": ("test", "val", "validation")}
+SPLIT_WORDS = {*itertools.chain(*WORDS_FOR_SPLIT.values())}
 
 Classes = tuple[str, ...]
 CIFAR10_CLASSES: Classes = ("airplane", "automobile", "bird", "cat", "deer")
@@ -565,7 +566,8 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix[1:].lower()
+    stem, _, suffix = name.rpartition("/")[2].rpartition(".")
+    return suffix.lower() if stem else ""
 
 
 def _one_kind(root: Path, names: list[str]) -> _Files:
@@ -601,13 +603,12 @@ def _of_split(files: _Files, split: Split) -> _Files:
 
 def _split_word(name: str) -> str:
     """Return "train" for train/class/x.jpg, train-000.tar, train/000.tar; "" where none is."""
-    *folders, file = PurePosixPath(name).parts
+    *folders, file = name.split("/")
     if _suffix(name) in ("parquet", "tar"):
         words = [*re.split(r"[-_.]", file), *folders[:1]]
     else:  # train/x.jpg is an image of the class "train", of which some sets have one
         words = folders[:1] if len(folders) > 1 else []
-    known = set(itertools.chain(*WORDS_FOR_SPLIT.values()))
-    return next((word for word in words if word in known), "")
+    return next((word for word in words if word in SPLIT_WORDS), "")
 
 
 # Indexing files: which bytes are an image. Nothing is decoded here.
@@ -773,7 +774,7 @@ def _image_column(schema: Any, path: Path) -> str:
 
 def _folder_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]:
     def class_of(name: str) -> str:
-        parts = PurePosixPath(name).parts[1 if _split_word(name) else 0 :]
+        parts = name.split("/")[1 if _split_word(name) else 0 :]
         if len(parts) < 2:
             raise UnlabeledError(f"{files.root / name} lies in no class folder")
         return parts[0]
