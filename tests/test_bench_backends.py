@@ -239,9 +239,10 @@ def test_a_cell_at_which_workers_of_other_machines_die_has_failed_too(cells, tmp
 
 
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install '.[ray]'")
-def test_an_address_without_a_cluster_is_told(cells, place, tmp_path):
-    with pytest.raises(SettingsError, match="--address nowhere: no Ray cluster can be reached"):
-        run_ray(cells, tmp_path / "results", place, address="nowhere")
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_an_address_without_a_cluster_is_told(address, cells, place, tmp_path):
+    with pytest.raises(SettingsError, match=f"--address {address}: no Ray cluster can be reached"):
+        run_ray(cells, tmp_path / "results", place, address=address)
 
 
 def test_without_ray_its_backend_says_what_to_install(cells, place, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from torch import nn
 
 from unbackdoor import checkpoint
 from unbackdoor.checkpoint import (
+    check_folder,
     check_tensors,
     read_checkpoint,
     sha256_of,
@@ -702,6 +703,8 @@ def test_outputs_are_refused_with_a_reason(tmp_path):
         write_text(tmp_path / "none" / "x.json", "{}", overwrite=False)
     with pytest.raises(OutputError, match="is a folder; pass a file"):
         write_text(tmp_path, "{}", overwrite=True)
+    with pytest.raises(OutputError, match=r"nothing can be written in /proc \(.*; pass another"):
+        check_folder(Path("/proc/x.json"))
     assert target.read_bytes() == b"precious"
     assert list(tmp_path.iterdir()) == [target]
 

@@ -738,6 +738,7 @@ def test_a_labeled_set_without_classes_or_split_is_refused(tmp_path):
     ("source", "message"),
     [
         ("nowhere", "no such file or folder: nowhere"),
+        ("~no-one/x", "~no-one/x: no such user; write the whole path"),
         ("no-*.tar", r"no such file or folder: no-\*\.tar"),
         ("x-{3..1}.tar", r"no such file or folder: x-\{3\.\.1\}\.tar"),
         ("cifar:x", "unknown source 'cifar:x', did you mean cifar10?"),

@@ -297,6 +297,15 @@ def test_of_a_defense_of_ones_own_only_the_tensors_count(victim, photos, own, tm
         assert record[part] == other_record[part]
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_cannot_be_is_refused(seed, own):
+    for name in ("bcu", "clp", f"{own}:shrink"):
+        with pytest.raises(SettingsError, match=f"seed is 0 to 4294967295, .* got {seed}"):
+            find_defense(name, seed=seed)
+    with pytest.raises(SettingsError, match=f"got {seed}"):
+        find_defense("bcu", [f"seed={seed}"])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

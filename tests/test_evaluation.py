@@ -63,6 +63,8 @@ def test_an_evaluation_prints_what_it_measures_and_writes_the_same(data, source,
     lines.clear()
     with pytest.raises(OutputError, match="there is no folder"):
         evaluate_file(source, data, "badnets", out=tmp_path / "none/scores.json", say=lines.append)
+    with pytest.raises(SettingsError, match=r"seed is 0 to 4294967295, .* got -1"):
+        evaluate_file(source, data, "badnets", seed=-1, say=lines.append)
     assert not lines
     again = evaluate_file(source, data, "badnets", target=1, device="cpu", say=lambda _: None)
     assert again["scores"]["probe"] == scores["probe"]

@@ -53,7 +53,7 @@ def test_settings_are_frozen():
         (lambda: DetectionSettings(flip=2), "flip must be at least 0 and at most 1, got 2"),
         (lambda: DetectionSettings(shorter=8), "shorter must be at least 16 and at most 4096"),
         (lambda: PurifySettings(epochs=0), "epochs must be at least 1, got 0"),
-        (lambda: PurifySettings(seed=-1), "seed must be at least 0 and at most"),
+        (lambda: PurifySettings(seed=-1), "seed is 0 to 4294967295, .* got -1"),
         (lambda: PurifySettings(batch_size=1), "batch_size must be at least 2, got 1"),
         (lambda: ViewSettings(min_area=0), "views.min_area must be above 0 and at most 1, got 0"),
         (lambda: ViewSettings(grey=1.5), "views.grey must be at least 0 and at most 1, got 1.5"),

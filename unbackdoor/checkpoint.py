@@ -21,6 +21,7 @@ import os
 import pickletools
 import secrets
 import struct
+import tempfile
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter
@@ -198,15 +199,31 @@ def check_output(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
 
     Raises:
         OutputError: If the file exists and must not be replaced, is one of ``inputs`` or lies in
-            one, is a folder, or lies in none.
+            one, or is a folder; and as :func:`check_folder`.
     """
     refuse_inputs(path, inputs)
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; pass a file")
     if path.exists() and not overwrite:
         raise OutputError(f"{path}: exists already; pass --force to replace it")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a file that would lie in no folder, or in one in which nothing can be written.
+
+    Raises:
+        OutputError: In these two cases.
+    """
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{path}: nothing can be written in {path.parent} ({error.strerror}); pass another"
+        ) from error
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -511,9 +511,21 @@ def _nearest(word: str) -> str:
     return f", did you mean {matches[0]}?" if matches else ""
 
 
+def at_home(place: str) -> Path:
+    """Return ``place`` with ``~`` written out.
+
+    Raises:
+        DataError: If it names the folder of a user that is not there.
+    """
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{place}: no such user; write the whole path") from error
+
+
 def _find(source: str) -> _Files:
     """List the files of a folder, a file or a pattern."""
-    path = Path(source).expanduser()
+    path = at_home(source)
     if path.is_dir():
         return _one_kind(path, _walk(path))
     if path.is_file():
@@ -877,9 +889,9 @@ def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> Classes:
 
 def _unpacked(scheme: str, place: str, *, split: Split) -> LabeledImages | None:
     if scheme == "cifar10":
-        return _cifar10_binary(Path(place).expanduser(), split)
+        return _cifar10_binary(at_home(place), split)
     if scheme == "fashion-mnist" and place:
-        return _fashion_mnist(Path(place).expanduser(), split)
+        return _fashion_mnist(at_home(place), split)
     if scheme == "fashion-mnist":
         return _embedded_fashion_mnist(split)
     return None

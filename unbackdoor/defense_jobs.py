@@ -43,7 +43,7 @@ from unbackdoor.jobs import (
 from unbackdoor.report import Table, render_report
 from unbackdoor.resume import check_identity
 from unbackdoor.roles import defender_rows
-from unbackdoor.settings import PurifySettings, flatten
+from unbackdoor.settings import PurifySettings, check_seed, flatten
 from unbackdoor.types import Labels, RawImages
 
 SHOWN = 300  # characters of a value in the report
@@ -185,7 +185,7 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
         seed: What a setting of that name becomes, unless ``values`` say otherwise.
 
     Raises:
-        SettingsError: If there is no such defense or setting.
+        SettingsError: If there is no such defense or setting, or a seed that cannot be.
         ArchitectureError: If the file of a defense of one's own fails.
     """
     file, _, function_name = name.rpartition(":")
@@ -204,9 +204,12 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
         hint = f"did you mean {nearest[0]!r}?" if nearest else known
         raise SettingsError(f"defense {name!r} is unknown; {hint}")
     defaults = kind()
+    check_seed(seed)
     if any(item.name == "seed" for item in fields(defaults)):
         defaults = replace(defaults, seed=seed)
-    return Chosen(name, function, settings_from(defaults, values), needs_labels)
+    settings = settings_from(defaults, values)
+    check_seed(getattr(settings, "seed", seed))
+    return Chosen(name, function, settings, needs_labels)
 
 
 def settings_from(defaults: Any, values: Sequence[str]) -> Any:

@@ -22,6 +22,7 @@ from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Reading, Scores, make_test_set, read
 from unbackdoor.report import Table, as_text
 from unbackdoor.roles import divide_rows
+from unbackdoor.settings import check_seed
 from unbackdoor.types import RawImages
 
 TOOK = 0.9  # own-head ASR from which a supervised victim counts as backdoored
@@ -87,6 +88,7 @@ def evaluate_file(
         UnbackdoorError: See ``errors``; nothing is written then.
     """
     started = time.monotonic()
+    check_seed(seed)
     if out is not None:
         check_output(out, overwrite=overwrite, inputs=files_read(source, attack))
     source = like_victim(source, attack)

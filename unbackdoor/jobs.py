@@ -25,6 +25,7 @@ from unbackdoor.cbd import (
 from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import (
     Tree,
+    check_folder,
     check_tensors,
     refuse_inputs,
     sha256_of,
@@ -325,13 +326,12 @@ def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) 
     """Return the files to write, after all that could forbid writing them has been checked.
 
     Raises:
-        OutputError: If ``out`` has another suffix, is the input, lies in no folder, or exists; or
+        OutputError: If ``out`` has another suffix, is the input, or exists; as ``check_folder``; or
             if an interrupted run left its state and it is neither resumed nor overwritten.
     """
     if out.suffix not in FLAT + NESTED:
         raise OutputError(f"{out}: end it in {', '.join(FLAT + NESTED)}")
-    if not out.parent.is_dir():
-        raise OutputError(f"{out}: there is no folder {out.parent}")
+    check_folder(out)
     outputs = name_outputs(out)
     for path in outputs:
         refuse_inputs(path, [checkpoint])

@@ -240,7 +240,7 @@ class PurifySettings:
             in_range(name, getattr(self, name), least=0)
         for name in ("temperature", "learning_rate"):
             in_range(name, getattr(self, name), above=0)
-        in_range("seed", self.seed, least=0, most=2**32 - 1)
+        check_seed(self.seed)
         in_range("epochs", self.epochs, least=1)
         in_range("batch_size", self.batch_size, least=2)
         total = self.pull + self.distill + self.align
@@ -363,7 +363,7 @@ class VictimSettings:
         for name in ("warmup", "weight_decay", "limit"):
             in_range(name, getattr(self, name), least=0)
         in_range("batch_size", self.batch_size, least=2)
-        in_range("seed", self.seed, least=0, most=2**32 - 1)
+        check_seed(self.seed)
 
 
 # How victims are trained, as differences from the defaults above: the paper gives epochs and views,
@@ -489,7 +489,7 @@ class DetectionSettings:
             in_range(name, getattr(self, name), least=1, most=4096)
         for name in ("shorter", "longer"):  # a record from elsewhere shall not ask for all memory
             in_range(name, getattr(self, name), least=16, most=4096)
-        in_range("seed", self.seed, least=0, most=2**32 - 1)
+        check_seed(self.seed)
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -501,6 +501,12 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
         else:
             leaves.append((f"{prefix}{name}", value))
     return leaves
+
+
+def check_seed(seed: int) -> None:
+    """Raise a SettingsError unless PyTorch and NumPy both take ``seed``."""
+    if not 0 <= seed < 2**32:
+        raise SettingsError(f"seed is 0 to {2**32 - 1}, as NumPy takes it, got {seed}")
 
 
 def in_range(

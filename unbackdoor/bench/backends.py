@@ -7,6 +7,7 @@ a time, so a worker that dies loses nothing but the epoch it was in.
 import importlib
 import multiprocessing
 import os
+import socket
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from unbackdoor.bench.run import Tally
 
 TRIES = 3  # of a group whose worker dies
+SECONDS_TO_ANSWER = 10  # of the machine that a cluster is said to be on
 
 Say = Callable[[str], None]
 
@@ -104,8 +106,9 @@ def run_ray(
     started = not ray.is_initialized()
     if started:
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise SettingsError(
                 f"--address {address}: no Ray cluster can be reached ({error}); start one by `ray "
                 "start --head` and pass auto or the address that it prints, or pass local"
@@ -135,6 +138,14 @@ def run_ray(
         if started:
             ray.shutdown()
     return _lost(lost, results, _tally(cells, results, Tally), died=died, say=say)
+
+
+def _knock(address: str | None) -> None:
+    """Raise an OSError where nothing answers at HOST:PORT, which Ray would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        with socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER):
+            pass
 
 
 def work(

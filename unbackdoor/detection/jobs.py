@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unbackdoor.backbones import Backbone, build, public_name
 from unbackdoor.checkpoint import (
     Tree,
+    check_folder,
     read_checkpoint,
     refuse_inputs,
     sha256_of,
@@ -202,14 +203,13 @@ def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> D
     """Return the files to write, after all that could forbid writing them has been checked.
 
     Raises:
-        OutputError: If ``out`` has another suffix, is the input, lies in no folder, or exists; or
+        OutputError: If ``out`` has another suffix, is the input, or exists; as ``check_folder``; or
             if an interrupted run left its state and it is neither resumed nor overwritten.
         SettingsError: If it shall both start again and go on.
     """
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a detector's file ends in .safetensors")
-    if not out.parent.is_dir():
-        raise OutputError(f"{out}: there is no folder {out.parent}")
+    check_folder(out)
     if overwrite and resume:
         raise SettingsError("--force starts again and --resume goes on; pass one of them")
     files = name_files(out)

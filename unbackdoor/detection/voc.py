@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int64
 from PIL import Image
 from torch import Tensor
 
-from unbackdoor.data import IMAGE_FORMATS, open_image
+from unbackdoor.data import IMAGE_FORMATS, at_home, open_image
 from unbackdoor.errors import DataError
 from unbackdoor.types import RawImages
 
@@ -172,7 +172,7 @@ def find_root(source: str) -> Path:
     """
     if not source.startswith(SCHEME) or source == SCHEME:
         raise DataError(f"{source}: detection reads folders in the layout of VOC; pass voc:DIR")
-    folder = Path(source.removeprefix(SCHEME)).expanduser()
+    folder = at_home(source.removeprefix(SCHEME))
     if (folder / "Annotations").is_dir():
         return folder
     years = [*folder.glob("VOC*/Annotations"), *folder.glob("VOCdevkit/VOC*/Annotations")]
