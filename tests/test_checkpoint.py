@@ -429,6 +429,8 @@ def test_missing_files_and_files_without_tensors_are_errors(tmp_path):
         read_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="holds no tensors"):
         read_checkpoint(save({"epoch": 3}, tmp_path / "c.pt"))
+    with pytest.raises(CheckpointError, match=r"outside of what a trainer keeps \(optimizer\)"):
+        read_checkpoint(save({"optimizer": {"w": torch.ones(2)}}, tmp_path / "c.pt"))
     with pytest.raises(CheckpointError, match="holds one tensor without a name"):
         read_checkpoint(save(torch.ones(2), tmp_path / "c.pt"))
 

@@ -761,6 +761,8 @@ def _harvest(path: Path, size: int, content: Any, storages: Mapping[str, range])
     tree = harvest.take(content, "")
     if not isinstance(tree, dict):
         what = "one tensor without a name" if isinstance(tree, Tensor) else "no tensors"
+        if trainers := [printable(key) for key, _ in _children(content) if _is_trainer_state(key)]:
+            what += f" outside of what a trainer keeps ({', '.join(trainers[:5])})"
         raise CheckpointError(f"{path}: holds {what}, but a state dict was expected")
     return _Content("torch", tree, tuple(harvest.dropped))
 
