@@ -432,10 +432,10 @@ TABLES: tuple[Table, ...] = (
     *(
         (
             "docs/experiments/tables-cpu.md",
-            f"grids/table{n}-cpu.toml",
-            lambda n=n: reduced_table(f"table{n}-cpu"),
+            f"grids/{name}-cpu.toml",
+            lambda name=name: reduced_table(f"{name}-cpu"),
         )
-        for n in (1, 2, 7, 8)
+        for name in ("table1", "table2", "table7", "table8", "schedule")
     ),
     ("docs/experiments/changes.md", "results/development/trials.jsonl", trials_table),
     ("docs/experiments/open-points.md", "results/development/open-points.jsonl", open_points_table),

@@ -114,6 +114,20 @@ def test_mean_and_spread_are_in_percent_and_over_seeds(grid):
     assert table.rows[2] == ("BadNets: CBD, ours", *[None] * 6, 0, None)
 
 
+def test_deviations_have_columns_only_where_there_are_several_seeds(grid):
+    made = grid("cpu")
+    found, records = entries(made), made_up(entries(made))
+    zero = {entry.cell.key for entry in found if entry.cell.seed == 0}
+    one = {key: made_of for key, made_of in records.items() if key in zero}
+    for table in all_tables(made, found, records):
+        assert "±" in table.columns
+    for table in all_tables(made, found, one):
+        assert "±" not in table.columns
+    table = all_tables(made, found, one)[0]
+    assert table.columns == ("attack, defense", "ACC", "ASR", "PA", "seeds", "seconds")
+    assert table.rows[0] == pytest.approx(("BadNets: No Defense", 80, 60, 30, 1, 10))
+
+
 @pytest.mark.parametrize("tier", ["paper", "h200"])
 def test_the_papers_number_and_the_difference_stand_beside_ours(grid, tier):
     table = tables_of(grid(tier))[0]

@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -54,18 +55,35 @@ def lines(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]) -> 
 
 
 def all_tables(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]) -> list[Table]:
-    """Return the tables of a grid: its detectors', scores by each reader, and whether they last."""
+    """Return the tables of a grid: its detectors', scores by each reader, and whether they last.
+
+    Columns of deviations are left out where no row has several seeds.
+    """
     rows = lines(grid, found, records)
     readers: list[Reader] = ["probe"]
     if grid.training == "supervised":  # SimCLR leaves no head
         readers.append("head")
     if grid.detection is None and grid.compares:
         readers.insert(0, "paper")
-    return [
+    tables = [
         *([] if grid.detection is None else [detection_table(grid, rows)]),
         *(scores_table(grid, rows, reader) for reader in readers),
         durability_table(grid, rows),
     ]
+    return [_without_empty_spreads(table) for table in tables]
+
+
+def _without_empty_spreads(table: Table) -> Table:
+    kept = [
+        place
+        for place, name in enumerate(table.columns)
+        if name != "±" or any(row[place] is not None for row in table.rows)
+    ]
+    return replace(
+        table,
+        columns=tuple(table.columns[place] for place in kept),
+        rows=tuple(tuple(row[place] for place in kept) for row in table.rows),
+    )
 
 
 def scores_table(grid: Grid, rows: Sequence[Line], reader: Reader) -> Table:
