@@ -150,6 +150,7 @@ def test_wanet_is_redrawn_in_every_batch(make):
     assert "anew, 10.71% of those labeled as the target, and 12.00% in noise mode" in said
 
 
+@pytest.mark.slow
 def test_cla_makes_its_surrogate_once_and_then_finds_it(make, tmp_path):
     _, record, said = make("cla")
     assert "training a clean surrogate first" in said
@@ -226,6 +227,7 @@ def test_cla_resumes_in_its_surrogate_and_in_itself(make, monkeypatch, tmp_path)
         make("cla", resume=True, surrogate=other)
 
 
+@pytest.mark.slow
 def test_force_starts_an_interrupted_surrogate_again(make, monkeypatch, tmp_path):
     monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
 

@@ -116,7 +116,7 @@ def noise(size: int) -> torch.Tensor:
         ("deit_tiny_distilled_patch16_224", ("head", "head_dist"), 192),
         ("vit_small_patch14_dinov2", ("head",), 384),
         ("resnetv2_50x1_bit", ("head.fc",), 2048),
-        ("sequencer2d_s", ("head.fc",), 384),
+        pytest.param("sequencer2d_s", ("head.fc",), 384, marks=pytest.mark.slow),
         ("inception_v3", ("fc",), 2048),
         ("torchvision/resnet18", ("fc",), 512),
         ("torchvision/vgg11", ("classifier.6",), 4096),

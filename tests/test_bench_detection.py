@@ -176,6 +176,7 @@ def test_a_kill_between_the_detector_and_its_scores_trains_nothing_again(run, ce
     assert len(record["detection"]["history"]) == 2
 
 
+@pytest.mark.slow
 def test_a_detector_of_another_backbone_is_not_taken_for_this_ones(run, cells, tmp_path):
     def kill_in_scoring(step, of):
         if of == IMAGES:

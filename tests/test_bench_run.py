@@ -277,6 +277,7 @@ def test_a_defense_in_a_file_is_run_and_scored_like_ours(data, tmp_path, capsys)
     assert "1 done, 0 running, 0 failed, 4 left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_victim_is_trained_on_from_the_grids_file_and_no_other_is_taken_for_it(data, tmp_path):
     text = GRID.format(data=data, victims=tmp_path / "given").partition("[[rows]]")[0]
     path, lines = tmp_path / "grid.toml", []
@@ -443,6 +444,7 @@ def test_weights_are_dropped_after_the_last_cell_and_not_before(run, store, cell
     assert [path.suffix for path in folder.iterdir()] == [".json"]
 
 
+@pytest.mark.slow
 def test_a_victim_of_two_grids_is_one_job_and_dropped_also_by_a_later_run(data, tmp_path):
     head = GRID.format(data=data, victims="").partition("[[rows]]")[0]
     head = head.replace('["badnets"]', '["badnets", "blend"]').replace("epochs = 2", "epochs = 1")
@@ -546,6 +548,7 @@ def test_flags_tell_what_to_doubt(cells):
     assert flags_of(told, took, many, probe) == ["a label-free method was given labels"]
 
 
+@pytest.mark.slow
 def test_the_revision_is_that_of_the_code_that_runs(tmp_path):
     """Files that change during a run do not change it, nor what is recorded."""
     shutil.copytree(PACKAGE, tmp_path / "unbackdoor", ignore=shutil.ignore_patterns("*.pyc"))

@@ -227,6 +227,7 @@ def test_what_the_system_refuses_is_an_error_and_no_traceback(tmp_path, capsys):
     assert "File name too long" in said
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_continue(inputs, tmp_path):
     words = [*inputs, *FEW]
     endless = [*COMMAND, *words, "--epochs", "1000"]
