@@ -218,8 +218,11 @@ def dies(backbone, data, settings, *, device="cpu", on_step=None):
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install '.[ray]'")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
-def test_a_cell_at_which_workers_of_other_machines_die_has_failed_too(cells, tmp_path, monkeypatch):
+def test_a_cell_at_which_workers_of_other_machines_die_has_failed_too(
+    cells, data, tmp_path, monkeypatch
+):
     path, results = tmp_path / "grid.toml", tmp_path / "results"
+    (tmp_path / "data").symlink_to(data)
     (tmp_path / "dies.py").write_text(DIES_ELSEWHERE.format(running=str(results / "running")))
     kept, _, _ = path.read_text().partition("[[rows]]")
     path.write_text(f'{kept}[[rows]]\nname = "dies"\ndefense = "dies.py:dies"\n')
@@ -229,7 +232,7 @@ def test_a_cell_at_which_workers_of_other_machines_die_has_failed_too(cells, tmp
     tally = run_ray(
         [dead],
         results,
-        Place("shades", device="cpu", own=("dies.py:dies",)),
+        Place("data", device="cpu", own=("dies.py:dies",)),
         address="local",
         say=said.append,
     )
