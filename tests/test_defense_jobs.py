@@ -302,8 +302,9 @@ def test_a_seed_that_cannot_be_is_refused(seed, own):
     for name in ("bcu", "clp", f"{own}:shrink"):
         with pytest.raises(SettingsError, match=f"seed is 0 to 4294967295, .* got {seed}"):
             find_defense(name, seed=seed)
-    with pytest.raises(SettingsError, match=f"got {seed}"):
-        find_defense("bcu", [f"seed={seed}"])
+    for values, given in (([f"seed={seed}"], 0), (["seed=3"], seed)):
+        with pytest.raises(SettingsError, match=f"got {seed}"):
+            find_defense("bcu", values, seed=given)
 
 
 @pytest.mark.parametrize(

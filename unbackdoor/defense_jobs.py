@@ -208,7 +208,7 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
     if any(item.name == "seed" for item in fields(defaults)):
         defaults = replace(defaults, seed=seed)
     settings = settings_from(defaults, values)
-    check_seed(getattr(settings, "seed", seed))
+    check_seed(getattr(settings, "seed", 0))
     return Chosen(name, function, settings, needs_labels)
 
 

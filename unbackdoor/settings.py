@@ -503,10 +503,10 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     return leaves
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, *, name: str = "seed") -> None:
     """Raise a SettingsError unless PyTorch and NumPy both take ``seed``."""
     if not 0 <= seed < 2**32:
-        raise SettingsError(f"seed is 0 to {2**32 - 1}, as NumPy takes it, got {seed}")
+        raise SettingsError(f"{name} is 0 to {2**32 - 1}, as NumPy takes it, got {seed}")
 
 
 def in_range(

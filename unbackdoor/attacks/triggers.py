@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor import patterns
 from unbackdoor.errors import DataError, SettingsError
+from unbackdoor.settings import check_seed
 from unbackdoor.types import RawImages
 
 LARGEST = 4096  # pixels; a record from elsewhere shall not ask for all memory
@@ -109,7 +110,7 @@ class Blend:
                 f"trigger.height and trigger.width are 1 to {LARGEST} pixels, got {self.height}, "
                 f"{self.width}"
             )
-        _check_seed(self.seed)
+        check_seed(self.seed, name="trigger.seed")
 
     def __call__(self, images: RawImages) -> RawImages:
         """Return a triggered copy of ``images``, of 1 or 3 channels."""
@@ -170,7 +171,7 @@ class WaNet:
         _check_finite("strength", self.strength)
         if not 2 <= self.points <= LARGEST:
             raise SettingsError(f"trigger.points is 2 to {LARGEST}, got {self.points}")
-        _check_seed(self.seed)
+        check_seed(self.seed, name="trigger.seed")
 
     def __call__(self, images: RawImages) -> RawImages:
         """Return a triggered copy of ``images``."""
@@ -226,11 +227,6 @@ def trigger_scaled(trigger: Trigger, images: RawImages, *, side: int) -> RawImag
 def _check_finite(name: str, value: float) -> None:
     if not math.isfinite(value):
         raise SettingsError(f"trigger.{name} must be a number, got {value}")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise SettingsError(f"trigger.seed is 0 to {2**32 - 1}, as numpy takes it, got {seed}")
 
 
 def _check_ratio(ratio: float) -> None:
