@@ -242,6 +242,7 @@ def test_a_cell_at_which_workers_of_other_machines_die_has_failed_too(
 
 
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install '.[ray]'")
+@pytest.mark.timeout(90)  # Ray itself would try for minutes
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_an_address_without_a_cluster_is_told(address, cells, place, tmp_path):
     with pytest.raises(SettingsError, match=f"--address {address}: no Ray cluster can be reached"):
