@@ -249,6 +249,19 @@ def test_an_address_without_a_cluster_is_told(address, cells, place, tmp_path):
         run_ray(cells, tmp_path / "results", place, address=address)
 
 
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed; pip install '.[ray]'")
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize(
+    ("given", "told"), [(None, "RAY_ADDRESS=127.0.0.1:1"), ("auto", "--address auto")]
+)
+def test_a_cluster_that_the_environment_names_in_vain_is_told(
+    given, told, cells, place, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(SettingsError, match=f"{told}: no Ray cluster can be reached"):
+        run_ray(cells, tmp_path / "results", place, address=given)
+
+
 def test_without_ray_its_backend_says_what_to_install(cells, place, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
     with pytest.raises(SettingsError, match=r"pip install '.\[ray\]'"):

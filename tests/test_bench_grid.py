@@ -1,5 +1,5 @@
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from unbackdoor.bench.grid import (
     settings_of,
     unique_cells,
 )
-from unbackdoor.errors import SettingsError
+from unbackdoor.errors import DataError, SettingsError
 from unbackdoor.settings import DetectionSettings, PurifySettings, SearchSettings, purify_preset
 
 GRIDS = Path(__file__).resolve().parents[1] / "grids"
@@ -186,6 +186,23 @@ def test_all_victims_of_a_grid_may_be_trained_on_from_a_file(write, tmp_path):
         read_grid(write("seeds =", 'start = "none.pt"\nseeds ='))
 
 
+@pytest.mark.parametrize(
+    ("line", "folder"),
+    [
+        ('victims = "~/v"', "victims"),
+        ('start = "~/begun"', "start"),
+    ],
+)
+def test_a_grid_may_name_a_place_at_home(line, folder, write, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "begun").write_bytes(b"weights")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    grid = read_grid(write("seeds =", f"{line}\nseeds ="))
+    assert getattr(grid, folder) == str(tmp_path / "home" / line.split("/")[1].strip('"'))
+    with pytest.raises(DataError, match="~no-one/v: no such user; write the whole path"):
+        read_grid(write("seeds =", f'{folder} = "~no-one/v"\nseeds ='))
+
+
 def test_seeds_may_share_one_victim(write):
     grid = read_grid(write("seeds = [0, 1]", "seeds = [0, 1]\nvictim_seed = 1"))
     found = entries(grid)
@@ -335,7 +352,7 @@ def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
         (
             '"anp"\nsettings = {',
             '"bcu"\nsettings = { shares = [0, "x"],',
-            "list of floats, got 'x'",
+            "shares[1] is a number or a ratio, got 'x'",
         ),
         ('"1/4"', '"1/x"', "epsilon is a number or a ratio, got '1/x'"),
         ('"2/255"', "2", "for 8 grey levels pass 8/255"),
@@ -387,6 +404,33 @@ def test_the_schedule_tells_how_long_each_victim_is_trained(write):
 def test_changed_refuses_a_value_where_a_table_belongs():
     with pytest.raises(SettingsError, match="search is a table of settings, got 3"):
         changed(PurifySettings(), {"search": 3}, "here")
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Settings of somebody's own, of kinds that ours are not of."""
+
+    maybe: float | None = None
+    factor: float = 1
+    pair: tuple[int, float] = (1, 2.0)
+    either: int | str = 1
+
+
+def test_a_setting_is_read_as_its_type_and_not_as_its_default():
+    asked = {"maybe": 0.5, "factor": 0.5, "pair": [3, "1/2"], "either": "x"}
+    given = changed(Odd(), asked, "here")
+    assert given == Odd(0.5, 0.5, (3, 0.5), "x")
+    assert changed(given, {"maybe": "none"}, "here").maybe is None
+    assert changed(Odd(), {"factor": 2}, "here").factor == 2.0
+    for table, message in (
+        ({"maybe": "x"}, "maybe is a number or a ratio, got 'x'"),
+        ({"factor": True}, "factor is of type float, got True"),
+        ({"pair": [3]}, "pair is a list of 2, got"),
+        ({"pair": [0.5, 1]}, r"pair\[0\] is of type int, got 0.5"),
+        ({"either": 0.5}, "either is of type int, got 0.5"),
+    ):
+        with pytest.raises(SettingsError, match=f"here: {message}"):
+            changed(Odd(), table, "here")
 
 
 def test_the_names_of_attacks_are_those_that_can_be_made():

@@ -227,6 +227,14 @@ def test_what_the_system_refuses_is_an_error_and_no_traceback(tmp_path, capsys):
     assert "File name too long" in said
 
 
+@pytest.mark.parametrize("words", [["--out", "~/x"], ["--out=~/x"]])
+def test_a_home_that_the_shell_has_left_is_written_out(words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "x").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["demo", *words]) == 2
+    assert str(tmp_path / "x") in unwrapped(capsys)
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_says_how_to_continue(inputs, tmp_path):
     words = [*inputs, *FEW]

@@ -29,7 +29,7 @@ class Killed(BaseException):
 
 
 def run(name, backbone, keep=None, *, kill_at=0):
-    """Defend; returns the result, unless killed at a step, and how many steps were taken."""
+    """Defend; returns the result, unless killed at a step, and the steps as they were told."""
     steps = []
 
     def on_step(step, _):
@@ -41,18 +41,20 @@ def run(name, backbone, keep=None, *, kill_at=0):
         result = defend(name, backbone, make_data(16), LONGER[name], on_step=on_step, keep=keep)
     except Killed:
         result = None
-    return result, len(steps)
+    return result, steps
 
 
 @pytest.mark.parametrize("name", LOOPING)
 def test_a_killed_defense_ends_as_if_it_had_not_been(tmp_path, name):
     backbone, path = make_backbone("cifar/wrn16_1"), tmp_path / "state.safetensors"
     whole, steps = run(name, backbone)
-    for kill_at in (steps, steps // 2 + 1):
+    assert steps == list(range(1, len(steps) + 1))
+    for kill_at in (len(steps), len(steps) // 2 + 1):
         path.unlink(missing_ok=True)
         assert run(name, backbone, Keeper(path, OF, seconds=0), kill_at=kill_at)[0] is None
         rest, taken = run(name, backbone, Keeper(path, OF, seconds=0))
-        assert 0 < taken < steps
+        assert 0 < len(taken) < len(steps)
+        assert taken == steps[-len(taken) :]
         torch.testing.assert_close(
             network_state(rest.backbone), network_state(whole.backbone), rtol=0, atol=0
         )
@@ -64,7 +66,7 @@ def test_a_defense_whose_loops_have_ended_takes_no_step_again(tmp_path, name):
     backbone, path = make_backbone("cifar/wrn16_1"), tmp_path / "state.safetensors"
     whole, _ = run(name, backbone, Keeper(path, OF, seconds=1e9))  # the ends of loops are kept
     again, taken = run(name, backbone, Keeper(path, OF))
-    assert taken == 0
+    assert taken == []
     torch.testing.assert_close(
         network_state(again.backbone), network_state(whole.backbone), rtol=0, atol=0
     )
@@ -77,7 +79,7 @@ def test_what_dropout_draws_goes_on_too(tmp_path):
     backbone = Backbone(network, ("3",), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
     path = tmp_path / "state.safetensors"
     whole, steps = run("fine-tuning", backbone)
-    run("fine-tuning", backbone, Keeper(path, OF, seconds=0), kill_at=steps)
+    run("fine-tuning", backbone, Keeper(path, OF, seconds=0), kill_at=len(steps))
     rest, _ = run("fine-tuning", backbone, Keeper(path, OF, seconds=0))
     torch.testing.assert_close(
         network_state(rest.backbone), network_state(whole.backbone), rtol=0, atol=0

@@ -15,6 +15,7 @@ from unbackdoor.errors import (
     DeviceError,
     DivergedError,
     OutputError,
+    SettingsError,
 )
 from unbackdoor.jobs import (
     Source,
@@ -247,6 +248,18 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(victim, photos, tmp_
     assert "wrote nothing" in text
 
 
+def test_a_dry_run_takes_what_a_run_takes(victim, photos, tmp_path):
+    """Three images are fewer than the changes, which are at most as many as a batch is to have."""
+    source, out = Source(victim, "cifar/wrn16_1", size=16), tmp_path / "clean.pt"
+    asked = replace(QUICK, epochs=1, last_batch="keep")
+    assert 3 < asked.changes.count <= asked.batch_size
+    told = {"limit": 3, "device": "cpu", "say": lambda _: None}
+    assert dry_run(source, photos, out, asked, **told).steps == 1
+    assert purify_file(source, photos, out, asked, **told).record.exists()
+    with pytest.raises(DataError, match="3 images do not fill one batch of 8"):
+        dry_run(source, photos, out, replace(asked, last_batch="drop"), **told)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -270,6 +283,11 @@ def test_no_output_may_replace_the_input_or_a_part_of_it(name, tmp_path):
     given = tmp_path / ("in" if "/" in name else "state.state.safetensors")
     with pytest.raises(OutputError, match="would change the input"):
         plan_outputs(given, tmp_path / name, overwrite=True, resume=False)
+
+
+def test_starting_again_and_going_on_contradict(victim, tmp_path):
+    with pytest.raises(SettingsError, match="pass one of them"):
+        plan_outputs(victim, tmp_path / "clean.pt", overwrite=True, resume=True)
 
 
 def test_a_state_of_another_network_is_refused(victim, photos, tmp_path):

@@ -118,6 +118,21 @@ def test_an_attack_that_is_redrawn_reaches_the_network_in_every_batch(task):
     assert hits(train_supervised(network(), *task, settings)) < 0.1
 
 
+@pytest.mark.parametrize("train", [train_supervised, train_simclr])
+def test_a_network_that_crashes_in_channels_last_is_trained_contiguous(train, generator):
+    images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    stem = (nn.Conv2d(3, 48, 1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    if train is train_supervised:
+        network, data = nn.Sequential(*stem, nn.Linear(48, 2)), (images, torch.arange(40) % 2)
+    else:
+        network, data = nn.Sequential(*stem), (images,)
+    seen = []
+    network[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))
+    trained = train(network, *data, replace(SIMCLR, epochs=2))
+    assert all(seen)
+    assert all(weight.isfinite().all() for weight in trained.parameters())
+
+
 @pytest.mark.parametrize(("rate", "learns"), [(0.3, True), (1e-9, False)])
 def test_simclr_brings_two_views_of_an_image_together(rate, learns, task):
     mild = ViewSettings(min_area=0.8, jitter=0.0, grey=0.0)

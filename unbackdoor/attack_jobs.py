@@ -329,8 +329,6 @@ def plan_files(
         raise OutputError(f"{out}: is a file; --out takes a folder")
     if out.exists() and not os.access(out, os.W_OK):
         raise OutputError(f"{out}: may not be written to; pass another --out")
-    if overwrite and resume:
-        raise SettingsError("--force starts again and --resume goes on; pass one of them")
     last = files[1:2] if resume else files[:2]  # the record is written last
     refuse_existing(last, files.state, overwrite=overwrite, resume=resume)
     return files

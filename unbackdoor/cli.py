@@ -1,6 +1,7 @@
 """The command line: reads arguments, calls, prints. No logic, and no torch until a command runs."""
 
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -954,7 +955,7 @@ def bench_report(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 for errors that the user can mend."""
-    words = sys.argv[1:] if arguments is None else arguments
+    words = [written_out(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         if shared() and "purify" not in words[:1]:
             raise SettingsError("only purify can be run by torchrun; start this without it")
@@ -975,6 +976,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"error: out of memory ({error}); pass a smaller --batch-size")
         return 2
     return 0
+
+
+def written_out(word: str) -> str:
+    """Write ``~/`` out where the shell has left it, as in ``--out=~/clean.safetensors``."""
+    return re.sub(r"^(--[\w.-]+=)?~(?=/)", lambda found: f"{found[1] or ''}{Path.home()}", word)
 
 
 @contextmanager

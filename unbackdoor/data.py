@@ -49,6 +49,7 @@ from torch import Tensor
 
 from unbackdoor.checkpoint import printable
 from unbackdoor.errors import DataError, UnlabeledError
+from unbackdoor.settings import at_home
 from unbackdoor.types import Labels, RawImages
 
 CACHE_BYTES = 2**30  # decoded pixels stay in memory when all of a source's fit in this many bytes
@@ -509,18 +510,6 @@ def _parse(source: str | Path) -> tuple[str, str]:
 def _nearest(word: str) -> str:
     matches = difflib.get_close_matches(word, SCHEMES, n=1)
     return f", did you mean {matches[0]}?" if matches else ""
-
-
-def at_home(place: str) -> Path:
-    """Return ``place`` with ``~`` written out.
-
-    Raises:
-        DataError: If it names the folder of a user that is not there.
-    """
-    try:
-        return Path(place).expanduser()
-    except RuntimeError as error:
-        raise DataError(f"{place}: no such user; write the whole path") from error
 
 
 def _find(source: str) -> _Files:

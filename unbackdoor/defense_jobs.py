@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
@@ -108,8 +108,6 @@ def defend_file(
     Raises:
         UnbackdoorError: See ``errors``; nothing is written then.
     """
-    if overwrite and resume:
-        raise SettingsError("--force starts again and --resume goes on; pass one of them")
     outputs = plan_outputs(source.checkpoint, out, overwrite=overwrite, resume=resume)
     chosen = find_defense(name, values, seed=seed)
     kind: LabelKind = labels or ("given" if chosen.labels else "none")
@@ -131,7 +129,7 @@ def defend_file(
 
     photos = from_tensor(pool.images)
     of = {
-        "defense": json.dumps([Path(chosen.name).name, _nested(chosen.settings), kind]),
+        "defense": json.dumps([Path(chosen.name).name, asdict(chosen.settings), kind]),
         "checkpoint": loaded.checkpoint.sha256,
         "images": photos.fingerprint,
         "device": str(where),
@@ -222,7 +220,7 @@ def settings_from(defaults: Any, values: Sequence[str]) -> Any:
     Raises:
         SettingsError: If a name is unknown, or a value of another kind or out of range.
     """
-    names = [name for name, _ in flatten(_nested(defaults))]
+    names = [name for name, _ in flatten(asdict(defaults))]
     for text in values:
         written, sign, value = text.partition("=")
         name = written.strip().replace("-", "_")
@@ -432,10 +430,3 @@ def _read(kind: Any, value: str) -> Any:
     raise SettingsError(
         f"a setting of the type {kind} cannot be given as a text, such as {value!r}"
     )
-
-
-def _nested(settings: Any) -> dict[str, Any]:
-    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
-    return {
-        name: _nested(value) if is_dataclass(value) else value for name, value in values.items()
-    }

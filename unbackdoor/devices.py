@@ -139,7 +139,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak bytes so far: of the device's allocator, or of the process on a CPU."""
+    """Return the peak bytes so far: on CUDA of the device's allocator, elsewhere of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -167,16 +167,17 @@ def matrix_limit(device: torch.device, precision: Precision, *, size: int | None
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
 
     def seconds() -> float:
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         a @ b
-        _wait(device)
+        wait_for(device)
         return time.perf_counter() - started
 
     return 2 * size**3 / min(seconds() for _ in range(5))
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return when all that ``device`` was told to do is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from unbackdoor.attacks.named import ATTACKS, attack_from_record, attack_record, named_attack
@@ -16,7 +15,7 @@ from unbackdoor.attacks.triggers import LARGEST
 from unbackdoor.backbones import Backbone, public_name
 from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, load_labeled
-from unbackdoor.devices import pick_device
+from unbackdoor.devices import fast_layout, pick_device
 from unbackdoor.errors import CheckpointError, DataError, SettingsError
 from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Reading, Scores, make_test_set, read
@@ -103,7 +102,8 @@ def evaluate_file(
         goal = "each class plus one"
     say(f"{source.checkpoint}: {known.name}, {known.attack.trigger}, to {goal}")
     say(f"{len(test.labels)} test images, {len(test.truth)} of them triggered as well")
-    backbone = loaded.backbone.to(where).to(memory_format=torch.channels_last)
+    backbone = loaded.backbone.to(where)
+    backbone.to(memory_format=fast_layout(backbone))
     plain = split.unlabeled if durable else None
     head = own_head(backbone, classes=classes)
     with told_of_memory(where):

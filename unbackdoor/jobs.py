@@ -33,9 +33,9 @@ from unbackdoor.checkpoint import (
     write_text,
 )
 from unbackdoor.data import ImageSource, load_images
-from unbackdoor.devices import peak_memory, pick_device, pick_precision
+from unbackdoor.devices import peak_memory, pick_device, pick_precision, wait_for
 from unbackdoor.diagnostics import Evidence, measure
-from unbackdoor.errors import DeviceError, DivergedError, OutputError
+from unbackdoor.errors import DeviceError, DivergedError, OutputError, SettingsError
 from unbackdoor.matching import (
     describe_match,
     flat_tree,
@@ -95,7 +95,7 @@ class Estimate(NamedTuple):
     steps: int
     seconds_per_step: float
     seconds_to_learn: float  # the changes of one epoch
-    memory: int  # peak bytes: of the process on a CPU, of the device's allocator elsewhere
+    memory: int  # peak bytes: on CUDA of the device's allocator, elsewhere of the process
 
 
 def open_source(source: Source) -> Loaded:
@@ -252,21 +252,21 @@ def dry_run(
         source, images, settings, limit=limit, max_broken=max_broken, ranks=ranks, say=say
     )
     check_writable(outputs, loaded)
+    steps = settings.epochs * steps_per_epoch(len(photos), settings, ranks)
     where = pick_device(device)
     times: list[float] = []
 
     def on_step(step: int, steps: int) -> None:
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
+        wait_for(where)
         times.append(time.monotonic())
 
-    size = min(settings.batch_size, len(photos))
+    size = settings.batch_size
     few = replace(settings.changes, steps=2)
     with told_of_memory(where):
         purify(
             loaded.backbone,
-            photos.read([row for row in range(size) for _ in range(2)]),  # two batches, one epoch
-            replace(settings, epochs=1, batch_size=size, changes=few),
+            photos.read([row % len(photos) for row in range(2 * size)]),  # two batches, one epoch
+            replace(settings, epochs=1, changes=few),
             device=where,
             precision=pick_precision(precision, where),
             compiled=compiled,
@@ -289,12 +289,10 @@ def dry_run(
             for done in (0, few.steps):
                 started, some = time.monotonic(), replace(few, steps=done)
                 learn_changes(network, raw, some, batch_size=size, generator=generator, ranks=ranks)
-                if where.type == "cuda":
-                    torch.cuda.synchronize(where)
+                wait_for(where)
                 moments.append(time.monotonic() - started)
             before, both = moments
             learning = before + max(0.0, both - before) / few.steps * settings.changes.steps
-    steps = settings.epochs * steps_per_epoch(len(photos), settings, ranks)
     estimate = Estimate(steps, times[-1] - times[-2], learning, peak_memory(where))
     seconds = round(steps * estimate.seconds_per_step + settings.epochs * learning)
     say(
@@ -357,7 +355,10 @@ def refuse_existing(written: Iterable[Path], state: Path, *, overwrite: bool, re
     Raises:
         OutputError: If one of ``written`` exists and must not be replaced, or if ``state`` does and
             is neither resumed nor overwritten.
+        SettingsError: If it shall both start again and go on.
     """
+    if overwrite and resume:
+        raise SettingsError("--force starts again and --resume goes on; pass one of them")
     if overwrite:
         return
     for path in written:

@@ -6,11 +6,12 @@ The dataclasses' field names are the names everywhere: ``search.epsilon`` in Pyt
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, Token
 
-from unbackdoor.errors import SettingsError
+from unbackdoor.errors import DataError, SettingsError
 
 
 def _ratio(_: type, tokens: Sequence[Token]) -> float:
@@ -336,7 +337,8 @@ class VictimSettings:
         temperature: Of SimCLR's loss.
         projection: Width of SimCLR's projected features; its head is dropped afterwards.
         limit: Train on this many of the images, drawn by the seed; 0 is all.
-        channels_last: Memory layout of images and weights; on a CPU it halves the time.
+        channels_last: Memory layout of images and weights, where PyTorch can train the network in
+            it; on a CPU it halves the time.
         seed: Of weights, order, augmentation and poisoned rows.
     """
 
@@ -507,6 +509,18 @@ def check_seed(seed: int, *, name: str = "seed") -> None:
     """Raise a SettingsError unless PyTorch and NumPy both take ``seed``."""
     if not 0 <= seed < 2**32:
         raise SettingsError(f"{name} is 0 to {2**32 - 1}, as NumPy takes it, got {seed}")
+
+
+def at_home(place: str) -> Path:
+    """Return ``place`` with ``~`` written out.
+
+    Raises:
+        DataError: If it names the folder of a user that is not there.
+    """
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{place}: no such user; write the whole path") from error
 
 
 def in_range(

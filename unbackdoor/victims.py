@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from unbackdoor.attacks.poisoning import Attack, poison_batch
-from unbackdoor.devices import Precision, deterministic, in_precision, seeded
+from unbackdoor.devices import Precision, deterministic, fast_layout, in_precision, seeded
 from unbackdoor.errors import DataError, DivergedError
 from unbackdoor.losses import nt_xent
 from unbackdoor.networks import initialize
@@ -70,6 +70,7 @@ def train_supervised(
         DivergedError: If the loss is no longer finite.
     """
     per_epoch = count_steps(len(images), settings)
+    layout = _layout(network, settings)
 
     def loss_of(rows: Tensor, step: int, generator: torch.Generator) -> Scalar:
         batch, truth = images[rows], labels[rows]
@@ -78,7 +79,7 @@ def train_supervised(
                 batch, truth, attack, classes=classes or 0, step=step, generator=generator
             )
         plain = augmented(batch, settings, generator=generator)
-        return F.cross_entropy(run(_laid_out(plain, settings)), truth)
+        return F.cross_entropy(run(plain.contiguous(memory_format=layout)), truth)
 
     initialize(network, generator=torch.Generator().manual_seed(settings.seed))
     _begin_with(network, start)
@@ -134,13 +135,14 @@ def train_simclr(
     head = nn.Sequential(first, nn.ReLU(), last)
     network = nn.ModuleDict({"backbone": backbone, "projection": head.to(images.device)})
     run = in_precision(backbone, precision)
+    layout = _layout(backbone, settings)
 
     def loss_of(rows: Tensor, step: int, generator: torch.Generator) -> Scalar:
         plain = images[rows].float() / 255
         views = torch.cat(
             [random_views(plain, settings.views, generator=generator) for _ in range(2)]
         )
-        projected = head(run(_laid_out(views, settings)))
+        projected = head(run(views.contiguous(memory_format=layout)))
         return nt_xent(*projected.chunk(2), temperature=settings.temperature)
 
     _train(
@@ -196,8 +198,7 @@ def _train(
     """Minimize ``loss_of(rows, step, generator)`` over shuffled batches of rows."""
     generator = torch.Generator(device).manual_seed(settings.seed)
     network.to(device).train()
-    if settings.channels_last:
-        network.to(memory_format=torch.channels_last)
+    network.to(memory_format=_layout(network, settings))
     optimizer = _optimizer(network, settings)
     history: tuple[Epoch, ...] = ()
     if state is not None:
@@ -263,9 +264,8 @@ def count_steps(images: int, settings: VictimSettings) -> int:
     return steps
 
 
-def _laid_out(images: Images, settings: VictimSettings) -> Images:
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    return images.contiguous(memory_format=layout)
+def _layout(network: nn.Module, settings: VictimSettings) -> torch.memory_format:
+    return fast_layout(network) if settings.channels_last else torch.contiguous_format
 
 
 def _state(

@@ -109,9 +109,10 @@ def run_ray(
             _knock(address)
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         except (OSError, RuntimeError, ValueError) as error:
+            asked = f"--address {address}" if address else f"RAY_ADDRESS={_from_environment()}"
             raise SettingsError(
-                f"--address {address}: no Ray cluster can be reached ({error}); start one by `ray "
-                "start --head` and pass auto or the address that it prints, or pass local"
+                f"{asked}: no Ray cluster can be reached ({error}); start one by `ray start "
+                "--head` and pass --address auto or the address that it prints, or pass local"
             ) from error
     task = ray.remote(num_cpus=workers or 1, num_gpus=gpus, max_retries=TRIES)(work)
     folder, place = results.resolve(), for_any_folder(place)
@@ -142,10 +143,16 @@ def run_ray(
 
 def _knock(address: str | None) -> None:
     """Raise an OSError where nothing answers at HOST:PORT, which Ray would try for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if address in (None, "auto"):
+        address = _from_environment()
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         with socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER):
             pass
+
+
+def _from_environment() -> str:
+    return os.environ.get("RAY_ADDRESS", "")
 
 
 def work(

@@ -37,10 +37,10 @@ import difflib
 import hashlib
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from unbackdoor.bench.cells import CBD, CLEAN, DEMO, NO_DEFENSE, Cell, Detection, Labels, Victim
@@ -51,6 +51,7 @@ from unbackdoor.settings import (
     DetectionSettings,
     PurifySettings,
     VictimSettings,
+    at_home,
     flatten,
     purify_preset,
     victim_preset,
@@ -188,8 +189,8 @@ def read_grid(path: Path) -> Grid:
     grid = replace(
         grid,
         data=_beside(path, grid.data),
-        victims=str(path.parent / Path(grid.victims).expanduser()) if grid.victims else "",
-        start=str(path.parent / grid.start) if grid.start else "",
+        victims=str(path.parent / at_home(grid.victims)) if grid.victims else "",
+        start=str(path.parent / at_home(grid.start)) if grid.start else "",
     )
     _check(grid)
     entries(replace(grid, seeds=grid.seeds[:1]))  # refuses unknown settings before anything runs
@@ -254,7 +255,7 @@ def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> C
     needs = row.defense in DEFENSES and DEFENSES[row.defense].labels
     labels: Labels = row.labels or ("given" if needs else "none")
     settings = row_settings(grid, row, seed)
-    values = _as_table(settings) if settings else {}
+    values = asdict(settings) if settings else {}
     if row.defense == CBD and settings.search.kind != "changes":
         del values["changes"]  # of no effect
     if row.defense == CBD and not settings.trim:
@@ -381,7 +382,7 @@ def changed(defaults: Any, table: Mapping[str, Any], where: str) -> Any:
                 raise SettingsError(f"{where}: {name} is a table of settings, got {value!r}")
             values[name] = changed(before, value, where)
         else:
-            values[name] = _read(hints[name], value, before, f"{where}: {name}")
+            values[name] = _read(hints[name], value, f"{where}: {name}")
     try:
         return replace(defaults, **values)
     except SettingsError as error:
@@ -563,38 +564,40 @@ def _run_own(defense: str, code: str) -> Any:
 def _beside(path: Path, place: str) -> str:
     """Return a relative path in a grid file as one from here."""
     scheme, colon, rest = place.rpartition(":")
-    if not rest or (not colon and "/" not in rest) or Path(rest).expanduser().is_absolute():
+    if not rest or (not colon and "/" not in rest) or at_home(rest).is_absolute():
         return place
     return f"{scheme}{colon}{path.parent / rest}"
 
 
-def _as_table(settings: Any) -> dict[str, Any]:
-    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
-    return {
-        name: _as_table(value) if is_dataclass(value) else value for name, value in values.items()
-    }
-
-
-def _read(kind: Any, value: Any, before: Any, where: str) -> Any:
-    """Return ``value`` as the type of a setting."""
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """Return ``value`` as the type ``kind`` of a setting; ``"none"`` in a file is None."""
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        kinds = [each for each in get_args(kind) if each is not NoneType]
+        if value in (None, "none") and len(kinds) < len(get_args(kind)):
+            return None
+        kind = next((each for each in kinds if type(value) is each), kinds[0])
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
         raise SettingsError(f"{where} is one of {', '.join(get_args(kind))}, got {value!r}")
-    if isinstance(before, tuple) and isinstance(value, list | tuple):
-        of = type(before[0]) if before else object
-        for each in value if before else ():
-            if type(each) is not of and (of is not float or type(each) is not int):
-                raise SettingsError(f"{where} is a list of {of.__name__}s, got {each!r} in it")
-        return tuple(value)
-    if isinstance(before, float) and isinstance(value, str):
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        kinds = list(get_args(kind))
+        if kinds[1:] == [...]:
+            kinds = kinds[:1] * len(value)
+        if len(value) != len(kinds):
+            raise SettingsError(f"{where} is a list of {len(kinds)}, got {value!r}")
+        return tuple(
+            _read(each, part, f"{where}[{i}]")
+            for i, (each, part) in enumerate(zip(kinds, value, strict=True))
+        )
+    if kind is float and isinstance(value, str):
         above, slash, below = value.partition("/")
         try:
             return float(above) / float(below) if slash else float(above)
         except (ValueError, ZeroDivisionError) as error:
             raise SettingsError(f"{where} is a number or a ratio, got {value!r}") from error
-    if isinstance(before, float) and type(value) is int:
+    if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not type(before):
-        raise SettingsError(f"{where} is of type {type(before).__name__}, got {value!r}")
+    if type(value) is not (get_origin(kind) or kind):
+        raise SettingsError(f"{where} is of type {kind.__name__}, got {value!r}")
     return value

@@ -21,6 +21,7 @@ from unbackdoor.data import SCHEMES, LabeledImages, draw_rows, from_tensor, load
 from unbackdoor.detection.training import SECONDS_BETWEEN_STATES
 from unbackdoor.errors import CheckpointError, OutputError, SettingsError
 from unbackdoor.jobs import Source, open_source
+from unbackdoor.settings import at_home
 
 EMBEDDED_TRAIN, EMBEDDED_TEST = 4_000, 200  # of the 5,000 that come with the package
 WAIT = 5.0  # seconds between looks at a victim that somebody else trains
@@ -50,7 +51,7 @@ def for_any_folder(place: Place) -> Place:
     """Return ``place`` with absolute paths, for processes that run in other folders."""
 
     def absolute(path: str) -> str:
-        return str(Path(path).expanduser().absolute())
+        return str(at_home(path).absolute())
 
     def source(text: str) -> str:
         if text in ("", *SCHEMES):
@@ -141,7 +142,7 @@ def find_victim(
         return _shipped(victim)
     folders = [store.victim_folder(victim.key)]
     if place.victims:
-        folders.append(Path(place.victims).expanduser())
+        folders.append(Path(place.victims))
     for folder in folders:
         found = Found(folder / f"{victim.stem}.safetensors", folder / f"{victim.stem}.json")
         if not (found.tensors.is_file() and found.record.is_file()):

@@ -48,7 +48,7 @@ from unbackdoor.defense_jobs import find_defense, run_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import DefenseData, predict
 from unbackdoor.defenses.keeping import Keeper
-from unbackdoor.devices import peak_memory, pick_device, pick_precision
+from unbackdoor.devices import fast_layout, peak_memory, pick_device, pick_precision
 from unbackdoor.evaluation import (
     FEW,
     Known,
@@ -384,7 +384,8 @@ def read_scores(loaded: Loaded, split: Split, attack: Attack, device: torch.devi
     classes = len(split.test.classes)
     images, labels, _ = split.test
     test = make_test_set(images, labels, attack, classes=classes)
-    backbone = loaded.backbone.to(device).to(memory_format=torch.channels_last)
+    backbone = loaded.backbone.to(device)
+    backbone.to(memory_format=fast_layout(backbone))
     return read(
         backbone, own_head(backbone, classes=classes), split.probe, test, plain=split.unlabeled
     )

@@ -126,6 +126,6 @@ def _is_there(victim: Victim, store: Store, given: str) -> bool:
         return True
     folders = [store.victim_folder(victim.key)]
     if given:
-        folders.append(Path(given).expanduser())
+        folders.append(Path(given))
     names = [f"{victim.stem}{suffix}" for suffix in (".safetensors", ".json")]
     return any(all((folder / name).is_file() for name in names) for folder in folders)

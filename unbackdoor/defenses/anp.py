@@ -110,7 +110,7 @@ def search_masks(
     labels: Labels,
     settings: AnpSettings,
     *,
-    count: Callable[[], None] | None = None,
+    count: Callable[[int], None] | None = None,
     keep: Keeper | None = None,
 ) -> dict[str, Factors]:
     """Return a mask in [0, 1] for every neuron: low where the adversary needs the neuron.
@@ -120,7 +120,7 @@ def search_masks(
 
     Args:
         layers: Names of layers of the body.
-        count: Called after every step.
+        count: Called after every step with how many are done.
         keep: Goes on after the last step that it has.
     """
     device = backbone.mean.device
@@ -145,7 +145,7 @@ def search_masks(
         batch_statistics(backbone, batch=settings.batch_norm == "batch", moving=False),
     ):
         loss = torch.zeros(())  # of no step, where all have been taken
-        for _ in resumed(keep, settings.iterations, parts):
+        for number in resumed(keep, settings.iterations, parts):
             raw, truth = draw(images, labels, settings, generator=order)
             batch, truth = to_unit(raw, backbone.mean), truth.to(device)
             loss = settings.alpha * masked_loss(backbone, masks, None, batch, truth)
@@ -160,7 +160,7 @@ def search_masks(
                 for mask in masks.values():
                     mask.clamp_(0, 1)
             if count is not None:
-                count()
+                count(number + 1)
         check_finite(loss, "the search for masks")
     return {name: mask.detach().cpu() for name, mask in masks.items()}
 

@@ -133,15 +133,17 @@ def to_unit(raw: RawImages, like: Tensor) -> Images:
     return raw.to(like.device, non_blocking=True).float() / 255
 
 
-def counter(steps: int, on_step: OnStep | None) -> Callable[[], None]:
-    """Return what to call after every step, over all phases of a defense."""
-    done = 0
+def counter(steps: int, on_step: OnStep | None, *, before: int = 0) -> Callable[[int], None]:
+    """Return what to call after every step, with how many steps of a phase are done.
 
-    def count() -> None:
-        nonlocal done
-        done += 1
+    Args:
+        steps: Of all phases of a defense.
+        before: Steps of the phases before.
+    """
+
+    def count(done: int) -> None:
         if on_step is not None:
-            on_step(min(done, steps), steps)
+            on_step(min(before + done, steps), steps)
 
     return count
 
@@ -165,7 +167,7 @@ def tune(
     *,
     seed: int,
     loss_of: Loss | None = None,
-    after_step: Callable[[], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
     before_epoch: Callable[[int], None] | None = None,
     keep: Keeper | None = None,
     also: Mapping[str, Part] | None = None,
@@ -177,7 +179,7 @@ def tune(
         labels: Handed to ``loss_of`` beside the images.
         seed: Of order, augmentation and dropout.
         loss_of: Maps a batch in [0, 1] and its labels to the loss; cross-entropy by default.
-        after_step: Called after every step.
+        after_step: Called after every step with how many are done, those of a run before as well.
         before_epoch: Called with the number of the epoch, from 0.
         keep: Goes on after the last epoch that it has.
         also: What ``loss_of`` changes, to be kept as well.
@@ -217,7 +219,7 @@ def tune(
                 optimizer.step()
                 step += 1
                 if after_step is not None:
-                    after_step()
+                    after_step(step)
             check_finite(loss, f"epoch {epoch + 1}")
     backbone.eval().requires_grad_(False)
 

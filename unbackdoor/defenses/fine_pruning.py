@@ -66,9 +66,9 @@ def fine_prune(
     silent = order[: chosen["pruned"]]
     count = counter(steps_of(len(labels), settings.tuning), on_step)
 
-    def after_step() -> None:
+    def after_step(done: int) -> None:
         prune(repaired, writers, silent)  # weights that are 0 do not stay so by themselves
-        count()
+        count(done)
 
     tune(
         repaired,

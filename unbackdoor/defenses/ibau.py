@@ -64,7 +64,7 @@ def unlearn(
     loss_of = _loss_of(repaired)
     groups = list(shuffled(len(labels), settings.batch_size, generator=generator))
     batches = [data.images[rows] for rows in groups]
-    count = counter(settings.rounds * 2 * len(groups), on_step)
+    steps = settings.rounds * 2 * len(groups)
     losses = torch.full((settings.rounds,), torch.nan, dtype=torch.float64)
     parts: dict[str, Part] = {
         "network": repaired,
@@ -76,9 +76,10 @@ def unlearn(
     with deterministic(), sdpa_kernel(SDPBackend.MATH):
         inner = perturbed_loss(loss_of, batches[0], labels[groups[0]], repaired.mean)
         for number in resumed(keep, settings.rounds, parts):
+            count = counter(steps, on_step, before=number * 2 * len(groups))
             trigger = find_trigger(repaired, batches, settings, count)
-            total = 0.0
-            for rows in shuffled(len(labels), settings.batch_size, generator=generator):
+            total, order = 0.0, shuffled(len(labels), settings.batch_size, generator=generator)
+            for done, rows in enumerate(order, start=len(groups) + 1):
                 outer = perturbed_loss(
                     loss_of,
                     data.images[rows],
@@ -92,7 +93,7 @@ def unlearn(
                     weight.grad = gradient
                 optimizer.step()
                 total += loss.item() / len(groups)
-                count()
+                count(done)
             check_finite(torch.tensor(total), "unlearning")
             losses[number] = total
     return Defended(finished(repaired), {"losses": losses.tolist()})
@@ -137,7 +138,7 @@ def find_trigger(
     backbone: Backbone,
     batches: Sequence[RawImages],
     settings: IbauSettings,
-    count: Callable[[], None],
+    count: Callable[[int], None],
 ) -> Tensor:
     """Return a perturbation ``(1, c, h, w)`` of all images that changes what they are taken for.
 
@@ -146,13 +147,13 @@ def find_trigger(
     """
     loss_of = _loss_of(backbone)
     delta = torch.zeros(1, *batches[0].shape[1:], device=backbone.mean.device)
-    for raw in batches:
+    for done, raw in enumerate(batches, start=1):
         objective = perturbed_loss(loss_of, raw, predict(backbone, raw), backbone.mean)
         delta.requires_grad_(True)
         raised = objective(delta) - settings.penalty * delta.square().sum()
         (gradient,) = torch.autograd.grad(raised, delta)
         delta = (delta + settings.search_rate * gradient).detach()
-        count()
+        count(done)
     return delta
 
 

@@ -46,15 +46,16 @@ def distill_attention(
     labels = labels_of(backbone, data)
     teacher, student = copy_of(backbone, device), copy_of(backbone, device)
     stage = find_stage(student, data.images, name=settings.stage)
-    steps = sum(steps_of(len(labels), tuning) for tuning in (settings.teacher, settings.tuning))
-    count = counter(steps, on_step)
+    before, after = (
+        steps_of(len(labels), tuning) for tuning in (settings.teacher, settings.tuning)
+    )
     tune(
         teacher,
         data.images,
         labels,
         settings.teacher,
         seed=settings.seed,
-        after_step=count,
+        after_step=counter(before + after, on_step),
         keep=keep,
     )
 
@@ -77,7 +78,7 @@ def distill_attention(
             settings.tuning,
             seed=settings.seed,
             loss_of=loss_of,
-            after_step=count,
+            after_step=counter(before + after, on_step, before=before),
             keep=keep,
             also={"distances": {"first": first, "last": last}},
         )

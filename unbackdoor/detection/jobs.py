@@ -210,8 +210,6 @@ def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> D
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a detector's file ends in .safetensors")
     check_folder(out)
-    if overwrite and resume:
-        raise SettingsError("--force starts again and --resume goes on; pass one of them")
     files = name_files(out)
     for path in files:
         refuse_inputs(path, [backbone])

@@ -25,8 +25,9 @@ from jaxtyping import Bool, Float, Int64
 from PIL import Image
 from torch import Tensor
 
-from unbackdoor.data import IMAGE_FORMATS, at_home, open_image
+from unbackdoor.data import IMAGE_FORMATS, open_image
 from unbackdoor.errors import DataError
+from unbackdoor.settings import at_home
 from unbackdoor.types import RawImages
 
 SCHEME = "voc:"
