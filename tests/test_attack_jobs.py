@@ -81,6 +81,22 @@ def test_a_victim_is_written_with_a_record_that_says_all(make, tmp_path):
     assert find_attack(str(files.record), size=8).attack.target == 1
 
 
+def test_a_clean_victim_is_doubted_too_and_the_images_are_counted(make):
+    _, record, said = make("clean", replace(QUICK, warmup=2))
+    assert record["flags"][-1] == "one victim, one split: a table needs three seeds"
+    assert "only 30 triggered images" in record["flags"]
+    assert "60 test images, 30 of them triggered as well" in said
+    assert "the learning rate only rises: 2 epochs of warm-up, 2 in all" in said
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_size_below_one_is_refused(size, data, tmp_path):
+    with pytest.raises(SettingsError, match=f"size .*got {size}"):
+        make_victim("badnets", data, "cifar/wrn16_1", tmp_path, QUICK, size=size)
+    with pytest.raises(SettingsError, match=f"size .*got {size}"):
+        show_attacks(data, tmp_path / "a.html", size=size)
+
+
 def test_a_seed_gives_one_victim_and_another_seed_another(make):
     once = weights(make("badnets")[0])
     again = weights(make("badnets", overwrite=True)[0])

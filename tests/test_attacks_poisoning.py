@@ -14,6 +14,7 @@ from unbackdoor.attacks.poisoning import (
 )
 from unbackdoor.attacks.triggers import BadNets, WaNet
 from unbackdoor.errors import DataError, SettingsError
+from unbackdoor.roles import divide_rows
 
 PATCH = Attack(BadNets(), target=2, share=0.1)
 CLEAN_LABEL = replace(PATCH, share=0.6, share_of="target", poisons="target")
@@ -47,6 +48,19 @@ def test_a_clean_label_attack_triggers_a_share_of_the_target_class_and_no_label(
     assert (labels[poisoned.is_poisoned] == 2).all()
     assert torch.equal(poisoned.labels, labels)
     assert not torch.equal(poisoned.images, images)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_attack_draws_just_the_images_of_a_defender_with_its_seed(seed):
+    images, labels = torch.zeros(2_000, 1, 1, 1, dtype=torch.uint8), torch.arange(2_000) % 4
+    defenders = divide_rows(len(labels), seed=seed).unlabeled
+    attack = replace(ALL_TO_ALL, trigger=lambda raw: raw + 1)
+    poisoned = poison(
+        images, labels, attack, classes=4, generator=torch.Generator().manual_seed(seed)
+    )
+    assert poisoned.is_poisoned.sum() == 200
+    assert len(defenders) == 100
+    assert 3 <= poisoned.is_poisoned[defenders].sum() <= 20  # 10 expected
 
 
 def test_all_to_all_moves_every_class_to_the_next(dataset, generator):

@@ -13,6 +13,7 @@ from unbackdoor.bench.backends import run_local, run_ray, work
 from unbackdoor.bench.cells import Cell
 from unbackdoor.bench.grid import entries, read_grid, unique_cells
 from unbackdoor.bench.obtain import Place, for_any_folder
+from unbackdoor.bench.run import repair_key
 from unbackdoor.bench.store import is_running, look_at, open_store
 from unbackdoor.errors import SettingsError
 
@@ -67,7 +68,8 @@ def slow_one(cells: list[Cell]) -> Cell:
 
 def wait_in(cell: Cell, results: Path, *, limit: float = 300) -> int:
     """Wait until somebody at work on ``cell`` has finished an epoch of it; returns the process."""
-    claim, state = results / "running" / f"{cell.key}.json", look_at(results).state_path(cell.key)
+    claim = results / "running" / f"{cell.key}.json"
+    state = look_at(results).state_path(repair_key(cell))
     until = time.monotonic() + limit
     while not (claim.exists() and state.exists()):
         assert time.monotonic() < until, "nobody got that far"

@@ -25,6 +25,7 @@ def results(tmp_path):
     for cell in plan_grids([Path(SMOKE)])[0].cells:
         record = {
             "schema": SCHEMA,
+            "key": cell.key,
             "cell": as_record(cell),
             "victim": {"key": cell.victim.key, "seconds": None},
             "scores": {"after": dict.fromkeys(readers, scores)},
@@ -98,11 +99,38 @@ def test_a_failed_cell_ends_in_an_exit_code_and_a_name(tmp_path, capsys):
     results = str(tmp_path / "results")
     command = ["bench", "run", str(grid), "--results", results, "--device", "cpu"]
     assert main(command) == 2
-    assert "1 cells failed" in capsys.readouterr().err
+    assert "1 cells failed; unbackdoor bench status names them, --retry" in capsys.readouterr().err
     assert main(["bench", "status", str(grid), "--results", results]) == 0
     assert "failed: badnets supervised cifar/wrn16_1, cbd, seed 0: DataError" in (
         capsys.readouterr().out
     )
+    assert main(command) == 2  # it is not run again, and not forgotten
+    said = capsys.readouterr()
+    assert "grid: 0 cells to run, 1 not" in said.out
+    assert "grid: 1 cells failed before; --retry runs them again" in said.out
+    assert "1 cells failed" in said.err
+
+
+def test_a_run_without_images_records_nothing(tmp_path, capsys):
+    command = ["bench", "run", SMOKE, "--results", str(tmp_path), "--data", "cifar10:nowhere"]
+    assert main(command) == 2
+    assert "smoke: cifar10:nowhere: no such folder; pass --data" in capsys.readouterr().err
+    assert not any((tmp_path / "failed").iterdir())
+
+
+def test_grids_that_share_cells_are_counted_together_too(tmp_path, capsys):
+    grids = [str(Path(SMOKE).with_name(f"table{number}-cpu.toml")) for number in (1, 7)]
+    words = ["bench", "status", *grids, "--results", str(tmp_path), "--seeds", "0"]
+    assert main([*words, "--attacks", "badnets", "--rows", "CBD", "No Defense", "eps=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in lines if not line.startswith("  time left")]
+    assert [line.partition(" done")[0] for line in lines] == [
+        "table1-cpu: 0",
+        "table7-cpu: 0",
+        "table1-cpu, table7-cpu, which share cells: 0",
+    ]
+    left = [int(line.partition(" failed, ")[2].split()[0]) for line in lines]
+    assert left[2] < left[0] + left[1]
 
 
 @pytest.mark.parametrize(
@@ -146,9 +174,12 @@ def test_rows_and_seeds_are_picked_by_name():
     assert plan_grids(grids, rows=rows)[0].found != picked[0].found
     by_attack = plan_grids(grids, rows=rows, attacks=["sig", "cla"])[0].found
     assert by_attack == [
-        e for e in everything[0].found if e.row in rows and e.attack in ("sig", "cla")
+        e for e in everything[0].found if e.row in rows and e.cell.victim.attack in ("sig", "cla")
     ]
-    assert {entry.attack for entry in by_attack} == {"sig", "cla"}
+    assert {entry.row for entry in by_attack} == {"No Defense"}
+    clean = plan_grids(grids, rows=rows, attacks=["clean"])[0].found
+    assert {entry.row for entry in clean} == {rows[2]}
+    assert {entry.attack for entry in clean} == set(everything[0].grid.attacks)
 
 
 def test_a_run_of_one_row_leaves_the_others(tmp_path, capsys):

@@ -66,14 +66,21 @@ def kept(generator):
 
 
 def test_the_report_is_one_page_with_everything_in_it(part, kept):
-    page = report_of([part], {"key": kept}, {})
+    key = next(entry.cell.key for entry in part.found if entry.row == "CBD")
+    page = report_of([part], {key: kept}, {})
     assert page.count("<table") == 3
     assert page.count("<img") == 2 + 1 + 2 + 1  # scatter, losses, features, trigger
     alone = {name: value for name, value in kept.items() if name != "attack"}
-    without = report_of([part], {"key": alone}, {})  # images are not kept in git
+    without = report_of([part], {key: alone}, {})  # images are not kept in git
     assert without.count("<img") == page.count("<img") - 1
-    for words in ("4 of 4 cells", "does it last?", "made up", "abc123", "Features:", "Trigger:"):
+    title = "badnets, supervised, seed 0, cifar/wrn16_1, row CBD"
+    figures = (f"Features: {title}", f"Trigger: {title}")
+    for words in ("4 of 4 cells", "does it last?", "made up", "abc123", *figures):
         assert words in page
+    for features, lacks in (({key: kept}, False), ({key: alone}, True), ({}, True)):
+        page = report_of([part], features, {})
+        assert ("Pictures that are lacking" in page) == lacks
+        assert ("unbackdoor bench draw makes them:\nsmoke: BadNets, row CBD" in page) == lacks
     assert "<script" not in page
     assert "http" not in page.partition("<main>")[2].replace("http://www.w3.org", "")
 
@@ -83,7 +90,9 @@ def test_the_losses_are_those_of_the_row_named_after_the_method(part):
     grid = replace(part.grid, rows=(first, *part.grid.rows))
     found = entries(grid)
     rows = lines(grid, found, {entry.cell.key: record(entry.cell) for entry in found})
-    assert curves(grid, rows).caption == "Row CBD, first seed; in this order: BadNets."
+    assert curves(grid, rows).caption == (
+        "Row CBD, the first seed that has a record; in this order: BadNets."
+    )
     others = [line for line in rows if line.row != "CBD"]
     grid = replace(grid, rows=tuple(row for row in grid.rows if row.name != "CBD"))
     assert curves(grid, others).caption.startswith("Row eps=2, ")
@@ -138,5 +147,5 @@ def test_images_survive_json(generator):
 
 
 def test_figures_are_the_same_for_the_same_record(kept):
-    one, other = figures(kept), figures(kept)
+    one, other = (figures(kept, "title") for _ in range(2))
     assert [panel.svg for panel in one[0].panels] == [panel.svg for panel in other[0].panels]

@@ -24,6 +24,7 @@ from unbackdoor.bench.run import (
     draw_cells,
     flags_of,
     pending,
+    repair_key,
     run_cells,
 )
 from unbackdoor.bench.store import (
@@ -250,7 +251,7 @@ def test_a_defense_in_a_file_is_run_and_scored_like_ours(data, tmp_path, capsys)
     assert main([*command, "--drop-victims"]) == 2
     assert not weights.exists()
     weights.touch()  # as after a kill right at the end
-    assert main([*command, "--drop-victims"]) == 0
+    assert main([*command, "--drop-victims"]) == 2  # what failed has not been forgotten
     assert not weights.exists()
     said = capsys.readouterr()
     assert "mine.py:returns_nothing returned a NoneType; a defense returns Defended" in said.out
@@ -325,6 +326,32 @@ def test_a_clean_victim_is_repaired_once_and_scored_under_every_attack(grid, run
     assert acc[0] == acc[1]
 
 
+def test_a_clean_victims_repair_is_kept_until_all_its_attacks_are_done(grid, store):
+    (row,) = (replace(row, innocent=True) for row in grid.rows if row.name == "CBD")
+    wider = replace(grid, rows=(row,), attacks=("badnets", "sig"))
+    found = [entry.cell for entry in entries(wider) if entry.row == f"{CLEAN_ROW}, CBD"]
+    (state,) = {store.state_path(repair_key(cell)) for cell in found}
+    place, steps = Place(grid.data, grid.victims, device="cpu"), []
+
+    def kill_before_the_second(line):
+        if line.startswith("clean under sig"):
+            raise Killed
+
+    def on_step(step, of):
+        if of == 6:  # three epochs of two steps
+            steps.append(step)
+
+    with pytest.raises(Killed):
+        run_cells(found, store, place, say=kill_before_the_second, on_step=on_step)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert state.exists()
+    run_cells(found, store, place, say=lambda line: None, on_step=on_step)
+    assert len(steps) == 6  # it is not repaired again
+    assert not state.exists()
+    histories = [record_of(store, cell)["history"] for cell in found]
+    assert histories[0] == histories[1]
+
+
 def test_after_a_kill_between_cells_nothing_is_computed_again(run, store, cells):
     wanted = [cells["No Defense"], cells["FT"], cells["CBD"]]
 
@@ -363,11 +390,11 @@ def test_a_kill_loses_the_last_epoch_at_most_and_changes_no_result(run, store, c
 
     with pytest.raises(Killed):
         run([cell], kill_in_the_last_epoch)
-    assert store.state_path(cell.key).exists()
+    assert store.state_path(repair_key(cell)).exists()
     run([cell], lambda step, of: steps.append(step) if of == 6 else None)
     assert steps[-2:] == [5, 6]
     assert 1 not in steps
-    assert not store.state_path(cell.key).exists()
+    assert not store.state_path(repair_key(cell)).exists()
     one, other = (record_of(each, cell) for each in (whole, store))
     assert one["scores"] == other["scores"]
     assert [epoch["total"] for epoch in one["history"]] == [
@@ -388,11 +415,11 @@ def test_a_killed_baseline_goes_on_after_its_last_epoch(run, store, cells, grid,
 
     with pytest.raises(Killed):
         run([cell], kill_in_the_last_epoch)
-    assert store.state_path(cell.key).exists()
+    assert store.state_path(repair_key(cell)).exists()
     steps = []
     run([cell], lambda step, of: steps.append(step) if of == 5 else None)
-    assert steps == [1]  # of this run
-    assert not store.state_path(cell.key).exists()
+    assert steps == [5]
+    assert not store.state_path(repair_key(cell)).exists()
     assert record_of(whole, cell)["scores"] == record_of(store, cell)["scores"]
 
 
@@ -425,6 +452,11 @@ def test_a_victim_that_is_given_is_used_only_if_it_is_the_same(run, store, cells
         _, lines = run([replace(cells["No Defense"], seed=seed)])
         assert f"not used, for {why}" in "".join(lines)
         assert "epoch 1/" in "".join(lines)
+    path.write_text("{")
+    shutil.rmtree(store.folder / "victims", ignore_errors=True)
+    tally, lines = run([replace(cells["No Defense"], seed=7)])
+    assert tally.done == 1
+    assert "not used, for its record is damaged" in "".join(lines)
     path.write_text(kept)
 
     other = cells["No Defense"].victim

@@ -13,14 +13,16 @@ from unbackdoor.bench.store import (
     SILENT,
     beat,
     claimed,
-    died_at,
     drop_victim,
     forget_failures,
     is_running,
     open_store,
+    read_detections,
+    read_features,
     read_record,
     read_records,
     release,
+    release_dead,
     write_failure,
     write_record,
 )
@@ -38,8 +40,9 @@ def test_present_means_done_and_nothing_half_written_is_seen(store):
         write_record(store, "a", {"schema": SCHEMA, "acc": float("nan")})
     assert not store.is_done("a")
     assert not list(store.folder.glob(".*"))
-    write_record(store, "a", {"schema": SCHEMA, "acc": 0.5})
-    assert read_records(store, ["a", "b"]) == {"a": {"schema": SCHEMA, "acc": 0.5}}
+    record = {"schema": SCHEMA, "key": "a", "acc": 0.5}
+    write_record(store, "a", record)
+    assert read_records(store, ["a", "b"]) == {"a": record}
 
 
 def test_a_record_takes_state_and_failure_away(store):
@@ -64,6 +67,22 @@ def test_a_damaged_record_and_one_of_another_schema_are_refused(store):
     store.record_path("a").write_text(json.dumps({"schema": SCHEMA + 1}))
     with pytest.raises(OutputError, match=f"schema {SCHEMA + 1}, this version reads {SCHEMA}"):
         read_record(store.record_path("a"))
+    for record in ({"schema": SCHEMA, "key": "b"}, {"schema": SCHEMA}):
+        store.record_path("a").write_text(json.dumps(record))
+        with pytest.raises(OutputError, match=f"is the record of {record.get('key')}; delete it"):
+            read_record(store.record_path("a"))
+
+
+def test_whatever_else_is_damaged_is_named(store):
+    failed = store.folder / "failed" / "a.json"
+    for path, look in (
+        (failed, lambda: store.error_of("a")),
+        (store.features_path("a"), lambda: read_features(store, "a")),
+        (store.detections_path("a"), lambda: read_detections(store, "a")),
+    ):
+        path.write_text("{")
+        with pytest.raises(OutputError, match=rf"{path}: is damaged \(.*\); delete it"):
+            look()
 
 
 def test_one_owner_claims_and_another_does_not_until_it_is_free_again(store):
@@ -143,13 +162,15 @@ def test_a_number_that_another_process_has_by_now_is_no_sign_of_life(store):
         claim = json.loads(path.read_text())
     path.write_text(json.dumps({**claim, "owner": "x"}))
     assert is_running(store, "a")  # this very process
-    assert not died_at(store, "a")
+    assert release_dead(store) == set()
     path.write_text(json.dumps({**claim, "owner": "x", "began": "another boot 1"}))
     assert not is_running(store, "a")
-    assert died_at(store, "a")
     with claimed(store, "a") as mine:
         assert mine
-    assert not died_at(store, "a")
+        assert release_dead(store) == set()
+    path.write_text(json.dumps({**claim, "owner": "x", "began": "another boot 1"}))
+    assert release_dead(store) == {"a"}
+    assert not path.exists()
 
 
 def test_a_claim_that_somebody_took_over_is_left_to_them(store):

@@ -242,7 +242,19 @@ def test_the_note_tells_of_detectors_that_are_scored_on_different_images(table6)
 
 def test_the_twin_tells_removed_from_masked(grid):
     found = entries(grid())
-    table = durability_table(grid(), lines(grid(), found, made_up(found)))
+    records = made_up(found)
+    table = durability_table(grid(), lines(grid(), found, records))
+    assert not any("own head" in column for column in table.columns)
+    for record in records.values():
+        record["scores"]["after"]["head_reestimated"] = scores(0.8, 0.7, 0.2)
+    later = durability_table(grid(), lines(grid(), found, records))
+    assert later.columns[-5:-1] == (
+        "own head: ASR delivered",
+        "±",
+        "own head: ASR re-estimated",
+        "±",
+    )
+    assert {row[-3] for row in later.rows} >= {70.0}
     row = dict(zip(table.columns, table.rows[1], strict=True))
     assert row["ASR delivered"] == pytest.approx(5)
     assert row["ASR re-estimated"] == pytest.approx(75)

@@ -725,8 +725,13 @@ def test_a_labeled_set_without_classes_or_split_is_refused(tmp_path):
     (tmp_path / "flat" / "x.png").write_bytes(encode(noise(1)[0]))
     with pytest.raises(UnlabeledError, match=r"no 000000\.cls for 1 of its 1 images"):
         load_labeled(tmp_path / "x.tar", split="train")
-    with pytest.raises(DataError, match=r"has no test split .*only train"):
+    with pytest.raises(DataError, match=r"no test split \(test or val or validation\), only train"):
         load_labeled(tmp_path / "parquet", split="test")
+    for word in ("train", "test"):
+        (tmp_path / "divided" / word).mkdir(parents=True)
+        (tmp_path / "divided" / word / "x.png").write_bytes(encode(noise(1)[0]))
+    with pytest.raises(UnlabeledError, match="images lie directly in test/ and train/; labels are"):
+        load_labeled(tmp_path / "divided", split="train")
     with pytest.raises(DataError, match=r"x\.png lies in no class folder"):
         load_labeled(tmp_path / "flat", split="train")
 

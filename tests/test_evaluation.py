@@ -19,8 +19,10 @@ from unbackdoor.evaluation import (
     doubts,
     evaluate_file,
     find_attack,
+    known_from,
     like_victim,
     load_split,
+    not_taken,
     own_head,
 )
 from unbackdoor.jobs import Source
@@ -213,6 +215,22 @@ SHIPPED = [*sorted(RESULTS.glob("victims/*.json")), *sorted(RESULTS.glob("develo
 def cifar10(shared_data):
     images, labels, classes = load_labeled(f"cifar10:{shared_data / 'cifar10'}", split="test")
     return LabeledImages(images[:1000], labels[:1000], classes)
+
+
+def test_records_of_victims_doubt_what_is_doubted_now():
+    seen = 0
+    for path in sorted(RESULTS.glob("*/**/*-seed*.json")):
+        record = json.loads(path.read_text())
+        if "training" not in record or "flags" not in record:
+            continue
+        name = (record["attack"] or {"name": "clean"})["name"]
+        attack = find_attack("badnets" if name == "clean" else str(path), size=32).attack
+        doubts = not_taken(known_from(record, attack, name)) if name != "clean" else []
+        assert record["flags"] == [*doubts, "one victim, one split: a table needs three seeds"], (
+            path
+        )
+        seen += 1
+    assert seen > len(SHIPPED)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from unbackdoor.attacks.poisoning import Attack
+from unbackdoor.batchnorm import reestimate
 from unbackdoor.data import LabeledImages
 from unbackdoor.errors import CheckpointError, DataError
 from unbackdoor.metrics import Reading, Scores, even_parts, fine_tune, make_test_set, read, score
+from unbackdoor.probe import extract, linear_probe
 
 
 class ReadsOnePixel(nn.Module):
@@ -126,8 +128,15 @@ def test_a_durable_reading_sees_a_backdoor_that_hides_behind_the_statistics(two_
     test = make_test_set(labeled.images, labeled.labels, Attack(trigger, target=1), classes=2)
     masked = copy.deepcopy(network)
     masked[1].running_mean += 1e3  # every ReLU is off: all images look alike
+    good = copy.deepcopy(network)
+    reestimate(good, [labeled.images.float() / 255])
+    head = linear_probe(extract(good, labeled.images), labeled.labels, classes=2)
+    own = read(masked, head, labeled, test, plain=labeled.images[:60])
+    assert own.head.asr in (0, 1)
+    assert own.head.acc < 0.6 < 0.8 < own.head_reestimated.acc
+    assert own.head_reestimated.asr > 0.8
     reading = read(masked, None, labeled, test, plain=labeled.images[:60])
-    assert reading.head is None
+    assert reading.head is reading.head_reestimated is None
     assert reading.probe.acc < 0.6
     assert reading.reestimated.acc > 0.9
     assert reading.reestimated.asr > 0.9

@@ -77,7 +77,7 @@ from unbackdoor.report import (
     render_report,
 )
 from unbackdoor.resume import as_texts, read_state, write_state
-from unbackdoor.settings import VictimSettings
+from unbackdoor.settings import VictimSettings, in_range
 from unbackdoor.types import Labels, RawImages
 from unbackdoor.victims import Epoch, TrainingState, count_steps, train_simclr, train_supervised
 
@@ -189,6 +189,11 @@ def make_victim(
         size=size,
     )
     say(describe_plan(plan))
+    if settings.warmup >= settings.epochs:
+        say(
+            f"the learning rate only rises: {settings.warmup} epochs of warm-up, {settings.epochs} "
+            "in all; pass a smaller --warmup"
+        )
     from_state = resume
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -243,7 +248,9 @@ def make_victim(
     for attack, reading in readings.items():
         say("\n".join(as_text(scores_table(reading, title=f"Scores under {attack}, percent"))))
     say(f"{DEFINITIONS} Probe and neighbours: {len(plan.split.probe.labels)} labeled images.")
-    flags = [] if plan.attack is None else victim_doubts(plan, backbone, readings[name])
+    first = next(iter(readings.values()))
+    say(f"{first.probe.images} test images, {first.probe.triggered} of them triggered as well")
+    flags = victim_doubts(plan, backbone, first)
     for flag in flags:
         say(f"doubt: {flag}")
     records = {attack: reading_record(reading) for attack, reading in readings.items()}
@@ -322,9 +329,7 @@ def plan_files(
         OutputError: If one exists, or an interrupted run left its state, and neither ``overwrite``
             nor ``resume`` is given; or if ``out`` is a file, or may not be written to.
     """
-    stem = f"{name}-{training}-seed{settings.seed}"
-    suffixes = (".safetensors", ".json", ".state.safetensors")
-    files = VictimFiles(*(out / f"{stem}{suffix}" for suffix in suffixes))
+    files = name_files(name, out, training, settings)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: is a file; --out takes a folder")
     if out.exists() and not os.access(out, os.W_OK):
@@ -332,6 +337,13 @@ def plan_files(
     last = files[1:2] if resume else files[:2]  # the record is written last
     refuse_existing(last, files.state, overwrite=overwrite, resume=resume)
     return files
+
+
+def name_files(name: str, out: Path, training: Training, settings: VictimSettings) -> VictimFiles:
+    """Return the names of all files of a victim."""
+    stem = f"{name}-{training}-seed{settings.seed}"
+    suffixes = (".safetensors", ".json", ".state.safetensors")
+    return VictimFiles(*(out / f"{stem}{suffix}" for suffix in suffixes))
 
 
 def plan_victim(
@@ -608,17 +620,18 @@ def score_victim(backbone: Backbone, plan: Plan) -> dict[str, Reading]:
 
 
 def victim_doubts(plan: Plan, backbone: Backbone, reading: Reading) -> list[str]:
-    """Return why this victim may be none."""
-    if plan.attack is None:
-        return []
-    known = Known(
-        plan.attack,
-        plan.name,
-        plan.training == "supervised",
-        None if reading.head is None else reading.head.asr,
-        reading.probe.acc - reading.probe.pa,
-        None if reading.head is None else reading.head.acc,
-    )
+    """Return why the scores of this victim should be read with care, or why it may be none."""
+    attack, supervised = next(iter(plan.scored.values())), plan.training == "supervised"
+    known = Known(attack, plan.name, supervised, None, None, None)
+    if plan.attack is not None:
+        known = Known(
+            attack,
+            plan.name,
+            supervised,
+            None if reading.head is None else reading.head.asr,
+            reading.probe.acc - reading.probe.pa,
+            None if reading.head is None else reading.head.acc,
+        )
     unread = unread_head(backbone, reading, classes=len(plan.data.classes))
     return unread + doubts(known, reading, plan.split.probe)
 
@@ -750,7 +763,8 @@ def show_attacks(
     check_output(out, overwrite=overwrite)
     if size is None and arch is not None:
         size = settle_pixels(arch, build(arch), mean=None, std=None, size=None).size
-    size = size or 32
+    size = 32 if size is None else size
+    in_range("size", size, least=1)
     if name is not None:
         attack = named_attack(name, size=size, training=training, trigger=trigger)
         shown = {name: attack}

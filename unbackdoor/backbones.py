@@ -24,6 +24,7 @@ from unbackdoor.checkpoint import Checkpoint, read_checkpoint
 from unbackdoor.errors import ArchitectureError, CheckpointError, MismatchError, SettingsError
 from unbackdoor.matching import Match, match_keys, matched_tensors
 from unbackdoor.networks import SMALL_NETWORKS
+from unbackdoor.settings import in_range
 from unbackdoor.types import Features, Images
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -291,7 +292,10 @@ def settle_pixels(
         ArchitectureError: If something is unknown and not given.
     """
     mean, std = mean or architecture.mean, std or architecture.std
-    size = size or architecture.size
+    if size is None:
+        size = architecture.size
+    else:
+        in_range("size", size, least=1)
     if mean is None or std is None or size is None:
         raise ArchitectureError(
             f"{arch} does not say which images it takes. Give its module the attributes mean, std "

@@ -4,6 +4,7 @@ Statistics that moved to augmented and perturbed views mask a trigger until some
 them, so whoever tunes or scores a network has to say which statistics were in use.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -111,23 +112,23 @@ def reestimate(module: nn.Module, batches: Iterable[Images], *, ranks: Ranks = A
             Each counts the same, so that they should be of about one size.
 
     Raises:
-        DataError: If there is no batch.
+        DataError: If there is no batch; nothing has changed then.
     """
     layers = batch_norms(module)
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None:
+        raise DataError("no plain images to estimate batch-norm statistics on")
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # a cumulative mean
     try:
         with batch_statistics(module, batch=True, ranks=ranks):
-            seen = 0
-            for images in batches:
+            for images in itertools.chain([first], rest):
                 module(images)
-                seen += len(images)
-        if not seen:
-            raise DataError("no plain images to estimate batch-norm statistics on")
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum

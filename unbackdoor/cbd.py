@@ -30,9 +30,9 @@ from unbackdoor.devices import (
     Precision,
     compile_for_search,
     deterministic,
-    fast_layout,
     frozen_twin,
     in_precision,
+    laid_out,
 )
 from unbackdoor.errors import DataError, DivergedError, SettingsError
 from unbackdoor.losses import nt_xent
@@ -158,7 +158,7 @@ def purify(
         )
     original = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
     if device.type == "cpu":
-        original.to(memory_format=fast_layout(original))  # convolutions are a quarter faster
+        laid_out(original)  # convolutions are a quarter faster
     student = copy.deepcopy(original).eval().requires_grad_(True)
     optimizer = torch.optim.SGD(
         student.parameters(),

@@ -357,7 +357,8 @@ def attack(
         all_to_all=all_to_all,
         noise=noise,
     )
-    with display(f"attack {name}") as shown:
+    state = attack_jobs.name_files(name, out, training, settings).state
+    with display(f"attack {name}") as shown, resumable(lambda: state):
         attack_jobs.make_victim(
             name,
             data,
@@ -776,7 +777,7 @@ def bench_run(
     rows
         Run these rows alone, named as in the tables.
     attacks
-        Run these attacks alone, named as in the grid files.
+        Run victims of these attacks alone, named as in the grid files; clean for clean victims.
     seeds
         Run these seeds alone.
     data
@@ -820,7 +821,8 @@ def bench_run(
             on_step=shown.on_step,
         )
     if failed:
-        raise UnbackdoorError(f"{failed} cells failed; unbackdoor bench status names them")
+        hint = "unbackdoor bench status names them, --retry runs them again"
+        raise UnbackdoorError(f"{failed} cells failed; {hint}")
 
 
 @bench.command(name="draw")
@@ -864,6 +866,9 @@ def bench_status(
     /,
     *,
     results: Results = Path("results/bench"),
+    rows: Words = (),
+    attacks: Words = (),
+    seeds: Seeds = (),
     data: str | None = None,
     detection_data: str | None = None,
 ) -> None:
@@ -873,6 +878,12 @@ def bench_status(
     ----------
     grids
         Grid files.
+    rows
+        Count these rows alone, named as in the tables.
+    attacks
+        Count victims of these attacks alone, named as in the grid files; clean for clean victims.
+    seeds
+        Count these seeds alone.
     data
         The images, if they were not those that the grid files name.
     detection_data
@@ -880,8 +891,16 @@ def bench_status(
     """
     from unbackdoor.bench import jobs
 
-    where = {"data": data, "detection_data": detection_data}
-    print("\n".join(jobs.grids_status(grids, results, **where)))
+    lines = jobs.grids_status(
+        grids,
+        results,
+        rows=rows,
+        attacks=attacks,
+        seeds=seeds,
+        data=data,
+        detection_data=detection_data,
+    )
+    print("\n".join(lines))
 
 
 @bench.command(name="table")

@@ -512,6 +512,20 @@ def _nearest(word: str) -> str:
     return f", did you mean {matches[0]}?" if matches else ""
 
 
+def check_there(source: str) -> None:
+    """Look whether there is anything at ``source``, without reading it.
+
+    Raises:
+        DataError: If there is not.
+    """
+    scheme, place = _parse(source)
+    path = at_home(place)
+    if scheme and place and not path.is_dir():
+        raise DataError(f"{source}: no such folder")
+    if not scheme and not path.exists():
+        _find(place)
+
+
 def _find(source: str) -> _Files:
     """List the files of a folder, a file or a pattern."""
     path = at_home(source)
@@ -599,7 +613,8 @@ def _of_split(files: _Files, split: Split) -> _Files:
         if word in found:
             return files._replace(names=found[word])
     there = ", ".join(sorted(found.keys() - {""}))
-    raise DataError(f"{files.root} has no {split} split ({WORDS_FOR_SPLIT[split]}), only {there}")
+    words = " or ".join(WORDS_FOR_SPLIT[split])
+    raise DataError(f"{files.root} has no {split} split ({words}), only {there}")
 
 
 def _split_word(name: str) -> str:
@@ -782,6 +797,11 @@ def _folder_labels(files: _Files, everything: _Files) -> tuple[Labels, Classes]:
 
     divided = [name for name in everything.names if _split_word(name)]  # others lie beside them
     classes = sorted({class_of(name) for name in divided or everything.names})
+    if set(classes) <= SPLIT_WORDS:
+        raise UnlabeledError(
+            f"{files.root}: images lie directly in {' and '.join(f'{name}/' for name in classes)}; "
+            "labels are the folders below, one for each class"
+        )
     number = {name: i for i, name in enumerate(classes)}
     return torch.tensor([number[class_of(name)] for name in files.names]), tuple(classes)
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unbackdoor import __version__
 from unbackdoor.backbones import Backbone
 from unbackdoor.cbd import search
 from unbackdoor.checkpoint import write_text
 from unbackdoor.data import LabeledImages, load_labeled, split_rows
+from unbackdoor.devices import laid_out
 from unbackdoor.errors import OutputError
 from unbackdoor.evaluation import Split, find_attack, percent, reading_record
 from unbackdoor.jobs import (
@@ -28,6 +28,7 @@ from unbackdoor.jobs import (
     losses_picture,
     open_source,
     purify_file,
+    versions,
 )
 from unbackdoor.metrics import Reading, Scores, TestSet, fine_tune, make_test_set, read
 from unbackdoor.probe import extract
@@ -95,7 +96,7 @@ def run_demo(
     with importlib.resources.as_file(assets / "demo_victim.safetensors") as checkpoint:
         mean, std = tuple(record["mean"]), tuple(record["std"])
         source = Source(checkpoint, record["arch"], mean, std, size=splits.test.images.shape[-1])
-        victim = open_source(source).backbone.to(memory_format=torch.channels_last)
+        victim = laid_out(open_source(source).backbone)
         say(f"running: {command_line(source, settings, out)}")
         outputs = purify_file(
             source,
@@ -108,8 +109,7 @@ def run_demo(
             say=say,
             on_step=on_step,
         )
-    purified = open_source(replace(source, checkpoint=outputs.tensors)).backbone
-    purified = purified.to(memory_format=torch.channels_last)
+    purified = laid_out(open_source(replace(source, checkpoint=outputs.tensors)).backbone)
 
     say("scoring")
     tuned, head = fine_tune(victim, _head(victim), splits.probe.images, splits.probe.labels)
@@ -239,7 +239,7 @@ def scores_record(
         "settings": asdict(settings),
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {"unbackdoor": __version__, "torch": torch.__version__},
+        "versions": versions(),
         "seconds": round(seconds, 1),
         "scores": {
             name: reading_record(reading)

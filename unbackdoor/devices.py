@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from unbackdoor.errors import SettingsError
 from unbackdoor.types import Images
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def pick_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
@@ -80,6 +81,11 @@ def fast_layout(network: nn.Module) -> torch.memory_format:
         for layer in network.modules()
     )
     return torch.contiguous_format if crashes else torch.channels_last
+
+
+def laid_out(network: Network) -> Network:
+    """Return ``network``, put in place into its :func:`fast_layout`."""
+    return network.to(memory_format=fast_layout(network))
 
 
 def frozen_twin(network: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from unbackdoor.attacks.triggers import LARGEST
 from unbackdoor.backbones import Backbone, public_name
 from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, load_labeled
-from unbackdoor.devices import fast_layout, pick_device
+from unbackdoor.devices import laid_out, pick_device
 from unbackdoor.errors import CheckpointError, DataError, SettingsError
 from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Reading, Scores, make_test_set, read
@@ -102,8 +102,7 @@ def evaluate_file(
         goal = "each class plus one"
     say(f"{source.checkpoint}: {known.name}, {known.attack.trigger}, to {goal}")
     say(f"{len(test.labels)} test images, {len(test.truth)} of them triggered as well")
-    backbone = loaded.backbone.to(where)
-    backbone.to(memory_format=fast_layout(backbone))
+    backbone = laid_out(loaded.backbone.to(where))
     plain = split.unlabeled if durable else None
     head = own_head(backbone, classes=classes)
     with told_of_memory(where):
@@ -196,7 +195,9 @@ def like_victim(source: Source, attack: str) -> Source:
         source,
         mean=source.mean or levels("mean"),
         std=source.std or levels("std"),
-        size=source.size or (size if isinstance(size, int) and 0 < size <= LARGEST else None),
+        size=source.size
+        if source.size is not None
+        else (size if isinstance(size, int) and 0 < size <= LARGEST else None),
     )
 
 
@@ -294,12 +295,16 @@ def unread_head(backbone: Backbone, reading: Reading, *, classes: int) -> list[s
 
 def doubts(known: Known, reading: Reading, probe: LabeledImages) -> list[str]:
     """Return why these scores, read with the labels of ``probe``, should be read with care."""
-    found = not_taken(known)
+    found = doubts_of_seed(known, reading, probe)
+    return [*found, "one victim, one split: a table needs three seeds"]
+
+
+def doubts_of_seed(known: Known, reading: Reading, probe: LabeledImages) -> list[str]:
+    """Return why scores should be read with care, but for there being one seed of them."""
     target = known.attack.target if known.attack.goal == "all-to-one" else None
-    found += without_labels(probe, target=target)
+    found = not_taken(known) + without_labels(probe, target=target)
     if reading.probe.triggered < FEW:
         found.append(f"only {reading.probe.triggered} triggered images")
-    found.append("one victim, one split: a table needs three seeds")
     return found
 
 
@@ -363,6 +368,7 @@ NAMES = {
     "neighbours": "nearest neighbours",
     "reestimated": "probe, statistics re-estimated",
     "fine_tuned": "probe, fine-tuned on clean images",
+    "head_reestimated": "own head, statistics re-estimated",
 }
 
 

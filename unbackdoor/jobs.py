@@ -1,5 +1,6 @@
 """Purify a checkpoint file: everything around the method, from the file to the report."""
 
+import importlib.metadata
 import json
 import platform
 import time
@@ -346,6 +347,7 @@ def versions() -> dict[str, str]:
         "unbackdoor": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "scikit-learn": importlib.metadata.version("scikit-learn"),  # fits the probe
     }
 
 
@@ -475,7 +477,7 @@ def make_record(
         "settings": asdict(settings),
         "history": [epoch._asdict() for epoch in history],
         "evidence": {when: asdict(values) for when, values in evidence.items()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
     }
 
 

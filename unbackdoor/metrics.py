@@ -65,7 +65,7 @@ class Reading(NamedTuple):
     """One backbone's scores, by who reads its features, and whether the probe's last.
 
     What a user does to a backbone anyway can bring a backdoor back that was only masked, so the
-    probe reads three times: as delivered, and twice after that.
+    probe reads three times: as delivered, and twice after that. The own head reads twice.
     """
 
     head: Scores | None  # the backbone's own head, where it has one
@@ -73,6 +73,7 @@ class Reading(NamedTuple):
     neighbours: Scores  # votes of the nearest labeled features
     reestimated: Scores | None = None  # batch-norm statistics re-estimated on plain clean images
     fine_tuned: Scores | None = None  # after a short clean fine-tuning
+    head_reestimated: Scores | None = None  # the own head, statistics re-estimated
 
     @property
     def durable(self) -> dict[str, Scores]:
@@ -197,10 +198,12 @@ def read(
     reestimate(renewed, (part.float() / 255 for part in batches))
     features = extract(renewed, labeled.images)
     renewed_probe = linear_probe(features, labeled.labels, classes=classes)
+    later = score(renewed, {**readers, "probe": renewed_probe}, test)
     tuned, tuned_probe = fine_tune(backbone, probe, labeled.images, labeled.labels)
     return reading._replace(
-        reestimated=score(renewed, {"probe": renewed_probe}, test)["probe"],
+        reestimated=later["probe"],
         fine_tuned=score(tuned, {"probe": tuned_probe.cpu()}, test)["probe"],
+        head_reestimated=later.get("head"),
     )
 
 

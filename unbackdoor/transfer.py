@@ -18,7 +18,7 @@ from unbackdoor.attacks.triggers import Trigger
 from unbackdoor.backbones import public_name
 from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, draw_rows, load_labeled
-from unbackdoor.devices import fast_layout, pick_device
+from unbackdoor.devices import laid_out, pick_device
 from unbackdoor.errors import DataError
 from unbackdoor.evaluation import (
     FEW,
@@ -91,8 +91,7 @@ def transfer_file(
     test = all_triggered(parts.test, known.attack.trigger)
     where = pick_device(device)
     say(f"{source.checkpoint}: {known.name}, {known.attack.trigger}")
-    backbone = loaded.backbone.to(where)
-    backbone.to(memory_format=fast_layout(backbone))
+    backbone = laid_out(loaded.backbone.to(where))
     with told_of_memory(where):
         reading = read(backbone, None, parts.probe, test)
     scores = {"probe": reading.probe, "neighbours": reading.neighbours}

@@ -156,6 +156,8 @@ def poison(
     """
     count = count_poisoned(labels, attack, classes=classes)
     rows = candidates(labels, attack).nonzero().squeeze(1)
+    if len(rows) == len(labels):  # the first draw is that of a defender with the same seed
+        torch.randperm(len(rows), generator=generator)
     chosen = rows[torch.randperm(len(rows), generator=generator)[:count]]
     is_poisoned = torch.zeros(len(labels), dtype=torch.bool)
     is_poisoned[chosen] = True

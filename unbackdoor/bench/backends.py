@@ -9,19 +9,23 @@ import multiprocessing
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unbackdoor.bench.cells import Cell, describe
-from unbackdoor.bench.store import died_at, open_store, release, write_failure
+from unbackdoor.bench.store import Store, open_store, release, release_dead, write_failure
 from unbackdoor.errors import SettingsError
 
 if TYPE_CHECKING:
     from unbackdoor.bench.obtain import Place
     from unbackdoor.bench.run import Tally
 
-TRIES = 3  # of a group whose worker dies
+TRIES = 3  # of a cell at which workers die
+NOWHERE = ""  # stands for the key of a cell, where a worker was at none when it died
 SECONDS_TO_ANSWER = 10  # of the machine that a cluster is said to be on
 
 Say = Callable[[str], None]
@@ -38,8 +42,8 @@ def run_local(
 ) -> "Tally":
     """Run ``cells`` on this machine, in this process or in ``workers`` others.
 
-    Workers that die are replaced, up to ``TRIES`` times; then what they were at work on is recorded
-    as failed, and all that they have left counts as failed.
+    Workers that die are replaced. A cell at which ``TRIES`` have died is recorded as failed; if as
+    many die at none, no more are started, and all that is left counts as failed.
     """
     from unbackdoor.bench.run import Tally, run_cells
 
@@ -48,24 +52,35 @@ def run_local(
         return run_cells(wanted, open_store(results), place, say=say, on_step=on_step)
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    for _ in range(TRIES):
-        processes = [
-            context.Process(target=work, args=(wanted, results, place, threads))
-            for _ in range(workers)
-        ]
+
+    def start() -> BaseProcess:
+        process = context.Process(target=work, args=(wanted, results, place, threads))
+        process.start()
+        return process
+
+    processes, deaths = [start() for _ in range(workers)], Counter[str]()
+    store = open_store(results)
+    try:
+        while processes:
+            connection.wait([process.sentinel for process in processes])
+            ended = [process for process in processes if process.exitcode is not None]
+            processes = [process for process in processes if process not in ended]
+            for _ in filter(lambda process: process.exitcode != 0, ended):
+                left = {cell.key: cell for cell in _wanted(wanted, results)}
+                say(f"a worker died; {len(left)} cells are left")
+                died_at = [left[key] for key in release_dead(store) if key in left]
+                deaths.update([cell.key for cell in died_at] or [NOWHERE])
+                for cell in died_at:
+                    if deaths[cell.key] == TRIES:
+                        _record_death(cell, store, say)
+                if deaths[NOWHERE] < TRIES and _wanted(wanted, results):
+                    processes.append(start())
+    except KeyboardInterrupt:
         for process in processes:
-            process.start()
-        try:
-            for process in processes:
-                process.join()
-        except KeyboardInterrupt:
-            for process in processes:
-                process.terminate()
-            raise
-        wanted = _wanted(wanted, results)
-        if not wanted or all(process.exitcode == 0 for process in processes):
-            return _tally(cells, results, Tally)
-        say(f"a worker died; {len(wanted)} cells are left")
+            process.terminate()
+        raise
+    if deaths[NOWHERE] < TRIES:
+        return _tally(cells, results, Tally)
     return _lost(wanted, results, _tally(cells, results, Tally), say=say)
 
 
@@ -199,14 +214,18 @@ def _lost(
     """Count what no worker has finished as failed, and record the cells that they died at.
 
     Args:
-        died: Keys that are known to be among these, beside those whose claim tells.
+        died: Keys of those at which workers died.
     """
     store, left = open_store(results), _wanted(cells, results)
     for cell in left:
-        if cell.key in died or died_at(store, cell.key):
-            write_failure(store, cell.key, describe(cell), "its worker died, again and again", "")
-            say(f"failed: {describe(cell)}: its worker died, again and again")
+        if cell.key in died:
+            _record_death(cell, store, say)
     return tally._replace(failed=tally.failed + len(left), left=tally.left - len(left))
+
+
+def _record_death(cell: Cell, store: Store, say: Say) -> None:
+    write_failure(store, cell.key, describe(cell), "its worker died, again and again", "")
+    say(f"failed: {describe(cell)}: its worker died, again and again")
 
 
 def _tally(cells: Sequence[Cell], results: Path, kind: "type[Tally]") -> "Tally":

@@ -23,7 +23,8 @@ from unbackdoor.bench.store import (
 )
 from unbackdoor.bench.tables import all_tables, as_markdown
 from unbackdoor.checkpoint import write_text as write_text  # the command line writes with it
-from unbackdoor.errors import SettingsError
+from unbackdoor.data import check_there
+from unbackdoor.errors import DataError, SettingsError
 
 Say = Callable[[str], None]
 
@@ -55,7 +56,7 @@ def plan_grids(
         data: Where the images are, in place of what the files say.
         detection_data: The same for the data of their detectors.
         rows: Only these, as tables name them; none are all.
-        attacks: Likewise, as grid files name them.
+        attacks: Likewise, victims of these, as grid files name them; ``clean`` for clean victims.
         seeds: Likewise.
 
     Raises:
@@ -74,7 +75,7 @@ def plan_grids(
     known_seeds = {entry.cell.seed for entry in found}
     for what, names, known in (
         ("row", rows, dict.fromkeys(entry.row for entry in found)),
-        ("attack", attacks, dict.fromkeys(entry.attack for entry in found)),
+        ("attack", attacks, dict.fromkeys(entry.cell.victim.attack for entry in found)),
     ):
         for name in names:
             if name not in known:
@@ -82,18 +83,15 @@ def plan_grids(
     for seed in seeds:
         if seed not in known_seeds:
             raise SettingsError(f"seed {seed} is in no grid; there are {sorted(known_seeds)}")
-    picked = ((rows, "row"), (attacks, "attack"))
-    return [
-        plan._replace(
-            found=[
-                entry
-                for entry in plan.found
-                if all(not names or getattr(entry, of) in names for names, of in picked)
-                and (not seeds or entry.cell.seed in seeds)
-            ]
+
+    def is_asked_for(entry: Entry) -> bool:
+        return (
+            (not rows or entry.row in rows)
+            and (not attacks or entry.cell.victim.attack in attacks)
+            and (not seeds or entry.cell.seed in seeds)
         )
-        for plan in plans
-    ]
+
+    return [plan._replace(found=list(filter(is_asked_for, plan.found))) for plan in plans]
 
 
 def run_grids(
@@ -117,14 +115,14 @@ def run_grids(
     say: Say = print,
     on_step: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Run the cells of grid files that have no record yet; returns how many failed.
+    """Run the cells of grid files that have no record yet; returns how many failed, now or before.
 
     A victim's cells are run together, also those of several grids, see :func:`together`.
 
     Raises:
         SettingsError: See :func:`plan_grids`; or if a number is out of range, or Ray is missing.
         ArchitectureError: See ``check_detectors``; nothing is run then.
-        DataError: Likewise.
+        DataError: Likewise; or if there are no images where a grid has them.
     """
     if workers < 1 or (limit is not None and limit < 1):
         raise SettingsError(f"workers and limit are at least 1, got {workers} and {limit}")
@@ -135,12 +133,18 @@ def run_grids(
     for plan in plans:
         if retry:
             forget_failures(store, [cell.key for cell in plan.cells])
-        check_detectors(pending(plan.cells, store), _detection_data(plan.grid))
+        left_of_it = pending(plan.cells, store)
+        if left_of_it:
+            _check_images(plan.grid)
+        check_detectors(left_of_it, _detection_data(plan.grid))
     for group in together(plans):
         name = ", ".join(plan.grid.name for plan in group)
         everything = unique_cells([entry for plan in group for entry in plan.found])
         cells = pending(everything, store)[:left]
         say(f"{name}: {len(cells)} cells to run, {len(everything) - len(cells)} not")
+        before = sum(store.error_of(cell.key) is not None for cell in everything)
+        if before:
+            say(f"{name}: {before} cells failed before; --retry runs them again")
         place = place_of(group)._replace(
             device=device,
             precision=precision,
@@ -152,13 +156,20 @@ def run_grids(
         else:
             tally = run_local(cells, results, place, on_step=on_step, **common)
         say(f"{name}: {tally.done} done, {tally.failed} failed, {tally.left} left to others")
-        failed += tally.failed
+        failed += tally.failed + before
         left = None if left is None else left - len(cells)
         if left == 0:
             break
     if drop_victims:
         drop_unneeded(store, needed.items())
     return failed
+
+
+def _check_images(grid: Grid) -> None:
+    try:
+        check_there(grid.data)
+    except DataError as error:
+        raise DataError(f"{grid.name}: {error}; pass --data, where the images are") from error
 
 
 def draw_grids(
@@ -241,15 +252,28 @@ def grids_status(
     paths: Sequence[Path],
     results: Path,
     *,
+    rows: Sequence[str] = (),
+    attacks: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     data: str | None = None,
     detection_data: str | None = None,
 ) -> list[str]:
-    """Return how far grid files are, in lines; errors are those of :func:`plan_grids`."""
-    store = look_at(results)
+    """Return how far grid files are, in lines, and, where these share work, all of them together.
+
+    Errors are those of :func:`plan_grids`.
+    """
+    store, where = look_at(results), {"data": data, "detection_data": detection_data}
+    plans = plan_grids(paths, rows=rows, attacks=attacks, seeds=seeds, **where)
+    parts = [(plan.grid.name, plan.cells, plan.grid.victims) for plan in plans]
+    for group in together(plans):
+        cells = unique_cells([entry for plan in group for entry in plan.found])
+        if len(cells) < sum(len(plan.cells) for plan in group):
+            name = f"{', '.join(plan.grid.name for plan in group)}, which share cells"
+            parts.append((name, cells, group[0].grid.victims))
     return [
         line
-        for plan in plan_grids(paths, data=data, detection_data=detection_data)
-        for line in as_lines(plan.grid.name, status_of(plan.cells, store, plan.grid.victims))
+        for name, cells, victims in parts
+        for line in as_lines(name, status_of(cells, store, victims))
     ]
 
 

@@ -147,7 +147,11 @@ def find_victim(
         found = Found(folder / f"{victim.stem}.safetensors", folder / f"{victim.stem}.json")
         if not (found.tensors.is_file() and found.record.is_file()):
             continue
-        made = json.loads(found.record.read_text())
+        try:
+            made = dict(json.loads(found.record.read_text()))
+        except ValueError:
+            say(f"{found.tensors}: not used, for its record is damaged")
+            continue
         why = why_not(victim, made, place, load=load)
         if why is None and made["sha256"] != sha256_of(found.tensors):
             why = "its weights are not those of its record"

@@ -60,7 +60,12 @@ def report_of(
         for part in made
         for section in (*sections_of(part), *detected(part.found, detections))
     ]
-    pictures = [picture for kept in features.values() for picture in figures(kept)]
+    pictures = [
+        picture
+        for entry in {entry.cell.key: entry for part in made for entry in part.found}.values()
+        if (kept := features.get(entry.cell.key)) is not None
+        for picture in figures(kept, f"{kept['title']}, {entry.cell.victim.arch}, row {entry.row}")
+    ]
     known = {key for part in made for key in part.records}
     wanted = {entry.cell.key for part in made for entry in part.found}
     return render_report(
@@ -69,8 +74,26 @@ def report_of(
         "and accuracy on triggered images (PA) are read by a linear probe on the frozen features, "
         "unless a table says otherwise. What a defense only masks comes back when statistics are "
         "re-estimated or the network is fine-tuned: see the tables that ask whether it lasts.",
-        (*sections, *pictures, origins(made)),
+        (*sections, *pictures, *undrawn(made, features), origins(made)),
     )
+
+
+def undrawn(parts: Sequence[Part], features: Mapping[str, Mapping[str, Any]]) -> list[Note]:
+    """Say which pictures are lacking though their cells have records, and what makes them."""
+    lacking = [
+        f"{part.grid.name}: {PAPER_ATTACKS[entry.attack]}, row {entry.row}"
+        for part in parts
+        for entry in part.found
+        if entry.row in part.grid.features
+        and entry.cell.seed == part.grid.seeds[0]
+        and entry.cell.key in part.records
+        and "attack" not in features.get(entry.cell.key, {})
+    ]
+    if not lacking:
+        return []
+    how = "Features or images of these cells are not in the folder of the records; where the data"
+    text = "\n".join([f"{how} are, unbackdoor bench draw makes them:", *lacking])
+    return [Note("Pictures that are lacking", text)]
 
 
 def origins(parts: Sequence[Part]) -> Note:
@@ -115,7 +138,7 @@ def comparison(grid: Grid, rows: Sequence[Line]) -> Picture:
 
 
 def curves(grid: Grid, rows: Sequence[Line]) -> Picture | None:
-    """Draw the losses of the method, attack by attack, of the first seed."""
+    """Draw the losses of the method, attack by attack, of the first seed that has a record."""
     methods = [row.name for row in grid.rows if row.defense == CBD]
     chosen = "CBD" if "CBD" in methods else next(iter(methods), None)
     panels, names = [], []
@@ -126,11 +149,11 @@ def curves(grid: Grid, rows: Sequence[Line]) -> Picture | None:
             panels.append(Panel(panel.svg, f"{names[-1]}: {panel.alt}"))
     if not panels:
         return None
-    caption = f"Row {chosen}, first seed; in this order: {', '.join(names)}."
+    caption = f"Row {chosen}, the first seed that has a record; in this order: {', '.join(names)}."
     return Picture(f"{heading(grid)}: losses", panels, caption)
 
 
-def figures(kept: Mapping[str, Any]) -> list[Picture]:
+def figures(kept: Mapping[str, Any], title: str) -> list[Picture]:
     """Draw features before and after, as in the paper's Figure 1, and triggers, as in Figure 2."""
     panels = {
         name: {group: torch.tensor(rows) for group, rows in groups.items()}
@@ -138,7 +161,7 @@ def figures(kept: Mapping[str, Any]) -> list[Picture]:
     }
     found = [
         tsne_picture(
-            f"Features: {kept['title']}",
+            f"Features: {title}",
             panels,
             strong=kept["strong"],
             seed=0,
@@ -154,7 +177,7 @@ def figures(kept: Mapping[str, Any]) -> list[Picture]:
             "triggered": triggered,
             f"difference, {GAIN} times": amplified_difference(clean, triggered, gain=GAIN),
         }
-        found.append(images_picture(f"Trigger: {kept['title']}", rows))
+        found.append(images_picture(f"Trigger: {title}", rows))
     return found
 
 

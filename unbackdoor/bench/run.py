@@ -6,6 +6,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -48,19 +49,17 @@ from unbackdoor.defense_jobs import find_defense, run_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import DefenseData, predict
 from unbackdoor.defenses.keeping import Keeper
-from unbackdoor.devices import fast_layout, peak_memory, pick_device, pick_precision
+from unbackdoor.devices import laid_out, peak_memory, pick_device, pick_precision
 from unbackdoor.evaluation import (
-    FEW,
     Known,
     Split,
     counts,
     divide,
+    doubts_of_seed,
     find_attack,
     known_from,
-    not_taken,
     own_head,
     reading_record,
-    without_labels,
 )
 from unbackdoor.jobs import versions
 from unbackdoor.metrics import Reading, make_test_set, read
@@ -84,12 +83,12 @@ class Shared(NamedTuple):
     Attributes:
         load: Loads images, and remembers what it has loaded.
         before: Scores a victim, see :func:`score_victim`; remembers what it has scored.
-        repairs: So far: a clean victim is scored under several attacks.
+        repairs: So far, see :func:`repair_key`.
     """
 
     load: Callable[[str, int], Sets]
     before: Callable[..., Reading]
-    repairs: dict[tuple[Any, ...], Repaired]
+    repairs: dict[str, Repaired]
 
 
 class Tally(NamedTuple):
@@ -165,7 +164,7 @@ def draw_cells(
                 repaired = repair(cell, loaded, sets.train, store, place, on_step=step)
                 kept = cell_features(loaded.backbone, repaired.backbone, split, attack, cell)
                 write_json(path, kept, indent=None)
-                store.state_path(cell.key).unlink(missing_ok=True)
+                store.state_path(repair_key(cell)).unlink(missing_ok=True)
             write_json(images, cell_images(split, attack), indent=None)
             drawn += 1
     return drawn
@@ -203,6 +202,11 @@ def pending(cells: Iterable[Cell], store: Store) -> list[Cell]:
     ]
 
 
+def repair_key(cell: Cell) -> str:
+    """Return what cells that share a repair have in common; a clean victim's have many attacks."""
+    return replace(cell, attack="", detection=None).key
+
+
 def by_victim(cells: Iterable[Cell]) -> list[tuple[Victim, list[Cell]]]:
     """Group cells by their victim, in order: one group is one job."""
     groups: dict[str, list[Cell]] = {}
@@ -238,6 +242,10 @@ def _run_group(
             try:
                 record = run_cell(cell, found, store, place, shared, say=say, on_step=on_step)
                 write_record(store, cell.key, record)
+                if not any(
+                    repair_key(other) == repair_key(cell) for other in pending(cells, store)
+                ):
+                    store.state_path(repair_key(cell)).unlink(missing_ok=True)
             except Exception as error:  # noqa: BLE001, RUF100 - a failed cell must not stop the others
                 _fail(cell, error, store, say)
                 continue
@@ -314,7 +322,7 @@ def defend_cell(
     split = divide(sets.train, sets.test, seed=cell.seed)
     attack = attack_of(cell, found, size=loaded.size)
     delivered = shared.before(found, cell.attack, cell.victim, cell.seed, place, shared.load)
-    alike = (cell.defense, cell.code, cell.settings, cell.labels, cell.share, cell.seed)
+    alike = repair_key(cell)
     if alike not in shared.repairs:
         begun = time.monotonic()
         result = repair(cell, loaded, sets.train, store, place, on_step=on_step)
@@ -384,8 +392,7 @@ def read_scores(loaded: Loaded, split: Split, attack: Attack, device: torch.devi
     classes = len(split.test.classes)
     images, labels, _ = split.test
     test = make_test_set(images, labels, attack, classes=classes)
-    backbone = loaded.backbone.to(device)
-    backbone.to(memory_format=fast_layout(backbone))
+    backbone = laid_out(loaded.backbone.to(device))
     return read(
         backbone, own_head(backbone, classes=classes), split.probe, test, plain=split.unlabeled
     )
@@ -428,7 +435,7 @@ def repair(
         "images": told["fingerprint"],
         "device": str(device),
     }
-    keep = Keeper(store.state_path(cell.key), of)
+    keep = Keeper(store.state_path(repair_key(cell)), of)
     result = run_defense(chosen, backbone, data, device=device, on_step=on_step, keep=keep)
     return Repaired(result.backbone, result.log, [], told)
 
@@ -445,7 +452,7 @@ def _purify(
 ) -> Repaired:
     device = pick_device(place.device)
     precision = pick_precision(place.precision, device)
-    settings, path = settings_of(cell), store.state_path(cell.key)
+    settings, path = settings_of(cell), store.state_path(repair_key(cell))
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=told["fingerprint"])
     of |= {"device": str(device), "precision": precision}
 
@@ -472,10 +479,7 @@ def flags_of(cell: Cell, known: Known, reading: Reading, probe: LabeledImages) -
     Args:
         probe: The images that the probe is trained on.
     """
-    target = known.attack.target if known.attack.goal == "all-to-one" else None
-    found = not_taken(known) + without_labels(probe, target=target)
-    if reading.probe.triggered < FEW:
-        found.append(f"only {reading.probe.triggered} triggered images")
+    found = doubts_of_seed(known, reading, probe)
     free = cell.defense == CBD or (cell.defense in DEFENSES and not DEFENSES[cell.defense].labels)
     if free and cell.labels != "none":
         found.append("a label-free method was given labels")

@@ -6,8 +6,8 @@
     RESULTS/failed/KEY.json     the error of a cell that failed
     RESULTS/running/KEY.json    a claim: who is at work on a cell or a victim
     RESULTS/victims/KEY/        a victim and its record
-    RESULTS/states/KEY.*        the last finished epoch of a cell; its repaired backbone, and the
-                                detector that is trained on it
+    RESULTS/states/KEY.*        the last finished epoch of a repair, see ``repair_key``; of a cell
+                                its repaired backbone, and the detector that is trained on it
     RESULTS/features/KEY.json   features before and after, which the report draws
     RESULTS/features/KEY.*.json likewise: test images, clean and triggered, and what detectors find
 
@@ -56,7 +56,7 @@ class Store:
         return self.folder / "victims" / key
 
     def state_path(self, key: str) -> Path:
-        """Of a cell at work."""
+        """Of a repair at work."""
         return self.folder / "states" / f"{key}.safetensors"
 
     def defended_path(self, key: str) -> Path:
@@ -88,11 +88,15 @@ class Store:
         return self.record_path(key).is_file()
 
     def error_of(self, key: str) -> str | None:
-        """Return why a cell failed; None if it did not, or is done by now."""
+        """Return why a cell failed; None if it did not, or is done by now.
+
+        Raises:
+            OutputError: If that cannot be read.
+        """
         path = self.folder / "failed" / f"{key}.json"
         if self.is_done(key) or not path.is_file():
             return None
-        return str(json.loads(path.read_text())["error"])
+        return str(_read_json(path)["error"])
 
 
 def open_store(folder: Path, *, owner: str | None = None) -> Store:
@@ -130,7 +134,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read a record.
 
     Raises:
-        OutputError: If it is damaged, or of another schema.
+        OutputError: If it is damaged, of another schema, or of another cell.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -140,6 +144,10 @@ def read_record(path: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         raise OutputError(
             f"{path}: is of schema {schema}, this version reads {SCHEMA}; delete it to run it again"
+        )
+    if record.get("key") != path.stem:
+        raise OutputError(
+            f"{path}: is the record of {record.get('key')}; delete it to run its own cell again"
         )
     return dict(record)
 
@@ -157,14 +165,21 @@ def read_features(store: Store, key: str) -> dict[str, Any] | None:
     path, images = store.features_path(key), store.images_path(key)
     if not path.is_file():
         return None
-    features = dict(json.loads(path.read_text()))
-    return features | ({"attack": json.loads(images.read_text())} if images.is_file() else {})
+    features = _read_json(path)
+    return features | ({"attack": _read_json(images)} if images.is_file() else {})
 
 
 def read_detections(store: Store, key: str) -> list[dict[str, Any]]:
     """Return the pictures of what a cell's detector finds; none if they were not kept."""
     path = store.detections_path(key)
-    return list(json.loads(path.read_text())["pictures"]) if path.is_file() else []
+    return list(_read_json(path)["pictures"]) if path.is_file() else []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(f"{path}: is damaged ({error}); delete it") from error
 
 
 def write_record(store: Store, key: str, record: Mapping[str, Any]) -> None:
@@ -214,12 +229,6 @@ def is_running(store: Store, key: str) -> bool:
     return _alive(store.folder / "running" / f"{key}.json") is not None
 
 
-def died_at(store: Store, key: str) -> bool:
-    """Tell whether somebody had claimed ``key`` and is no longer alive."""
-    path = store.folder / "running" / f"{key}.json"
-    return path.exists() and _alive(path) is None
-
-
 def release(store: Store, owner: str) -> set[str]:
     """Give back all claims of ``owner``, who is known to be dead; returns their keys."""
     claims = (store.folder / "running").glob("*.json")
@@ -227,6 +236,14 @@ def release(store: Store, owner: str) -> set[str]:
     for path in of_owner:
         path.unlink(missing_ok=True)
     return {path.stem for path in of_owner}
+
+
+def release_dead(store: Store) -> set[str]:
+    """Give back all claims of those who are no longer alive; returns their keys."""
+    dead = [path for path in (store.folder / "running").glob("*.json") if _alive(path) is None]
+    for path in dead:
+        path.unlink(missing_ok=True)
+    return {path.stem for path in dead}
 
 
 def beat(store: Store) -> None:

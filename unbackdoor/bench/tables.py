@@ -133,6 +133,12 @@ def durability_table(grid: Grid, rows: Sequence[Line]) -> Table:
         **{f"PA {words}": partial(_score, reader=r, what="pa") for r, words in DURABLE.items()},
         **{f"ACC {words}": partial(_score, reader=r, what="acc") for r, words in DURABLE.items()},
     }
+    own = partial(_score, reader="head_reestimated", what="asr")  # older records do not have it
+    if any(own(record) is not None for line in rows for record in line.records):
+        figures |= {
+            "own head: ASR delivered": partial(_score, reader="head", what="asr"),
+            "own head: ASR re-estimated": own,
+        }
     body = []
     for line in rows:
         cells: list[Any] = [label(line)]

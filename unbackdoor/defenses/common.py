@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from unbackdoor.backbones import Backbone
 from unbackdoor.defenses.keeping import Keeper, Part, global_generator, resumed
 from unbackdoor.defenses.settings import Tuning
-from unbackdoor.devices import deterministic, fast_layout, seeded
+from unbackdoor.devices import deterministic, laid_out, seeded
 from unbackdoor.errors import ArchitectureError, DataError, DivergedError
 from unbackdoor.types import Images, Labels, RawImages, Scalar
 from unbackdoor.views import shift_and_flip
@@ -55,7 +55,7 @@ class Split(NamedTuple):
 
 def copy_of(backbone: Backbone, device: torch.device | str) -> Backbone:
     """Return a copy to work on, on ``device``, in eval mode, laid out for fast convolutions."""
-    copied = copy.deepcopy(backbone).to(device).to(memory_format=fast_layout(backbone))
+    copied = laid_out(copy.deepcopy(backbone).to(device))
     return copied.eval().requires_grad_(False)
 
 
