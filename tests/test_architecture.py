@@ -309,8 +309,11 @@ def test_a_test_file_of_no_module_is_found(tmp_path):
 def requirements_without_a_pin(pyproject: dict, pins: str) -> list[str]:
     wanted = [
         *pyproject["project"]["dependencies"],
-        *pyproject["project"]["optional-dependencies"]["parquet"],
-        *pyproject["project"]["optional-dependencies"]["detection"],
+        *(
+            line
+            for extra in pyproject["project"]["optional-dependencies"].values()
+            for line in extra
+        ),
         *(line for group in pyproject["dependency-groups"].values() for line in group),
     ]
     pinned = dict(re.findall(r"^([\w.-]+)==([^ ]+)", pins, re.MULTILINE))

@@ -84,8 +84,8 @@ def test_a_victim_is_written_with_a_record_that_says_all(make, tmp_path):
 def test_a_clean_victim_is_doubted_too_and_the_images_are_counted(make):
     _, record, said = make("clean", replace(QUICK, warmup=2))
     assert record["flags"][-1] == "one victim, one split: a table needs three seeds"
-    assert "only 30 triggered images" in record["flags"]
-    assert "60 test images, 30 of them triggered as well" in said
+    assert "only 10 triggered images" in record["flags"]
+    assert "20 test images, 10 of them triggered as well" in said
     assert "the learning rate only rises: 2 epochs of warm-up, 2 in all" in said
 
 

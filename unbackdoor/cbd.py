@@ -1,7 +1,8 @@
 """Contrastive backdoor defense: purify a backbone with unlabeled images.
 
-One step draws three views of a batch, searches near the third for images whose features are not
-where they should be, and tunes the backbone on a weighted sum of three terms.
+One step draws three views of a batch, makes of the third images whose features are not where they
+should be (by a search near each, or by changes learned for all), and tunes the backbone on a
+weighted sum of three terms.
 """
 
 import copy
@@ -646,5 +647,5 @@ def _restore(state: PurifyState, student: nn.Module, optimizer: torch.optim.SGD)
     student.load_state_dict(state.student)
     for name, weight in student.named_parameters():
         if name in state.momentum:
-            buffer = state.momentum[name].to(weight.device, copy=True)
+            buffer = torch.empty_like(weight).copy_(state.momentum[name])  # and so of its layout
             optimizer.state[weight]["momentum_buffer"] = buffer

@@ -930,13 +930,14 @@ def bench_table(
         Replace an existing OUT.
     """
     from unbackdoor.bench import jobs
+    from unbackdoor.checkpoint import write_text
 
     where = {"data": data, "detection_data": detection_data}
     text = jobs.grids_tables(grids, results, **where)
     if out is None:
         print(text)
     else:
-        jobs.write_text(out, text, overwrite=force)
+        write_text(out, text, overwrite=force)
 
 
 @bench.command(name="report")

@@ -43,13 +43,10 @@ from unbackdoor.jobs import (
 from unbackdoor.report import Table, render_report
 from unbackdoor.resume import check_identity
 from unbackdoor.roles import defender_rows
-from unbackdoor.settings import PurifySettings, check_seed, flatten
+from unbackdoor.settings import SHARES, LabelKind, PurifySettings, check_seed, flatten
 from unbackdoor.types import Labels, RawImages
 
 SHOWN = 300  # characters of a value in the report
-SHARES = {"given": 0.01, "pseudo": 0.05, "none": 0.05}  # that a defense takes, the CBD paper's
-
-LabelKind = Literal["given", "pseudo", "none"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def defend_file(
         resume: Go on where an interrupted run of the same arguments was, if its defense keeps that.
 
     Raises:
-        UnbackdoorError: See ``errors``; nothing is written then.
+        UnbackdoorError: See ``errors``; nothing is written then but the state to resume from.
     """
     outputs = plan_outputs(source.checkpoint, out, overwrite=overwrite, resume=resume)
     chosen = find_defense(name, values, seed=seed)

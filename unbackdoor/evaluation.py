@@ -165,8 +165,9 @@ def divide(train: LabeledImages, test: LabeledImages, *, seed: int) -> Split:
 
 
 def is_record(attack: str) -> bool:
-    """Return whether ``attack`` is a victim's record; the name of an attack goes first."""
-    return attack not in ATTACKS and Path(attack).is_file()
+    """Return whether ``attack`` is a victim's record, there or not; a known name goes first."""
+    is_path = attack.endswith(".json") or Path(attack).name != attack or Path(attack).is_file()
+    return attack not in ATTACKS and is_path
 
 
 def files_read(source: Source, attack: str) -> list[Path]:
@@ -231,8 +232,7 @@ def find_attack(
         CheckpointError: If the file is absent or no JSON object.
         DataError: If the record is of a clean victim.
     """
-    is_path = attack.endswith(".json") or Path(attack).name != attack
-    if attack in ATTACKS or not (is_path or Path(attack).is_file()):
+    if not is_record(attack):
         training = training or "supervised"
         options = {} if target is None else {"target": target}
         found = named_attack(attack, size=size, training=training, options=options)

@@ -25,6 +25,7 @@ from unbackdoor.cbd import (
 )
 from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import (
+    TORCH_SUFFIXES,
     Tree,
     check_folder,
     check_tensors,
@@ -51,7 +52,7 @@ from unbackdoor.settings import PurifySettings, flatten
 
 MEASURED = 256  # images that the evidence before and after is measured on
 MOST_NAMED = 10  # broken images in the account; the record has all
-FLAT, NESTED = (".safetensors",), (".pt", ".pth", ".bin")
+FLAT = (".safetensors",)
 
 Say = Callable[[str], None]
 
@@ -328,8 +329,8 @@ def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) 
         OutputError: If ``out`` has another suffix, is the input, or exists; as ``check_folder``; or
             if an interrupted run left its state and it is neither resumed nor overwritten.
     """
-    if out.suffix not in FLAT + NESTED:
-        raise OutputError(f"{out}: end it in {', '.join(FLAT + NESTED)}")
+    if out.suffix not in FLAT + TORCH_SUFFIXES:
+        raise OutputError(f"{out}: end it in {', '.join(FLAT + TORCH_SUFFIXES)}")
     check_folder(out)
     outputs = name_outputs(out)
     for path in outputs:

@@ -149,13 +149,11 @@ SMALL_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def count_weights(network: nn.Module) -> int:
-    """Return the number of trainable numbers in ``network``."""
-    return sum(weight.numel() for weight in network.parameters())
-
-
 def initialize(network: nn.Module, *, generator: torch.Generator) -> None:
-    """Draw all weights anew: He's normal for convolutions, normal for linear layers, no biases."""
+    """Draw weights anew: He's normal for convolutions, normal for linear layers, no biases.
+
+    Batch norms begin again, too; what is none of these, as tokens and layer norms, stays.
+    """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", generator=generator)

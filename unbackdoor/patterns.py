@@ -1,4 +1,4 @@
-"""Image patterns as plain functions of a size; attacks plant them, diagnostics probe with them.
+"""Image patterns as plain functions of a size; attacks plant them.
 
 What is drawn at random comes from numpy's ``RandomState``, whose numbers are the same for ever: a
 pattern is a function of its seed, whatever the versions installed.
@@ -19,7 +19,7 @@ Resized = UInt8[Tensor, "n c _ _"]
 
 
 def checkerboard(size: int, *, cell: int = 1) -> RawImages:
-    """Return a black-and-white checkerboard with white corners, shape ``(1, 1, size, size)``.
+    """Return a black-and-white checkerboard, shape ``(1, 1, size, size)``, white at the top left.
 
     Args:
         size: Side in pixels.

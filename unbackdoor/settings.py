@@ -505,6 +505,14 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     return leaves
 
 
+LabelKind = Literal["given", "pseudo", "none"]  # what a defense is told
+SHARES: Mapping[LabelKind, float] = {  # of the training images that it has: the CBD paper's
+    "given": 0.01,
+    "pseudo": 0.05,
+    "none": 0.05,
+}
+
+
 def check_seed(seed: int, *, name: str = "seed") -> None:
     """Raise a SettingsError unless PyTorch and NumPy both take ``seed``."""
     if not 0 <= seed < 2**32:

@@ -25,7 +25,7 @@ Trigger: TypeAlias = Callable[[RawImages], RawImages]
 
 @dataclass(frozen=True)
 class BadNets:
-    """A black-and-white checkerboard patch, its corners white, flush with the border.
+    """A black-and-white checkerboard patch, white at its top left; in a corner, it fills it.
 
     Attributes:
         size: Side of the patch in pixels.

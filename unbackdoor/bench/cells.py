@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from unbackdoor.settings import DetectionSettings, VictimSettings
+from unbackdoor.settings import DetectionSettings, LabelKind, VictimSettings
 
 CLEAN = "clean"
 NO_DEFENSE = "none"
@@ -13,7 +13,13 @@ CONTRASTIVE = "contrastive"  # the paper's "SFT": no pull term
 CBD = "cbd"  # the method of this package, inside tables
 DEMO = "demo"  # the victim that comes with the package
 
-Labels = Literal["given", "pseudo", "none"]
+ATTACK_NAMES = {  # as the paper prints them
+    "badnets": "BadNets",
+    "blend": "Blend",
+    "sig": "SIG",
+    "wanet": "WaNet",
+    "cla": "CLA",
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class Cell:
     attack: str
     defense: str
     settings: tuple[tuple[str, Any], ...]
-    labels: Labels
+    labels: LabelKind
     share: float
     seed: int
     detection: Detection | None = None

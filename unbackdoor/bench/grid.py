@@ -43,12 +43,23 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from unbackdoor.bench.cells import CBD, CLEAN, DEMO, NO_DEFENSE, Cell, Detection, Labels, Victim
+from unbackdoor.bench.cells import (
+    ATTACK_NAMES,
+    CBD,
+    CLEAN,
+    DEMO,
+    NO_DEFENSE,
+    Cell,
+    Detection,
+    Victim,
+)
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.errors import ArchitectureError, SettingsError
 from unbackdoor.settings import (
     PRESETS,
+    SHARES,
     DetectionSettings,
+    LabelKind,
     PurifySettings,
     VictimSettings,
     at_home,
@@ -58,9 +69,7 @@ from unbackdoor.settings import (
 )
 
 Tier = Literal["paper", "h200", "cpu", "smoke"]
-SHARES: Mapping[str, float] = {"given": 0.01, "pseudo": 0.05, "none": 0.05}  # the paper's
 CLEAN_ROW = "Clean victim"
-ATTACKS = ("badnets", "blend", "sig", "wanet", "cla")  # names only: this module loads no torch
 OWN = "path/to/file.py:function"
 
 
@@ -81,7 +90,7 @@ class Row:
 
     name: str
     defense: str
-    labels: Labels | None = None
+    labels: LabelKind | None = None
     share: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     oracle: str = ""
@@ -253,7 +262,7 @@ def make_victim(grid: Grid, attack: str, seed: int) -> Victim:
 def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cell:
     """Return the cell of one row."""
     needs = row.defense in DEFENSES and DEFENSES[row.defense].labels
-    labels: Labels = row.labels or ("given" if needs else "none")
+    labels: LabelKind = row.labels or ("given" if needs else "none")
     settings = row_settings(grid, row, seed)
     values = asdict(settings) if settings else {}
     if row.defense == CBD and settings.search.kind != "changes":
@@ -514,7 +523,7 @@ def _check(grid: Grid) -> None:
         raise SettingsError(f"{grid.name}: start: {grid.start}: no such file")
     drawn = () if grid.detection is None else grid.detection.pictures
     for name, value, known in (
-        *(("attack", attack, ATTACKS) for attack in grid.attacks),
+        *(("attack", attack, ATTACK_NAMES) for attack in grid.attacks),
         *(
             ("defense", row.defense, (NO_DEFENSE, CBD, *DEFENSES, OWN))
             for row in grid.rows

@@ -22,7 +22,7 @@ from unbackdoor.bench.store import (
     read_records,
 )
 from unbackdoor.bench.tables import all_tables, as_markdown
-from unbackdoor.checkpoint import write_text as write_text  # the command line writes with it
+from unbackdoor.checkpoint import write_text
 from unbackdoor.data import check_there
 from unbackdoor.errors import DataError, SettingsError
 

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unbackdoor.bench.cells import CBD
+from unbackdoor.bench.cells import ATTACK_NAMES, CBD
 from unbackdoor.bench.features import from_base64
 from unbackdoor.bench.grid import CLEAN_ROW, Entry, Grid
 from unbackdoor.bench.tables import (
-    PAPER_ATTACKS,
     Line,
     Record,
     all_tables,
@@ -81,7 +80,7 @@ def report_of(
 def undrawn(parts: Sequence[Part], features: Mapping[str, Mapping[str, Any]]) -> list[Note]:
     """Say which pictures are lacking though their cells have records, and what makes them."""
     lacking = [
-        f"{part.grid.name}: {PAPER_ATTACKS[entry.attack]}, row {entry.row}"
+        f"{part.grid.name}: {ATTACK_NAMES[entry.attack]}, row {entry.row}"
         for part in parts
         for entry in part.found
         if entry.row in part.grid.features
@@ -145,7 +144,7 @@ def curves(grid: Grid, rows: Sequence[Line]) -> Picture | None:
     for line in rows:
         if line.row == chosen and line.records:
             (panel,) = losses_picture(line.records[0]["history"]).panels
-            names.append(PAPER_ATTACKS[line.attack])
+            names.append(ATTACK_NAMES[line.attack])
             panels.append(Panel(panel.svg, f"{names[-1]}: {panel.alt}"))
     if not panels:
         return None

@@ -235,7 +235,7 @@ def _run_group(
             say(describe(cell))
             try:
                 found = obtain_victim(victim, store, place, load=load, say=say, on_step=on_step)
-            except Exception as error:  # noqa: BLE001, RUF100 - other victims may be had
+            except Exception as error:  # other victims may be had
                 for other in pending(cells, store):
                     _fail(other, error, store, say)
                 break
@@ -246,7 +246,7 @@ def _run_group(
                     repair_key(other) == repair_key(cell) for other in pending(cells, store)
                 ):
                     store.state_path(repair_key(cell)).unlink(missing_ok=True)
-            except Exception as error:  # noqa: BLE001, RUF100 - a failed cell must not stop the others
+            except Exception as error:  # a failed cell must not stop the others
                 _fail(cell, error, store, say)
                 continue
             done += 1

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from unbackdoor.bench.cells import CBD, CONTRASTIVE
+from unbackdoor.bench.cells import ATTACK_NAMES, CBD, CONTRASTIVE
 from unbackdoor.bench.grid import CLEAN_ROW, Entry, Grid, describe_schedule
 from unbackdoor.report import Flagged, Table
 
@@ -21,13 +21,6 @@ Record = Mapping[str, Any]
 SEEDS = 3  # fewer are flagged
 WHAT = ("acc", "asr", "pa")
 DURABLE = {"probe": "delivered", "reestimated": "re-estimated", "fine_tuned": "fine-tuned"}
-PAPER_ATTACKS = {
-    "badnets": "BadNets",
-    "blend": "Blend",
-    "sig": "SIG",
-    "wanet": "WaNet",
-    "cla": "CLA",
-}
 PAPER_ROWS = {CLEAN_ROW: "Clean Model"}  # the paper's name, where it has another
 READERS: Mapping[Reader, str] = {
     "paper": "the paper's reading: the own head, but a linear probe after CBD and without a head",
@@ -217,7 +210,7 @@ def comes_back(record: Record) -> float | None:
 def paper_figures(grid: Grid, line: Line) -> Mapping[str, float]:
     """Return what the paper prints for a row, in percent; nothing if it does not have the row."""
     data = paper_tables().get(f"table{grid.table}", {}).get("data", {})
-    rows: Mapping[str, Mapping[str, float]] = data.get(PAPER_ATTACKS[line.attack], {})
+    rows: Mapping[str, Mapping[str, float]] = data.get(ATTACK_NAMES[line.attack], {})
     return rows.get(PAPER_ROWS.get(line.row, line.row), {})
 
 
@@ -236,7 +229,7 @@ def heading(grid: Grid) -> str:
 
 def label(line: Line) -> str:
     """Return the first cell of a row."""
-    return f"{PAPER_ATTACKS[line.attack]}: {line.row}"
+    return f"{ATTACK_NAMES[line.attack]}: {line.row}"
 
 
 def as_markdown(table: Table) -> str:

@@ -9,6 +9,7 @@ Every defense is a function of one signature::
         *,
         device: torch.device | str = "cpu",
         on_step: Callable[[int, int], None] | None = None,
+        keep: Keeper | None = None,  # where a loop of it can go on after a kill, see ``keeping``
     ) -> Defended
 
 It returns a repaired copy, never changes the backbone it is given, and is told nothing but images,

@@ -1,7 +1,7 @@
 """Backdoor cleansing with unlabeled data (BCU): forget some weights, distil them back."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -70,21 +70,18 @@ def cleanse(
                 redraw(weight, share, generator=generator, spread=settings.spread)
 
     tuning, temperature = settings.tuning, 1.0
-    distance = feature_distance if settings.match == "features" else None
+    by_logits = settings.match == "logits"
 
     def before_epoch(epoch: int) -> None:
         nonlocal temperature
         temperature = 1 + 3 * (epoch + 1) / tuning.epochs
 
     def loss_of(images: Images, _: Labels) -> Scalar:
-        run: Callable[[Backbone], Tensor] = lambda network: (  # noqa: E731
-            network(images) if distance is not None else network.logits(images)
-        )
         with torch.no_grad():
-            wanted = run(teacher)
-        if distance is not None:
-            return distance(run(student), wanted)
-        return soft_label_distance(run(student), wanted, temperature=temperature)
+            wanted = teacher.logits(images) if by_logits else teacher(images)
+        if by_logits:
+            return soft_label_distance(student.logits(images), wanted, temperature=temperature)
+        return feature_distance(student(images), wanted)
 
     tune(
         student,

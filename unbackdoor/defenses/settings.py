@@ -190,7 +190,7 @@ class IbauSettings:
 
     def __post_init__(self) -> None:
         in_range("rounds", self.rounds, least=1)
-        in_range("batch_size", self.batch_size, least=2)  # a smaller last batch is left out
+        in_range("batch_size", self.batch_size, least=2)  # a last one of one image is left out
         for name in ("inner_rate", "learning_rate"):
             in_range(name, getattr(self, name), above=0)
         for name in ("search_rate", "fixed_point_steps", "penalty"):
