@@ -154,6 +154,15 @@ def test_beside_the_paper_stands_a_probe_where_it_used_one(grid):
     assert [row[1] for row in table.rows] == [None, 80, 90]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("cifar10:images", "fashion-mnist"), ("cifar/resnet18", "cifar/wrn16_1")]
+)
+def test_no_number_of_the_paper_stands_beside_other_images_and_networks(grid, old, new):
+    found = tables_of(grid("paper", GRID.replace(old, new)))
+    assert not any("paper" in column for table in found for column in table.columns)
+    assert "Not comparable with the paper" in found[0].note
+
+
 @pytest.mark.parametrize("tier", ["cpu", "smoke"])
 def test_no_number_of_the_paper_stands_beside_a_reduced_schedule(grid, tier):
     found = tables_of(grid(tier))

@@ -207,10 +207,9 @@ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 
 def as_text(table: Table) -> list[str]:
     """Return a table of words and numbers as aligned lines for a terminal."""
-    places = 1 if table.decimals is None else table.decimals
     cells = [
         [
-            _number(cell, places)
+            _number(cell, table.decimals)
             if cell is None or isinstance(cell, float)
             else printable(f"{cell}")
             for cell in row

@@ -159,8 +159,10 @@ class Grid:
 
     @property
     def compares(self) -> bool:
-        """Whether the paper's numbers may stand beside these results."""
-        return self.tier in ("paper", "h200")
+        """Whether the paper's numbers, of ResNet-18, may stand beside these results."""
+        same_images = self.table in ("4", "5", "6") or data_name(self.data) == "cifar10"
+        alike = self.arch.endswith("/resnet18") and same_images
+        return self.tier in ("paper", "h200") and alike
 
 
 class Entry(NamedTuple):

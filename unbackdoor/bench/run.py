@@ -45,9 +45,14 @@ from unbackdoor.bench.store import (
 from unbackdoor.cbd import PurifyState, purify
 from unbackdoor.checkpoint import Tree, write_tensors
 from unbackdoor.data import LabeledImages, from_tensor
-from unbackdoor.defense_jobs import find_defense, run_defense
+from unbackdoor.defense_jobs import (
+    Pool,
+    find_defense,
+    label,
+    pseudo_label_accuracy,
+    run_defense,
+)
 from unbackdoor.defenses import DEFENSES
-from unbackdoor.defenses.common import DefenseData, predict
 from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.devices import laid_out, peak_memory, pick_device, pick_precision
 from unbackdoor.evaluation import (
@@ -419,14 +424,10 @@ def repair(
     }
     if cell.defense == CBD:
         return _purify(cell, loaded, pool, store, place, told=told, on_step=on_step)
-    data = DefenseData(pool.images)
-    backbone = loaded.backbone.to(device)
-    if cell.labels == "given":
-        data = DefenseData(pool.images, pool.labels)
-    elif cell.labels == "pseudo":
-        labels = predict(backbone, pool.images)
-        told["pseudo_label_accuracy"] = (labels == pool.labels).float().mean().item()
-        data = DefenseData(pool.images, labels)
+    backbone, known = loaded.backbone.to(device), Pool(pool.images, pool.labels)
+    data = label(backbone, known, cell.labels)
+    if cell.labels == "pseudo":
+        told["pseudo_label_accuracy"] = pseudo_label_accuracy(data, known, cell.labels)
     chosen = find_defense(find_own(cell, place.own), seed=cell.seed)
     chosen = chosen._replace(settings=settings_of(cell, chosen.settings))
     of = {
