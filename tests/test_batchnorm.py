@@ -142,8 +142,10 @@ def test_a_network_without_batch_norm_is_left_alone():
 
 
 def test_statistics_of_no_images_are_refused(network):
+    before = copy.deepcopy(network.state_dict())
     with pytest.raises(DataError, match="no plain images"):
         reestimate(network, iter(()))
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 
 def changed_layers(network, kind=nn.Module):
