@@ -15,6 +15,7 @@ DETECTION = Detection("bccd", "trainval", "test", (), DetectionSettings())
 def record(cell, seconds, victim_seconds):
     return {
         "schema": SCHEMA,
+        "key": cell.key,
         "cell": {
             "defense": cell.defense,
             "settings": [list(pair) for pair in cell.settings],

@@ -192,13 +192,12 @@ def like_victim(source: Source, attack: str) -> Source:
         return tuple(values) if good and values else None
 
     size = record.get("size")
+    known = size if isinstance(size, int) and 0 < size <= LARGEST else None
     return replace(
         source,
         mean=source.mean or levels("mean"),
         std=source.std or levels("std"),
-        size=source.size
-        if source.size is not None
-        else (size if isinstance(size, int) and 0 < size <= LARGEST else None),
+        size=known if source.size is None else source.size,
     )
 
 

@@ -198,7 +198,8 @@ def read(
     reestimate(renewed, (part.float() / 255 for part in batches))
     features = extract(renewed, labeled.images)
     renewed_probe = linear_probe(features, labeled.labels, classes=classes)
-    later = score(renewed, {**readers, "probe": renewed_probe}, test)
+    own = {"head": readers["head"]} if head is not None else {}
+    later = score(renewed, {"probe": renewed_probe, **own}, test)
     tuned, tuned_probe = fine_tune(backbone, probe, labeled.images, labeled.labels)
     return reading._replace(
         reestimated=later["probe"],
