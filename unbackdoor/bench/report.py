@@ -59,10 +59,14 @@ def report_of(
         for part in made
         for section in (*sections_of(part), *detected(part.found, detections))
     ]
+    named: dict[str, Entry] = {}  # grids share cells: each has the row of the first
+    for part in made:
+        for entry in part.found:
+            named.setdefault(entry.cell.key, entry)
     pictures = [
         picture
-        for entry in {entry.cell.key: entry for part in made for entry in part.found}.values()
-        if (kept := features.get(entry.cell.key)) is not None
+        for key, entry in named.items()
+        if (kept := features.get(key)) is not None
         for picture in figures(kept, f"{kept['title']}, {entry.cell.victim.arch}, row {entry.row}")
     ]
     known = {key for part in made for key in part.records}
