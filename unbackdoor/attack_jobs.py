@@ -622,15 +622,12 @@ def score_victim(backbone: Backbone, plan: Plan) -> dict[str, Reading]:
 def victim_doubts(plan: Plan, backbone: Backbone, reading: Reading) -> list[str]:
     """Return why the scores of this victim should be read with care, or why it may be none."""
     attack, supervised = next(iter(plan.scored.values())), plan.training == "supervised"
-    known = Known(attack, plan.name, supervised, None, None, None)
+    known = Known(attack, plan.name, supervised)
     if plan.attack is not None:
-        known = Known(
-            attack,
-            plan.name,
-            supervised,
-            None if reading.head is None else reading.head.asr,
-            reading.probe.acc - reading.probe.pa,
-            None if reading.head is None else reading.head.acc,
+        known = known._replace(
+            victim_asr=None if reading.head is None else reading.head.asr,
+            victim_loss=reading.probe.acc - reading.probe.pa,
+            victim_acc=None if reading.head is None else reading.head.acc,
         )
     unread = unread_head(backbone, reading, classes=len(plan.data.classes))
     return unread + doubts(known, reading, plan.split.probe)
