@@ -10,7 +10,7 @@ from unbackdoor.errors import CheckpointError, DataError
 from unbackdoor.types import Features, Labels, RawImages
 
 ITERATIONS = 5_000  # of L-BFGS; it converges in a few hundred
-TOLERANCE = 1e-8  # of its gradient; with 1e-4, the default, ASR was off by up to half a point
+TOLERANCE = 1e-8  # of its gradient; with 1e-4, the default, ASR was off by up to three points
 PART = 2_500  # features whose neighbours are found at a time
 
 

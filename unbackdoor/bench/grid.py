@@ -234,6 +234,11 @@ def entries(grid: Grid) -> list[Entry]:
     return found
 
 
+def drawn_entries(grid: Grid, found: Iterable[Entry]) -> list[Entry]:
+    """Return those whose features the report draws: of the first seed."""
+    return [e for e in found if e.row in grid.features and e.cell.seed == grid.seeds[0]]
+
+
 def unique_cells(found: Iterable[Entry]) -> list[Cell]:
     """Return every cell once, in order."""
     return list({entry.cell.key: entry.cell for entry in found}.values())

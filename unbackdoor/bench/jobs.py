@@ -8,7 +8,16 @@ from typing import Any, Literal, NamedTuple
 from unbackdoor.bench.backends import run_local, run_ray
 from unbackdoor.bench.cells import Cell
 from unbackdoor.bench.detection import check_detectors
-from unbackdoor.bench.grid import Entry, Grid, entries, is_own, read_grid, unique_cells, unknown
+from unbackdoor.bench.grid import (
+    Entry,
+    Grid,
+    drawn_entries,
+    entries,
+    is_own,
+    read_grid,
+    unique_cells,
+    unknown,
+)
 from unbackdoor.bench.obtain import Place, surrogate_of
 from unbackdoor.bench.report import report_of
 from unbackdoor.bench.run import draw_cells, drop_unneeded, pending
@@ -232,10 +241,7 @@ def place_of(plans: Sequence[Plan]) -> Place:
 
 def featured(plan: Plan) -> tuple[str, ...]:
     """Return the keys of the cells whose features the report draws: those of the first seed."""
-    first = plan.grid.seeds[0]
-    return tuple(
-        e.cell.key for e in plan.found if e.row in plan.grid.features and e.cell.seed == first
-    )
+    return tuple(entry.cell.key for entry in drawn_entries(plan.grid, plan.found))
 
 
 def cells_by_victim(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:

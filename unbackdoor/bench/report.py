@@ -8,7 +8,7 @@ import torch
 
 from unbackdoor.bench.cells import ATTACK_NAMES, CBD
 from unbackdoor.bench.features import from_base64
-from unbackdoor.bench.grid import CLEAN_ROW, Entry, Grid
+from unbackdoor.bench.grid import CLEAN_ROW, Entry, Grid, drawn_entries
 from unbackdoor.bench.tables import (
     Line,
     Record,
@@ -86,11 +86,8 @@ def undrawn(parts: Sequence[Part], features: Mapping[str, Mapping[str, Any]]) ->
     lacking = [
         f"{part.grid.name}: {ATTACK_NAMES[entry.attack]}, row {entry.row}"
         for part in parts
-        for entry in part.found
-        if entry.row in part.grid.features
-        and entry.cell.seed == part.grid.seeds[0]
-        and entry.cell.key in part.records
-        and "attack" not in features.get(entry.cell.key, {})
+        for entry in drawn_entries(part.grid, part.found)
+        if entry.cell.key in part.records and "attack" not in features.get(entry.cell.key, {})
     ]
     if not lacking:
         return []
