@@ -227,12 +227,13 @@ def test_what_the_system_refuses_is_an_error_and_no_traceback(tmp_path, capsys):
     assert "File name too long" in said
 
 
-@pytest.mark.parametrize("words", [["--out", "~/x"], ["--out=~/x"]])
-def test_a_home_that_the_shell_has_left_is_written_out(words, tmp_path, monkeypatch, capsys):
-    (tmp_path / "x").touch()
+@pytest.mark.parametrize("words", [["--config", "~/x.toml"], ["--config=~/x.toml"]])
+def test_a_home_that_the_shell_has_left_is_written_out(
+    words, inputs, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["demo", *words]) == 2
-    assert str(tmp_path / "x") in unwrapped(capsys)
+    assert main([*inputs, *words]) == 2
+    assert f"{tmp_path / 'x.toml'}: no such file" in unwrapped(capsys)
 
 
 @pytest.mark.slow
