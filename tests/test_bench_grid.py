@@ -1,6 +1,7 @@
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -103,6 +104,18 @@ def test_the_key_of_a_search_of_single_images_does_not_hold_how_changes_are_lear
     path = write('search = { epsilon = "2/255" }', 'preset = "default"')
     cells = {entry.row: entry.cell for entry in entries(read_grid(path))}
     assert ("changes.steps", 40) in cells["eps=2"].settings
+
+
+def test_a_cell_gives_back_the_settings_that_its_key_leaves_out(write):
+    kinds = ("pytorch", "kaiming")
+    rows = [f'[[rows]]\nname = "{n}"\ndefense = "bcu"\nsettings.spread = "{n}"\n' for n in kinds]
+    found = entries(read_grid(write(text=TEXT + "".join(rows))))
+    cells = {entry.row: entry.cell for entry in found}
+    assert [settings_of(cells[name]).spread for name in kinds] == [*kinds]
+    assert [len(cells[name].settings) for name in kinds] == [
+        len(cells["kaiming"].settings) - 1,
+        len(cells["kaiming"].settings),
+    ]
 
 
 def test_a_row_with_a_preset_has_nothing_of_the_grids(write):
@@ -335,6 +348,7 @@ def test_a_file_without_the_defense_or_the_setting_is_refused(
 def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
     assert read_grid(write()).data == f"cifar10:{tmp_path}/../images"
     assert read_grid(write("cifar10:../images", "fashion-mnist")).data == "fashion-mnist"
+    assert read_grid(write("cifar10:../images", "photos")).data == f"{tmp_path}/photos"
     given = read_grid(write('tier = "cpu"', 'tier = "cpu"\nvictims = "given"')).victims
     assert Path(given) == tmp_path / "given"
     assert data_name("cifar10:a/b") == "cifar10"
@@ -370,6 +384,9 @@ def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
         ("[0, 1]", "[true]", "seeds is a whole number, got True"),
         ('table = "1"', "table = 1", "table is a text, got 1"),
         ('defense = "anp"', 'defense = "anp"\nlabels = "some"', "labels .some. is unknown"),
+        ('defense = "anp"', 'defense = "anp"\nshare = 0', "share is above 0 and at most 1, got 0"),
+        ('defense = "anp"', 'defense = "anp"\nshare = 5', "ANP: share is above 0 .*, got 5"),
+        ('defense = "anp"', 'defense = "anp"\nshare = "5%"', "share is a number, got '5%'"),
     ],
 )
 def test_what_a_grid_cannot_hold_is_refused_with_the_nearest_name(write, old, new, message):
@@ -415,6 +432,7 @@ class Odd:
     factor: float = 1
     pair: tuple[int, float] = (1, 2.0)
     either: int | str = 1
+    mode: Literal[1, 2] = 1
 
 
 def test_a_setting_is_read_as_its_type_and_not_as_its_default():
@@ -422,13 +440,14 @@ def test_a_setting_is_read_as_its_type_and_not_as_its_default():
     given = changed(Odd(), asked, "here")
     assert given == Odd(0.5, 0.5, (3, 0.5), "x")
     assert changed(given, {"maybe": "none"}, "here").maybe is None
-    assert changed(Odd(), {"factor": 2}, "here").factor == 2.0
+    assert changed(Odd(), {"factor": 2, "mode": 2}, "here") == Odd(factor=2.0, mode=2)
     for table, message in (
         ({"maybe": "x"}, "maybe is a number or a ratio, got 'x'"),
         ({"factor": True}, "factor is of type float, got True"),
         ({"pair": [3]}, "pair is a list of 2, got"),
         ({"pair": [0.5, 1]}, r"pair\[0\] is of type int, got 0.5"),
         ({"either": 0.5}, "either is of type int, got 0.5"),
+        ({"mode": 3}, "mode is one of 1, 2, got 3"),
     ):
         with pytest.raises(SettingsError, match=f"here: {message}"):
             changed(Odd(), table, "here")

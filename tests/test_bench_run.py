@@ -452,11 +452,12 @@ def test_a_victim_that_is_given_is_used_only_if_it_is_the_same(run, store, cells
         _, lines = run([replace(cells["No Defense"], seed=seed)])
         assert f"not used, for {why}" in "".join(lines)
         assert "epoch 1/" in "".join(lines)
-    path.write_text("{")
-    shutil.rmtree(store.folder / "victims", ignore_errors=True)
-    tally, lines = run([replace(cells["No Defense"], seed=7)])
-    assert tally.done == 1
-    assert "not used, for its record is damaged" in "".join(lines)
+    for seed, text in ((7, "{"), (8, "null")):
+        path.write_text(text)
+        shutil.rmtree(store.folder / "victims", ignore_errors=True)
+        tally, lines = run([replace(cells["No Defense"], seed=seed)])
+        assert tally.done == 1
+        assert "not used, for its record is damaged" in "".join(lines)
     path.write_text(kept)
 
     other = cells["No Defense"].victim
@@ -504,6 +505,8 @@ def test_the_surrogate_of_an_attack_is_needed_by_its_cells_too(grid):
     assert of_cla == set(needed[kinds["cla", "none"].key])
     assert of_cla <= set(needed[surrogate_of(kinds["cla", "none"]).key])
     assert surrogate_of(kinds["badnets", "none"]) is None
+    for size, augment in ((32, "shift"), (224, "views")):  # as for a clean victim of this size
+        assert surrogate_of(replace(kinds["cla", "none"], size=size)).settings.augment == augment
 
 
 def test_a_victim_that_cannot_be_trained_is_tried_once(run, store, cells):

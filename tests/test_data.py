@@ -117,6 +117,11 @@ def test_hidden_files_link_loops_and_other_files_are_ignored(tmp_path):
         path.write_bytes(encode(noise(1)[0]))
     (tmp_path / "set" / "loop").symlink_to(tmp_path / "set")
     assert len(load_images(tmp_path / "set")) == 3
+    assert len(load_images(f"{tmp_path}/set/*/*.png")) == 3
+    write_folder(tmp_path / ".set", noise(2))
+    assert len(load_images(f"{tmp_path}/.set/*/*.png")) == 2  # asked for by its name
+    with pytest.raises(DataError, match="can only be an entire path component"):
+        load_images(f"{tmp_path}/set/**.png")
 
 
 def test_a_linked_folder_is_followed(tmp_path):
@@ -168,6 +173,23 @@ def test_several_tars_are_a_folder_a_glob_or_a_range(tmp_path, pattern):
     assert torch.equal(read_all(load_images(str(tmp_path / pattern))), expected)
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_tar_that_is_damaged_in_the_middle_is_refused(tmp_path, cut):
+    content = bytearray(write_shard(tmp_path / "x.tar", noise(3)).read_bytes())
+    place = content.index(b"000001.png")
+    content[place] ^= 1  # the sum of a header's bytes stands in it
+    (tmp_path / "x.tar").write_bytes(content[: place + 100] if cut else content)
+    with pytest.raises(DataError, match=f"x.tar is damaged, or compressed .*at byte {place}"):
+        load_images(tmp_path / "x.tar")
+
+
+def test_a_tar_without_an_end_is_whole(tmp_path):
+    content = write_shard(tmp_path / "x.tar", noise(3)).read_bytes()
+    blocks = -(-len(content.rstrip(b"\0")) // tarfile.BLOCKSIZE)
+    (tmp_path / "x.tar").write_bytes(content[: blocks * tarfile.BLOCKSIZE])
+    assert len(load_images(tmp_path / "x.tar")) == 3
+
+
 def test_a_missing_shard_of_a_range_is_named(tmp_path):
     write_shard(tmp_path / "x-000.tar", noise(1))
     with pytest.raises(DataError, match=r"no such file or folder: .*x-001\.tar"):
@@ -197,6 +219,9 @@ def test_cifar10_in_parquet_files_gives_its_training_split_and_both_with_labels(
     assert torch.equal(test.images, images[3:])
     assert torch.equal(test.labels, labels[3:])
     assert test.classes[9] == "truck"
+    write_parquet(tmp_path / "test.parquet", images[3:], labels=[3, 99])
+    with pytest.raises(DataError, match="is not CIFAR-10: a label is 99, of 10 classes"):
+        load_labeled(f"cifar10:{tmp_path}", split="test")
 
 
 def test_pickled_cifar10_is_refused_with_the_reason(tmp_path):
@@ -680,6 +705,7 @@ def test_labels_and_class_names_come_from_parquet_files(tmp_path):
         ([0, -1], r"labels of x\.parquet are -1, so hidden"),
         ([0, 10**12], r"all numbers from 0"),
         ([0, None], r"it has 0, None"),
+        ([[0], [1, 2]], r"it has \[0\], \[1, 2\]"),
     ],
 )
 def test_missing_and_unusable_labels_are_refused(tmp_path, labels, message):

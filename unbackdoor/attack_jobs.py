@@ -795,6 +795,11 @@ def _picture(name: str, attack: Attack, images: RawImages) -> Picture:
     )
 
 
+def surrogate_augment(size: int) -> Literal["shift", "views"]:
+    """Return how the clean network is augmented that CLA perturbs images of this size by."""
+    return "shift" if size <= SMALL else "views"
+
+
 def _make_surrogate(
     plan: Plan,
     data: str,
@@ -812,7 +817,7 @@ def _make_surrogate(
 
     It is made as a victim of its own, with augmentation, or found in ``out`` from an earlier time.
     """
-    settings = replace(settings, augment="shift" if plan.pixels.size <= SMALL else "views")
+    settings = replace(settings, augment=surrogate_augment(plan.pixels.size))
     stem = f"{CLEAN}-supervised-seed{settings.seed}"
     tensors, record = out / f"{stem}.safetensors", out / f"{stem}.json"
     if record.exists():

@@ -49,7 +49,7 @@ from torch import Tensor
 
 from unbackdoor.checkpoint import printable
 from unbackdoor.errors import DataError, UnlabeledError
-from unbackdoor.settings import at_home
+from unbackdoor.settings import SCHEMES, at_home
 from unbackdoor.types import Labels, RawImages
 
 CACHE_BYTES = 2**30  # decoded pixels stay in memory when all of a source's fit in this many bytes
@@ -57,12 +57,12 @@ HASHED_BYTES = 2**26  # a fingerprint covers the contents when all files togethe
 READ_AHEAD = 2  # batches
 THREADS = min(8, os.cpu_count() or 1)
 
+WILD = {"*", "?", "["}  # what makes a path a pattern
 IMAGE_SUFFIXES = ["bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"]
 # Pillow knows more formats, one of which (EPS) hands the file to an interpreter.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 80_000_000  # of one image; 240 MB as it is decoded
 KIND_OF_SUFFIX = {"parquet": "parquet", "tar": "tar"} | dict.fromkeys(IMAGE_SUFFIXES, "image")
-SCHEMES = ("cifar10", "fashion-mnist")
 MAX_CLASSES = 100_000
 HIDDEN = -1  # the label of a test image whose class is nobody's business
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
@@ -274,6 +274,8 @@ def load_labeled(
             f"{source}: a labeled set must be whole, but {len(images.broken)} of its images are"
             f" broken, first {first}; remove them"
         )
+    if scheme and labels.max() >= len(CIFAR10_CLASSES):
+        raise DataError(f"{source} is not CIFAR-10: a label is {labels.max()}, of 10 classes")
     return LabeledImages(decoded, labels, CIFAR10_CLASSES if scheme else classes)
 
 
@@ -572,9 +574,18 @@ def _braces(pattern: str) -> list[str]:
 def _matches(pattern: str) -> list[Path]:
     path = Path(pattern)
     found = [path] if path.is_file() else []
-    if not found and any(character in pattern for character in "*?["):
+    if not found and WILD & set(pattern):
         root = Path(path.anchor)
-        found = [match for match in root.glob(str(path.relative_to(root))) if match.is_file()]
+        before = len([*itertools.takewhile(lambda part: not WILD & set(part), path.parts)])
+        try:
+            matches = [*root.glob(str(path.relative_to(root)))]
+        except ValueError as error:  # such as x/**.jpg
+            raise DataError(f"{pattern}: {error}") from error
+        found = [
+            match
+            for match in matches
+            if match.is_file() and not any(part[0] == "." for part in match.parts[before:])
+        ]
     if not found:
         raise DataError(f"no such file or folder: {pattern}{_nearest(pattern)}")
     return found
@@ -660,7 +671,7 @@ def _index_tars(files: _Files, draw: Draw) -> _Index:
     names: list[str] = []
     places = array("q")  # number of the tar file, offset, length; and so on
     for number, shard in enumerate(files.names):
-        for _, member in _members(files.root / shard):
+        for member in _members(files.root / shard):
             if _is_visible_image(member.name):
                 names.append(f"{shard}/{member.name}")
                 places.extend((number, member.offset_data, member.size))
@@ -670,25 +681,33 @@ def _index_tars(files: _Files, draw: Draw) -> _Index:
     chosen = np.array(places).reshape(-1, 3)[rows]
 
     def read(row: int) -> bytes:
-        number, offset, length = chosen[row]
-        try:
-            with (files.root / files.names[number]).open("rb") as archive:
-                archive.seek(offset)
-                return bytes(archive.read(length))
-        except OSError:
-            return b""
+        number, offset, length = chosen[row].tolist()
+        return _bytes_at(files.root / files.names[number], offset, length)
 
     return _Index([names[row] for row in rows], chosen[:, 2], read)
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield the files in a tar file, with it."""
+def _bytes_at(path: Path, offset: int, length: int) -> bytes:
+    """Return a part of a file; nothing where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+    except OSError:
+        return b""
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the files in a tar file."""
     try:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # or all headers stay in memory
                 if member.isreg():
-                    yield archive, member
+                    yield member
+        if _bytes_at(path, archive.offset, tarfile.BLOCKSIZE).strip(b"\0"):
+            # tarfile takes a damaged header for the end
+            raise tarfile.ReadError(f"no header at byte {archive.offset}")
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"{path} is damaged, or compressed ({error}); images are read in place, so decompress "
@@ -815,13 +834,13 @@ def _tar_classes(path: Path) -> list[int]:
     """Return the class of each image of a tar file, which stands in a file of the same name."""
     images: list[str] = []
     classes: dict[str, int] = {}
-    for archive, member in _members(path):
+    for member in _members(path):
         key = member.name.removesuffix(PurePosixPath(member.name).name)
         key += PurePosixPath(member.name).name.partition(".")[0]
         if _is_visible_image(member.name):
             images.append(key)
-        elif _suffix(member.name) == "cls" and (file := archive.extractfile(member)):
-            text = file.read(20)
+        elif _suffix(member.name) == "cls":
+            text = _bytes_at(path, member.offset_data, min(20, member.size))
             if not text.strip().isdigit():
                 name = _printable(member.name)
                 raise DataError(f"{path}: {name} holds no number of a class, but {text!r}")
@@ -866,21 +885,21 @@ def _numbered(
             f"{files.root}: labels of {files.names[0]} are {HIDDEN}, so hidden; pass labeled "
             "files, or move these away where others hold the same split"
         )
-    distinct = set(itertools.chain(*values.values())) - {HIDDEN}  # of another split
-    if all(isinstance(value, str) for value in distinct):
-        classes = tuple(sorted(distinct))
+    told = [value for value in itertools.chain(*values.values()) if value != HIDDEN]
+    if all(isinstance(value, str) for value in told):
+        classes = tuple(sorted(set(told)))
         number = {value: i for i, value in enumerate(classes)}
-    elif all(isinstance(value, int) and 0 <= value < MAX_CLASSES for value in distinct):
-        number = {value: value for value in distinct}
-        classes = named or tuple(str(i) for i in range(max(distinct) + 1))
+    elif all(isinstance(value, int) and 0 <= value < MAX_CLASSES for value in told):
+        number = {value: value for value in told}
+        classes = named or tuple(str(i) for i in range(max(told) + 1))
     else:
-        examples = ", ".join(sorted(map(repr, distinct))[:5])
+        examples = ", ".join(sorted({repr(value) for value in told})[:5])
         raise DataError(
             f"{files.root}: labels are all words, or all numbers from 0 to {MAX_CLASSES - 1}; it"
             f" has {examples} ..."
         )
-    if distinct and max(number.values()) >= len(classes):
-        raise DataError(f"{files.root}: a label is {max(distinct)}, of {len(classes)} classes")
+    if told and max(number.values()) >= len(classes):
+        raise DataError(f"{files.root}: a label is {max(told)}, of {len(classes)} classes")
     return torch.tensor([number[value] for value in wanted]), classes
 
 

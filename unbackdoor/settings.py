@@ -519,6 +519,9 @@ def check_seed(seed: int, *, name: str = "seed") -> None:
         raise SettingsError(f"{name} is 0 to {2**32 - 1}, as NumPy takes it, got {seed}")
 
 
+SCHEMES = ("cifar10", "fashion-mnist")  # kinds of image sources that have a name, see ``data``
+
+
 def at_home(place: str) -> Path:
     """Return ``place`` with ``~`` written out.
 

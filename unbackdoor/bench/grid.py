@@ -57,6 +57,7 @@ from unbackdoor.defenses import DEFENSES
 from unbackdoor.errors import ArchitectureError, SettingsError
 from unbackdoor.settings import (
     PRESETS,
+    SCHEMES,
     SHARES,
     DetectionSettings,
     LabelKind,
@@ -270,6 +271,7 @@ def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> C
     """Return the cell of one row."""
     needs = row.defense in DEFENSES and DEFENSES[row.defense].labels
     labels: LabelKind = row.labels or ("given" if needs else "none")
+    share = SHARES[labels] if row.share is None else row.share
     settings = row_settings(grid, row, seed)
     values = asdict(settings) if settings else {}
     if row.defense == CBD and settings.search.kind != "changes":
@@ -284,7 +286,7 @@ def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> C
         defense=Path(row.defense).name,
         settings=tuple(sorted(flatten(values))),
         labels=labels if row.defense != NO_DEFENSE else "none",
-        share=(row.share or SHARES[labels]) if row.defense != NO_DEFENSE else 0.0,
+        share=share if row.defense != NO_DEFENSE else 0.0,
         seed=seed,
         detection=make_detection(grid, seed),
         code=hash_of(row.defense),
@@ -367,6 +369,8 @@ def settings_of(cell: Cell, defaults: Any = None) -> Any:
     """
     if defaults is None:
         defaults = PurifySettings() if cell.defense == CBD else DEFENSES[cell.defense].settings()
+        if cell.defense == "bcu":  # see make_cell
+            defaults = replace(defaults, spread="pytorch")
     table: dict[str, Any] = {}
     for name, value in cell.settings:
         *outer, last = name.split(".")
@@ -515,7 +519,13 @@ def _key(hint: Any, value: Any, name: str, where: str) -> Any:
         return float(value)
     kind = get_origin(hint) or hint
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        words = {str: "a text", int: "a whole number", bool: "true or false", tuple: "a list"}
+        words = {
+            str: "a text",
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            tuple: "a list",
+        }
         raise SettingsError(f"{where}: {name} is {words.get(kind, 'a table')}, got {value!r}")
     return value
 
@@ -545,6 +555,10 @@ def _check(grid: Grid) -> None:
     if len(set(names)) < len(names) or CLEAN_ROW in names:
         raise SettingsError(f"{grid.name}: two rows have one name: {', '.join(sorted(names))}")
     for row in grid.rows:
+        if row.share is not None and not 0 < row.share <= 1:
+            raise SettingsError(
+                f"{grid.name}: {row.name}: share is above 0 and at most 1, got {row.share:g}"
+            )
         if row.defense in DEFENSES and DEFENSES[row.defense].labels and row.labels == "none":
             raise SettingsError(f"{grid.name}: {row.name} needs labels, given or pseudo")
     if not grid.seeds or min(grid.seeds) < 0 or len(set(grid.seeds)) < len(grid.seeds):
@@ -580,7 +594,7 @@ def _run_own(defense: str, code: str) -> Any:
 def _beside(path: Path, place: str) -> str:
     """Return a relative path in a grid file as one from here."""
     scheme, colon, rest = place.rpartition(":")
-    if not rest or (not colon and "/" not in rest) or at_home(rest).is_absolute():
+    if not rest or place in SCHEMES or at_home(rest).is_absolute():
         return place
     return f"{scheme}{colon}{path.parent / rest}"
 
@@ -595,7 +609,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
-        raise SettingsError(f"{where} is one of {', '.join(get_args(kind))}, got {value!r}")
+        known = ", ".join(map(str, get_args(kind)))
+        raise SettingsError(f"{where} is one of {known}, got {value!r}")
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         kinds = list(get_args(kind))
         if kinds[1:] == [...]:

@@ -10,18 +10,19 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
-from unbackdoor.attack_jobs import make_victim
+from unbackdoor.attack_jobs import make_victim, surrogate_augment
 from unbackdoor.attacks.named import attack_record, named_attack
 from unbackdoor.backbones import Loaded
 from unbackdoor.bench.cells import CLEAN, DEMO, Victim
 from unbackdoor.bench.grid import data_name, file_hash
 from unbackdoor.bench.store import Store, beat, claimed
 from unbackdoor.checkpoint import sha256_of
-from unbackdoor.data import SCHEMES, LabeledImages, draw_rows, from_tensor, load_labeled
+from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_labeled
 from unbackdoor.detection.training import SECONDS_BETWEEN_STATES
 from unbackdoor.errors import CheckpointError, OutputError, SettingsError
+from unbackdoor.evaluation import read_record
 from unbackdoor.jobs import Source, open_source
-from unbackdoor.settings import at_home
+from unbackdoor.settings import SCHEMES, at_home
 
 EMBEDDED_TRAIN, EMBEDDED_TEST = 4_000, 200  # of the 5,000 that come with the package
 WAIT = 5.0  # seconds between looks at a victim that somebody else trains
@@ -131,7 +132,8 @@ def surrogate_of(victim: Victim) -> Victim | None:
     """Return the clean victim that CLA perturbs its images by; None for other attacks."""
     if victim.attack != "cla" or victim.settings is None:
         return None
-    return replace(victim, attack=CLEAN, settings=replace(victim.settings, augment="shift"))
+    settings = replace(victim.settings, augment=surrogate_augment(victim.size))
+    return replace(victim, attack=CLEAN, settings=settings)
 
 
 def find_victim(
@@ -148,8 +150,8 @@ def find_victim(
         if not (found.tensors.is_file() and found.record.is_file()):
             continue
         try:
-            made = dict(json.loads(found.record.read_text()))
-        except ValueError:
+            made = dict(read_record(str(found.record)))
+        except CheckpointError:
             say(f"{found.tensors}: not used, for its record is damaged")
             continue
         why = why_not(victim, made, place, load=load)
