@@ -92,6 +92,7 @@ SIG = attack_record(named("sig"))
         {**SIG, "share": None},
         {**SIG, "more": 1},
         {**SIG, "trigger": {"name": "badnets", "size": 3.5}},
+        {**SIG, "trigger": {**SIG["trigger"], "sha256": "0" * 64}},
     ],
 )
 def test_a_record_of_another_kind_is_refused(record):

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pytest
@@ -42,6 +43,7 @@ OWN = """
 import copy
 import torch
 from dataclasses import dataclass
+from pathlib import Path
 from unbackdoor.defenses.common import Defended
 
 @dataclass(frozen=True)
@@ -85,6 +87,13 @@ class Bare:
 def wants_a_setting(backbone, data, settings: Bare, *, device="cpu", on_step=None):
     pass
 
+@dataclass(frozen=True)
+class Placed:
+    place: Path = Path("x")
+
+def takes_a_path(backbone, data, settings: Placed, *, device="cpu", on_step=None):
+    pass
+
 def names_no_type(backbone, data, settings: "Nowhere", *, device="cpu", on_step=None):
     pass
 """
@@ -97,6 +106,7 @@ class Odd:
     maybe: float | None = None
     pair: tuple[int, float] = (1, 2.0)
     either: int | str = 1
+    mode: Literal[1, 2] = 1
 
 
 @pytest.fixture(scope="session")
@@ -315,6 +325,7 @@ def test_a_seed_that_cannot_be_is_refused(seed, own):
         ("logs_nothing", "its log must be a dict, got a NoneType"),
         ("logs_itself", "its log must be what JSON can hold: Circular"),
         ("wants_a_setting", "the setting 'factor' has no default; give it one"),
+        ("takes_a_path", "its settings must be what JSON can hold: .*Path"),
         ("names_no_type", "its annotations cannot be read: name 'Nowhere' is not defined"),
     ],
 )
@@ -373,10 +384,12 @@ def test_settings_are_read_as_what_they_are():
     own = settings_from(Odd(), ["maybe=2", "pair=3,1/2"])
     assert (own.maybe, own.pair) == (2.0, (3, 0.5))
     assert settings_from(own, ["maybe=none"]).maybe is None
+    assert settings_from(own, ["mode=2"]).mode == 2
     for text, message in (
         ("pair=3", "pair is of type tuple, got '3'"),
         ("maybe=x", "maybe is of type float, got 'x'"),
         ("either=3", "cannot be given as a text"),
+        ("mode=3", "mode is one of 1, 2, got '3'"),
     ):
         with pytest.raises(SettingsError, match=message):
             settings_from(Odd(), [text])

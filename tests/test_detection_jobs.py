@@ -8,7 +8,7 @@ import torch
 from conftest import write_voc
 
 from unbackdoor.checkpoint import sha256_of
-from unbackdoor.detection.jobs import name_files, open_detector, train_file
+from unbackdoor.detection.jobs import name_files, open_detector, plan_files, train_file
 from unbackdoor.errors import (
     ArchitectureError,
     CheckpointError,
@@ -170,6 +170,12 @@ def test_a_bad_output_is_refused(source, voc, tmp_path, out, options, error, mes
     with pytest.raises(error, match=message):
         train(source, voc, tmp_path / out, **options)
     assert not list(tmp_path.glob("d.*"))
+
+
+def test_a_folder_is_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "d.safetensors").mkdir()
+    with pytest.raises(OutputError, match="is a folder; pass a file"):
+        plan_files(tmp_path / "net.pt", tmp_path / "d.safetensors", overwrite=True, resume=False)
 
 
 def test_the_input_is_never_the_output(source, voc, tmp_path):

@@ -122,6 +122,15 @@ def test_the_output_is_read_like_the_input_and_repeats_bit_for_bit(victim, photo
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_a_run_without_any_loss_is_written_too(victim, photos, tmp_path):
+    alone = {"pull": 0.0, "align": 0.0, "distill": 1.0, "batch_norm": "frozen", "weight_decay": 0.0}
+    source, out = Source(victim, "cifar/wrn16_1", size=16), tmp_path / "clean.safetensors"
+    outputs = purify_file(source, photos, out, replace(QUICK, **alone), device="cpu")
+    losses = [epoch["total"] for epoch in json.loads(outputs.record.read_text())["history"]]
+    assert losses == [0.0, 0.0]
+    assert "Losses" in outputs.report.read_text()
+
+
 def test_half_precision_files_stay_half_precision(photos, tmp_path):
     tensors = build("cifar/wrn16_1").network.half().state_dict()
     save_file(tensors, tmp_path / "half.safetensors")
@@ -266,7 +275,7 @@ def test_a_dry_run_takes_what_a_run_takes(victim, photos, tmp_path):
         ("clean.onnx", r"end it in .safetensors, .pt, .pth, .bin"),
         ("nowhere/clean.pt", "there is no folder"),
         ("victim.pth", "would change the input .*, which never happens; pass another file"),
-        ("folder.pt", "is a folder; pass another --out"),
+        ("folder.pt", "is a folder; pass a file"),
         ("old.pt", "exists already; pass --force"),
     ],
 )

@@ -81,8 +81,12 @@ def test_a_file_is_scored_and_nothing_replaced(source, data, tmp_path):
     ):
         transfer_file(source, data, "badnets", device="cpu", out=source.checkpoint, overwrite=True)
     assert source.checkpoint.read_bytes() == before
-    with pytest.raises(SettingsError, match="labels must be at least 2, got 1"):
-        transfer_file(source, data, "badnets", labels=1, device="cpu")
+    for wrong, message in (
+        ({"labels": 1}, "labels must be at least 2, got 1"),
+        ({"seed": 2**64}, "seed is 0 to 4294967295"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            transfer_file(source, data, "badnets", device="cpu", **wrong)
     words = [str(source.checkpoint), "--arch", "cifar/wrn16_1", "--data", data]
     words += ["--attack", "badnets", "--size", "16", "--labels", "50", "--device", "cpu"]
     assert main(["transfer", *words, "--out", str(out), "--force"]) == 0

@@ -204,6 +204,10 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
         defaults = replace(defaults, seed=seed)
     settings = settings_from(defaults, values)
     check_seed(getattr(settings, "seed", 0))
+    try:
+        json.dumps(asdict(settings))
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{name}: its settings must be what JSON can hold: {error}") from error
     return Chosen(name, function, settings, needs_labels)
 
 
@@ -399,8 +403,11 @@ def _with(settings: Any, name: str, value: str, *, whole: str) -> Any:
         if value.lower() == "none" and len(kinds) < len(get_args(kind)):
             return replace(settings, **{first: None})
         kind = kinds[0] if len(kinds) == 1 else kind
-    if get_origin(kind) is Literal and value not in get_args(kind):
-        raise SettingsError(f"{whole} is one of {', '.join(get_args(kind))}, got {value!r}")
+    if get_origin(kind) is Literal:
+        known = {str(each): each for each in get_args(kind)}
+        if value not in known:
+            raise SettingsError(f"{whole} is one of {', '.join(known)}, got {value!r}")
+        return replace(settings, **{first: known[value]})
     try:
         read = _read(kind, value)
     except (ValueError, KeyError, ZeroDivisionError) as error:
@@ -422,7 +429,7 @@ def _read(kind: Any, value: str) -> Any:
         return {"true": True, "false": False}[value.lower()]
     if kind is int:
         return int(value)
-    if kind is str or get_origin(kind) is Literal:
+    if kind is str:
         return value
     raise SettingsError(
         f"a setting of the type {kind} cannot be given as a text, such as {value!r}"

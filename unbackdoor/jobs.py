@@ -27,9 +27,8 @@ from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import (
     TORCH_SUFFIXES,
     Tree,
-    check_folder,
+    check_output,
     check_tensors,
-    refuse_inputs,
     sha256_of,
     write_tensors,
     write_text,
@@ -326,17 +325,14 @@ def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) 
     """Return the files to write, after all that could forbid writing them has been checked.
 
     Raises:
-        OutputError: If ``out`` has another suffix, is the input, or exists; as ``check_folder``; or
-            if an interrupted run left its state and it is neither resumed nor overwritten.
+        OutputError: If ``out`` has another suffix, is the input, or exists; as ``check_output``;
+            or if an interrupted run left its state and it is neither resumed nor overwritten.
     """
     if out.suffix not in FLAT + TORCH_SUFFIXES:
         raise OutputError(f"{out}: end it in {', '.join(FLAT + TORCH_SUFFIXES)}")
-    check_folder(out)
     outputs = name_outputs(out)
     for path in outputs:
-        refuse_inputs(path, [checkpoint])
-        if path.is_dir():
-            raise OutputError(f"{path}: is a folder; pass another --out")
+        check_output(path, overwrite=True, inputs=[checkpoint])
     written = () if resume else outputs[:3]
     refuse_existing(written, outputs.state, overwrite=overwrite, resume=resume)
     return outputs
@@ -628,7 +624,7 @@ def losses_picture(history: list[dict[str, float]]) -> Any:
     used = {name: [epoch[name] for epoch in history] for name in names}
     return curves_picture(
         "Losses",
-        {name: values for name, values in used.items() if any(values)},
+        {name: values for name, values in used.items() if name == "total" or any(values)},
         x_label="epoch",
         y_label="mean loss",
     )

@@ -31,7 +31,7 @@ from unbackdoor.evaluation import (
 from unbackdoor.jobs import Source, open_source, told_of_memory, versions
 from unbackdoor.metrics import Scores, TestSet, read
 from unbackdoor.report import Table, as_text
-from unbackdoor.settings import in_range
+from unbackdoor.settings import check_seed, in_range
 
 EMBEDDED = "fashion-mnist"
 READERS = {"probe": "linear probe", "neighbours": "nearest neighbours"}
@@ -82,6 +82,7 @@ def transfer_file(
     """
     started = time.monotonic()
     in_range("labels", labels, least=2)
+    check_seed(seed)
     if out is not None:
         check_output(out, overwrite=overwrite, inputs=files_read(source, attack))
     source = like_victim(source, attack)

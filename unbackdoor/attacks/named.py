@@ -101,8 +101,8 @@ def attack_from_record(record: Mapping[str, Any]) -> Attack:
     try:
         values = {name: value for name, value in record.items() if name != "pgd"}
         described = dict(record["trigger"])
-        digest = described.pop("sha256", None)
         cls = TRIGGERS[described.pop("name")]
+        digest = described.pop("sha256", None) if cls is Blend else None
         trigger = cls(**_checked(cls, described))
         attack = Attack(**_checked(Attack, {**values, "trigger": trigger}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from unbackdoor.backbones import Backbone, build, public_name
 from unbackdoor.checkpoint import (
     Tree,
-    check_folder,
+    check_output,
     read_checkpoint,
-    refuse_inputs,
     sha256_of,
     write_tensors,
     write_text,
@@ -203,16 +202,15 @@ def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> D
     """Return the files to write, after all that could forbid writing them has been checked.
 
     Raises:
-        OutputError: If ``out`` has another suffix, is the input, or exists; as ``check_folder``; or
+        OutputError: If ``out`` has another suffix, is the input, or exists; as ``check_output``; or
             if an interrupted run left its state and it is neither resumed nor overwritten.
         SettingsError: If it shall both start again and go on.
     """
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a detector's file ends in .safetensors")
-    check_folder(out)
     files = name_files(out)
     for path in files:
-        refuse_inputs(path, [backbone])
+        check_output(path, overwrite=True, inputs=[backbone])
     last = files[1:2] if resume else files[:2]  # the record is written last
     refuse_existing(last, files.state, overwrite=overwrite, resume=resume)
     return files
