@@ -61,14 +61,14 @@ from unbackdoor.evaluation import (
     Split,
     divide,
     doubts,
-    own_head,
     read_record,
+    read_split,
     reading_record,
     scores_table,
     unread_head,
 )
 from unbackdoor.jobs import Source, open_source, refuse_existing, told_of_memory, versions
-from unbackdoor.metrics import Reading, find_goals, make_test_set, read
+from unbackdoor.metrics import Reading, find_goals
 from unbackdoor.report import (
     Picture,
     amplified_difference,
@@ -388,7 +388,7 @@ def plan_victim(
     taken, rows = train, torch.arange(len(train.labels))
     if settings.limit:
         rows = torch.from_numpy(draw_rows(len(train.labels), settings.limit, seed=settings.seed))
-        taken = LabeledImages(train.images[rows], train.labels[rows], train.classes)
+        taken = train.take(rows)
     count_steps(len(taken.labels), settings)
     classes = len(train.classes)
     with torch.random.fork_rng():
@@ -609,14 +609,10 @@ def attacks_of_clean(
 
 def score_victim(backbone: Backbone, plan: Plan) -> dict[str, Reading]:
     """Return the scores of a victim under its attack; of a clean one under every attack."""
-    images, labels, classes = plan.split.test
-    head = own_head(backbone, classes=len(classes))
-
-    def scored(attack: Attack) -> Reading:
-        test = make_test_set(images, labels, attack, classes=len(classes))
-        return read(backbone, head, plan.split.probe, test)
-
-    return {name: scored(attack) for name, attack in plan.scored.items()}
+    return {
+        name: read_split(backbone, plan.split, attack, durable=False)
+        for name, attack in plan.scored.items()
+    }
 
 
 def victim_doubts(plan: Plan, backbone: Backbone, reading: Reading) -> list[str]:
@@ -818,8 +814,7 @@ def _make_surrogate(
     It is made as a victim of its own, with augmentation, or found in ``out`` from an earlier time.
     """
     settings = replace(settings, augment=surrogate_augment(plan.pixels.size))
-    stem = f"{CLEAN}-supervised-seed{settings.seed}"
-    tensors, record = out / f"{stem}.safetensors", out / f"{stem}.json"
+    tensors, record, _ = name_files(CLEAN, out, "supervised", settings)
     if record.exists():
         made = read_record(str(record))
         wanted = json.loads(json.dumps(describe_training(plan, settings) | {"attack": None}))

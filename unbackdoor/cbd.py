@@ -202,7 +202,7 @@ def purify(
             started, losses = time.monotonic(), []
             generator = epoch_generator(settings.seed, epoch, device)
             pool = None
-            if settings.search.kind == "changes" and settings.pull > 0:
+            if settings.learns_changes:
                 pool = _learn(searched, source, settings, generator=generator, ranks=ranks)
             for raw in epoch_batches(source, settings, epoch, ranks):
                 plain = _to_unit(raw, device)

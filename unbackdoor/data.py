@@ -129,6 +129,10 @@ class LabeledImages(NamedTuple):
     labels: Labels
     classes: Classes
 
+    def take(self, rows: Tensor | slice) -> "LabeledImages":
+        """Return these rows, in their order; the classes stay."""
+        return self._replace(images=self.images[rows], labels=self.labels[rows])
+
 
 class Rows(NamedTuple):
     """Row numbers of a labeled set by role; no row has two."""

@@ -20,7 +20,6 @@ from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import Defended, DefenseData, predict
 from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.devices import pick_device
-from unbackdoor.diagnostics import measure
 from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError
 from unbackdoor.jobs import (
     MEASURED,
@@ -33,6 +32,7 @@ from unbackdoor.jobs import (
     describe_network,
     evidence_table,
     make_record,
+    measure_both,
     movement_picture,
     open_source,
     plan_outputs,
@@ -63,7 +63,7 @@ class Chosen(NamedTuple):
     labels: bool  # whether it needs any
 
 
-class Pool(NamedTuple):
+class Owned(NamedTuple):
     """The defender's images, and their true classes where the source tells them."""
 
     images: RawImages
@@ -116,8 +116,8 @@ def defend_file(
     where = pick_device(device)
     pool = load_pool(data, size=loaded.size, labels=kind, share=share, seed=seed)
     with told_of_memory(where):
-        given = label(loaded.backbone.to(where), pool, kind)
-    agreement = pseudo_label_accuracy(given, pool, kind)
+        given = label(loaded.backbone.to(where), pool.images, pool.truth, kind)
+    agreement = pseudo_label_accuracy(given, pool.truth, kind)
     say(f"{data}: {len(pool.images)} images, labels: {kind}")
     if pool.broken:
         say(f"{len(pool.broken)} broken images were replaced: {', '.join(pool.broken[:5])}")
@@ -147,14 +147,10 @@ def defend_file(
 
     say("measuring what changed")
     sample, options = pool.images[:MEASURED], PurifySettings(seed=seed)
-    with told_of_memory(where):
-        original, repaired = loaded.backbone.to(where), result.backbone.to(where)
-        evidence = {
-            "before": measure(original, original, sample, options),
-            "after": measure(repaired, original, sample, options),
-        }
-    record = make_record(source, loaded, data, photos, chosen.settings, (), evidence)
-    record["images"]["broken"] = list(pool.broken)
+    evidence = measure_both(loaded, result.backbone, sample, options, device=where)
+    record = make_record(
+        source, loaded, data, photos, chosen.settings, (), evidence, broken=pool.broken
+    )
     record |= {
         "defense": Path(chosen.name).name,
         "head_tuned": bool(tuned),
@@ -167,7 +163,7 @@ def defend_file(
     }
     page = report_of(record)
     write_outputs(
-        outputs, loaded, repaired, record, page=page, overwrite=overwrite or resume, say=say
+        outputs, loaded, result.backbone, record, page=page, overwrite=overwrite or resume, say=say
     )
     return outputs
 
@@ -237,7 +233,7 @@ def settings_from(defaults: Any, values: Sequence[str]) -> Any:
     return defaults
 
 
-def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, seed: int) -> Pool:
+def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, seed: int) -> Owned:
     """Return the images that the defender has, see ``defender_rows``; never test images.
 
     Raises:
@@ -254,25 +250,25 @@ def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, s
         if labels == "given":
             raise
         photos = load_images(data, size=size, split="train")
-        return Pool(photos.read(draw(len(photos)).tolist()), None, tuple(photos.broken))
+        return Owned(photos.read(draw(len(photos)).tolist()), None, tuple(photos.broken))
     taken = draw(len(images))
-    return Pool(images[taken], truth[taken])
+    return Owned(images[taken], truth[taken])
 
 
-def label(backbone: Backbone, pool: Pool, kind: LabelKind) -> DefenseData:
+def label(
+    backbone: Backbone, images: RawImages, truth: Labels | None, kind: LabelKind
+) -> DefenseData:
     """Return what a defense is given: the images, with labels of the kind asked for."""
     if kind == "none":
-        return DefenseData(pool.images)
-    if kind == "given":
-        return DefenseData(pool.images, pool.truth)
-    return DefenseData(pool.images, predict(backbone, pool.images))
+        return DefenseData(images)
+    return DefenseData(images, truth if kind == "given" else predict(backbone, images))
 
 
-def pseudo_label_accuracy(data: DefenseData, pool: Pool, kind: LabelKind) -> float | None:
+def pseudo_label_accuracy(data: DefenseData, truth: Labels | None, kind: LabelKind) -> float | None:
     """Return the share of pseudo-labels that are right; None if there are none, or no truth."""
-    if kind != "pseudo" or pool.truth is None or data.labels is None:
+    if kind != "pseudo" or truth is None or data.labels is None:
         return None
-    return (data.labels == pool.truth).float().mean().item()
+    return (data.labels == truth).float().mean().item()
 
 
 def run_defense(

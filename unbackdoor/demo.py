@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unbackdoor.backbones import Backbone
 from unbackdoor.cbd import search
@@ -53,12 +53,11 @@ SETTINGS = PurifySettings()  # the defaults, chosen on CIFAR-10: docs/experiment
 
 
 class DemoResult(NamedTuple):
-    """What the demo measured, and where it wrote."""
+    """What the demo measured."""
 
     victim: Reading
     fine_tuned: Reading  # with the probe's 500 labels
     purified: Reading
-    report: Path
 
 
 def run_demo(
@@ -117,7 +116,6 @@ def run_demo(
         victim=read(victim, _head(victim), splits.probe, test, plain=splits.unlabeled),
         fine_tuned=read(tuned, head, splits.probe, test, plain=splits.unlabeled),
         purified=read(purified, _head(purified), splits.probe, test, plain=splits.unlabeled),
-        report=report,
     )
     tables = (scores_table(result, splits, test), durability_table(result))
     for table in tables:
@@ -139,13 +137,9 @@ def split_images(seed: int) -> Split:
 
     The unlabeled ones are those that ``--images fashion-mnist --limit 2500 --seed SEED`` takes.
     """
-    images, labels, classes = load_labeled("fashion-mnist", split="test")
-    rows = split_rows(len(images), unlabeled=UNLABELED, probe=PROBE, seed=seed)
-
-    def labeled(chosen: Tensor) -> LabeledImages:
-        return LabeledImages(images[chosen], labels[chosen], classes)
-
-    return Split(images[rows.unlabeled], labeled(rows.probe), labeled(rows.rest))
+    found = load_labeled("fashion-mnist", split="test")
+    rows = split_rows(len(found.labels), unlabeled=UNLABELED, probe=PROBE, seed=seed)
+    return Split(found.images[rows.unlabeled], found.take(rows.probe), found.take(rows.rest))
 
 
 def command_line(source: Source, settings: PurifySettings, out: Path) -> str:
@@ -165,12 +159,7 @@ def command_line(source: Source, settings: PurifySettings, out: Path) -> str:
         *map(str, source.std or ()),
     ]
     for name, value in flatten(asdict(settings)):
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            group, _, last = flag.rpartition(".")
-            words.append(f"--{flag}" if value else f"--{group}.no-{last}")
-        else:
-            words += [f"--{flag}", str(value)]
+        words += [f"--{name.replace('_', '-')}", str(value)]
     return " ".join([*words, "--out", str(out / "clean.safetensors")])
 
 
@@ -241,10 +230,7 @@ def scores_record(
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "seconds": round(seconds, 1),
-        "scores": {
-            name: reading_record(reading)
-            for name, reading in zip(("victim", "fine_tuned", "purified"), result[:3], strict=True)
-        },
+        "scores": {name: reading_record(reading) for name, reading in result._asdict().items()},
     }
 
 
@@ -289,7 +275,7 @@ def feature_groups(
     backbone: nn.Module, images: LabeledImages, test: TestSet, settings: PurifySettings
 ) -> dict[str, Features]:
     """Return features of clean images by class, of triggered and of searched ones."""
-    chosen = LabeledImages(images.images[:EMBEDDED], images.labels[:EMBEDDED], images.classes)
+    chosen = images.take(slice(EMBEDDED))
     groups = {
         name: extract(backbone, chosen.images[chosen.labels == label])
         for label, name in enumerate(chosen.classes)

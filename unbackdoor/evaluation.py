@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from unbackdoor.attacks.named import ATTACKS, attack_from_record, attack_record, named_attack
 from unbackdoor.attacks.poisoning import Attack
@@ -94,20 +94,18 @@ def evaluate_file(
     loaded = open_source(source)
     known = find_attack(attack, size=loaded.size, training=training, target=target)
     split = load_split(data, size=loaded.size, seed=seed)
-    classes = len(split.test.classes)
-    test = make_test_set(split.test.images, split.test.labels, known.attack, classes=classes)
     where = pick_device(device)
     goal = f"class {known.attack.target}"
     if known.attack.goal == "all-to-all":
         goal = "each class plus one"
     say(f"{source.checkpoint}: {known.name}, {known.attack.trigger}, to {goal}")
-    say(f"{len(test.labels)} test images, {len(test.truth)} of them triggered as well")
     backbone = laid_out(loaded.backbone.to(where))
-    plain = split.unlabeled if durable else None
-    head = own_head(backbone, classes=classes)
     with told_of_memory(where):
-        reading = read(backbone, head, split.probe, test, plain=plain)
-    flags = unread_head(backbone, reading, classes=classes) + doubts(known, reading, split.probe)
+        reading = read_split(backbone, split, known.attack, durable=durable)
+    scored = reading.probe
+    say(f"{scored.images} test images, {scored.triggered} of them triggered as well")
+    unread = unread_head(backbone, reading, classes=len(split.test.classes))
+    flags = unread + doubts(known, reading, split.probe)
     record = {
         "schema": 1,
         "checkpoint": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
@@ -157,11 +155,20 @@ def divide(train: LabeledImages, test: LabeledImages, *, seed: int) -> Split:
             f"1 % of {count} training images are too few for a probe: {len(rows.probe)} of one "
             "class"
         )
+    unlabeled, validation = train.images[rows.unlabeled], train.take(rows.validation)
+    return Split(unlabeled, train.take(rows.probe), test, validation)
 
-    def labeled(chosen: Tensor) -> LabeledImages:
-        return LabeledImages(train.images[chosen], train.labels[chosen], train.classes)
 
-    return Split(train.images[rows.unlabeled], labeled(rows.probe), test, labeled(rows.validation))
+def read_split(backbone: Backbone, split: Split, attack: Attack, *, durable: bool) -> Reading:
+    """Score a backbone under an attack by its own head, a probe and neighbours.
+
+    Args:
+        durable: Read again after re-estimation and after a clean fine-tuning.
+    """
+    images, labels, classes = split.test
+    test = make_test_set(images, labels, attack, classes=len(classes))
+    plain = split.unlabeled if durable else None
+    return read(backbone, own_head(backbone, classes=len(classes)), split.probe, test, plain=plain)
 
 
 def is_record(attack: str) -> bool:
@@ -248,7 +255,7 @@ def find_attack(
             f"{attack}: holds no attack (a clean victim's does not); pass an attack's name: "
             f"{', '.join(ATTACKS)}"
         )
-    found = attack_from_record({key: value for key, value in described.items() if key != "name"})
+    found = attack_from_record(described)
     return known_from(record, found, str(described.get("name")))
 
 

@@ -4,8 +4,8 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -45,9 +45,10 @@ from unbackdoor.matching import (
     state_dicts_apart,
 )
 from unbackdoor.ranks import ALONE, Ranks, gather_names, joined
-from unbackdoor.report import Table, bars_picture, curves_picture, render_report
+from unbackdoor.report import Picture, Table, bars_picture, curves_picture, render_report
 from unbackdoor.resume import identity, load_state, save_state
 from unbackdoor.settings import PurifySettings, flatten
+from unbackdoor.types import RawImages
 
 MEASURED = 256  # images that the evidence before and after is measured on
 MOST_NAMED = 10  # broken images in the account; the record has all
@@ -113,11 +114,9 @@ def open_source(source: Source) -> Loaded:
     )
 
 
-@contextmanager
-def all_ranks(device: Literal["auto", "cpu", "cuda", "mps"]) -> Iterator[Ranks]:
+def all_ranks(device: Literal["auto", "cpu", "cuda", "mps"]) -> AbstractContextManager[Ranks]:
     """Join the processes that torchrun started; errors are those of ``joined``."""
-    with joined(pick_device(device)) as ranks:
-        yield ranks
+    return joined(pick_device(device))
 
 
 def purify_file(
@@ -204,20 +203,13 @@ def purify_file(
         return outputs
     say("measuring what changed")
     round_as_written(loaded, cast("Backbone", backbone))
-    original = loaded.backbone.to(where)
-    with told_of_memory(where):
-        evidence = {
-            "before": measure(original, original, sample, settings),
-            "after": measure(backbone, original, sample, settings),
-        }
+    evidence = measure_both(loaded, backbone, sample, settings, device=where)
     if broken:
         named = ", ".join(broken[:MOST_NAMED])
         say(f"{len(broken)} broken images were replaced by the next good one: {named}")
-    record = make_record(source, loaded, images, photos, settings, history, evidence)
-    record["images"]["broken"] = broken
+    record = make_record(source, loaded, images, photos, settings, history, evidence, broken=broken)
     record |= {"device": str(where), "precision": how, "processes": ranks.count}
-    record |= {"compiled": compiled}
-    record |= {"output": outputs.tensors.name}
+    record |= {"compiled": compiled, "output": outputs.tensors.name}
     write_outputs(
         outputs,
         loaded,
@@ -275,7 +267,7 @@ def dry_run(
             on_step=on_step,
         )
         learning = 0.0
-        if settings.search.kind == "changes" and settings.pull > 0:
+        if settings.learns_changes:
             generator = torch.Generator(where).manual_seed(settings.seed)
             raw = photos.read(range(min(LEARNED_ON, len(photos))))
             network = network_for_search(
@@ -429,6 +421,23 @@ def describe_epoch(state: PurifyState, settings: PurifySettings) -> str:
     )
 
 
+def measure_both(
+    loaded: Loaded,
+    backbone: nn.Module,
+    images: RawImages,
+    settings: PurifySettings,
+    *,
+    device: torch.device,
+) -> dict[str, Evidence]:
+    """Return the evidence on ``images`` before and after; the original goes to ``device``."""
+    original = loaded.backbone.to(device)
+    with told_of_memory(device):
+        return {
+            "before": measure(original, original, images, settings),
+            "after": measure(backbone, original, images, settings),
+        }
+
+
 def make_record(
     source: Source,
     loaded: Loaded,
@@ -437,11 +446,14 @@ def make_record(
     settings: Any,
     history: tuple[EpochLosses, ...],
     evidence: Mapping[str, Evidence],
+    *,
+    broken: Sequence[str],
 ) -> dict[str, Any]:
     """Return everything about a finished job that JSON can hold; file names without folders.
 
     Args:
         settings: A dataclass.
+        broken: Images that could not be decoded.
     """
     match, checkpoint = loaded.match, loaded.checkpoint
     return {
@@ -469,7 +481,7 @@ def make_record(
             "count": len(photos),
             "size": list(photos.size),
             "fingerprint": photos.fingerprint,
-            "broken": list(photos.broken),
+            "broken": list(broken),
         },
         "settings": asdict(settings),
         "history": [epoch._asdict() for epoch in history],
@@ -553,7 +565,7 @@ def report_of(record: Mapping[str, Any]) -> str:
     )
 
 
-def movement_picture(evidence: Mapping[str, Mapping[str, float]]) -> Any:
+def movement_picture(evidence: Mapping[str, Mapping[str, float]]) -> Picture:
     """Return how far the search and noise move features, before and after."""
     before, after = evidence["before"], evidence["after"]
     return bars_picture(
@@ -618,7 +630,7 @@ def evidence_table(evidence: Mapping[str, Mapping[str, float]]) -> Table:
     )
 
 
-def losses_picture(history: list[dict[str, float]]) -> Any:
+def losses_picture(history: list[dict[str, float]]) -> Picture:
     """Return the loss curves of a run."""
     names = ("total", "pull", "distill", "align")
     used = {name: [epoch[name] for epoch in history] for name in names}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from matplotlib import style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -419,9 +419,7 @@ def boxes_picture(
                 "text for each box"
             )
         height, width = image.shape[2:]
-        shrink = math.ceil(max(height, width) / LARGEST_BOXED)
-        sides = max(1, height // shrink), max(1, width // shrink)
-        small = F.adaptive_avg_pool2d(image.float(), sides).round().to(torch.uint8)
+        small = _shrunk(image, LARGEST_BOXED)
         with style.context(STYLE, after_reset=True):
             figure = Figure((WIDTH, WIDTH * min(height / width, 3) + 0.35))
             axes = figure.subplots()
@@ -543,11 +541,8 @@ def _scatter(
 
 def _strip(images: RawImages) -> np.ndarray:
     """Return the images side by side as RGBA, transparent between them."""
+    images = _shrunk(images, LARGEST_SIDE)
     n, _, height, width = images.shape
-    shrink = math.ceil(max(height, width) / LARGEST_SIDE)
-    if shrink > 1:
-        height, width = max(1, height // shrink), max(1, width // shrink)
-        images = F.adaptive_avg_pool2d(images.float(), (height, width)).round().to(torch.uint8)
     gap = max(1, width // 16)
     strip = np.zeros((height, n * (width + gap) - gap, 4), dtype=np.uint8)
     for index, image in enumerate(images.expand(n, 3, height, width).cpu().numpy()):
@@ -555,6 +550,14 @@ def _strip(images: RawImages) -> np.ndarray:
         strip[:, left : left + width, :3] = image.transpose(1, 2, 0)
         strip[:, left : left + width, 3] = 255
     return strip
+
+
+def _shrunk(images: RawImages, largest: int) -> UInt8[Tensor, "n c _ _"]:
+    """Return images averaged down by a whole number until no side is above ``largest``."""
+    height, width = images.shape[2:]
+    shrink = math.ceil(max(height, width) / largest)
+    sides = max(1, height // shrink), max(1, width // shrink)
+    return F.adaptive_avg_pool2d(images.float(), sides).round().to(torch.uint8)
 
 
 def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:

@@ -260,13 +260,17 @@ class PurifySettings:
                 f"trim {self.trim:g}: the contrastive loss compares each image with all others and "
                 "leaves none out; pass --trim 0"
             )
-        learns = self.search.kind == "changes" and self.pull > 0
-        if learns and self.batch_size < self.changes.count:
+        if self.learns_changes and self.batch_size < self.changes.count:
             raise SettingsError(
                 f"batch_size {self.batch_size} is less than one image for each of "
                 f"{self.changes.count} changes; pass --batch-size {self.changes.count} or more, or "
                 "fewer --changes.patches"
             )
+
+    @property
+    def learns_changes(self) -> bool:
+        """Whether changes of all images are learned, once an epoch."""
+        return self.search.kind == "changes" and self.pull > 0
 
 
 # Differences from the defaults above. All but the first are the paper's own settings; where it is

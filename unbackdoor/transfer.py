@@ -147,14 +147,14 @@ def load_parts(data: str, *, size: int, labels: int, seed: int) -> Parts:
         order = torch.randperm(
             len(test.labels), generator=torch.Generator().manual_seed(seed)
         ).chunk(2)
-        train, test = (_rows(test, rows) for rows in order)
+        train, test = (test.take(rows) for rows in order)
     else:
         train = load_labeled(data, split="train", size=size)
         if train.images.shape == test.images.shape and train.images.equal(test.images):
             raise DataError(f"{data}: training and test images are the same; divide them")
     if labels < len(train.labels):
         rows = torch.from_numpy(draw_rows(len(train.labels), labels, seed=seed))
-        train = _rows(train, rows)
+        train = train.take(rows)
     if len(train.labels.unique()) < 2:
         raise DataError(f"{data}: {len(train.labels)} training images of one class; pass --labels")
     return Parts(train, test)
@@ -172,7 +172,3 @@ def transfer_table(scores: dict[str, Scores], data: str) -> Table:
     return Table(
         f"Transfer to {Path(data).name}, percent", ("read by", "ACC", "PA"), rows, decimals=1
     )
-
-
-def _rows(labeled: LabeledImages, rows: torch.Tensor) -> LabeledImages:
-    return LabeledImages(labeled.images[rows], labeled.labels[rows], labeled.classes)

@@ -92,14 +92,14 @@ def attack_record(attack: Attack) -> dict[str, Any]:
 
 
 def attack_from_record(record: Mapping[str, Any]) -> Attack:
-    """Return the attack that :func:`attack_record` wrote.
+    """Return the attack that :func:`attack_record` wrote; its name may stand beside it.
 
     Raises:
         SettingsError: If the record is of another kind, or this installation draws another pattern
             than the one that was planted.
     """
     try:
-        values = {name: value for name, value in record.items() if name != "pgd"}
+        values = {name: value for name, value in record.items() if name not in ("name", "pgd")}
         described = dict(record["trigger"])
         cls = TRIGGERS[described.pop("name")]
         digest = described.pop("sha256", None) if cls is Blend else None

@@ -45,7 +45,7 @@ def run_local(
     Workers that die are replaced. A cell at which ``TRIES`` have died is recorded as failed; if as
     many die at none, no more are started, and all that is left counts as failed.
     """
-    from unbackdoor.bench.run import Tally, run_cells
+    from unbackdoor.bench.run import run_cells
 
     wanted = _wanted(cells, results)
     if workers == 1:
@@ -80,8 +80,8 @@ def run_local(
             process.terminate()
         raise
     if deaths[NOWHERE] < TRIES:
-        return _tally(cells, results, Tally)
-    return _lost(wanted, results, _tally(cells, results, Tally), say=say)
+        return _tally(cells, results)
+    return _lost(wanted, results, _tally(cells, results), say=say)
 
 
 def run_ray(
@@ -89,7 +89,7 @@ def run_ray(
     results: Path,
     place: "Place",
     *,
-    workers: int = 0,
+    workers: int = 1,
     say: Say = print,
     address: str | None = None,
     gpus: float = 0,
@@ -99,7 +99,7 @@ def run_ray(
     Args:
         results: On storage that all machines share, under the same path.
         place: Likewise.
-        workers: Processors a task takes; 0 is one.
+        workers: Processors a task takes.
         address: Of a running cluster, see ``ray.init``; without one, that of the environment
             variable RAY_ADDRESS or the one that runs on this machine, or else one is started here.
         gpus: A task takes.
@@ -115,7 +115,7 @@ def run_ray(
             "--backend local"
         ) from error
     from unbackdoor.bench.obtain import for_any_folder
-    from unbackdoor.bench.run import Tally, by_victim
+    from unbackdoor.bench.run import by_victim
 
     wanted = _wanted(cells, results)
     started = not ray.is_initialized()
@@ -129,12 +129,12 @@ def run_ray(
                 f"{asked}: no Ray cluster can be reached ({error}); start one by `ray start "
                 "--head` and pass --address auto or the address that it prints, or pass local"
             ) from error
-    task = ray.remote(num_cpus=workers or 1, num_gpus=gpus, max_retries=TRIES)(work)
+    task = ray.remote(num_cpus=workers, num_gpus=gpus, max_retries=TRIES)(work)
     folder, place = results.resolve(), for_any_folder(place)
     jobs = {}
     for victim, group in by_victim(wanted):
         owner = f"{os.urandom(8).hex()}-{victim.key}"
-        job = task.remote(group, folder, place, workers or 1, owner=owner)
+        job = task.remote(group, folder, place, workers, owner=owner)
         jobs[job] = (f"{victim.attack}, seed {victim.seed}", group, owner)
     lost: list[Cell] = []
     died: set[str] = set()
@@ -153,7 +153,7 @@ def run_ray(
     finally:
         if started:
             ray.shutdown()
-    return _lost(lost, results, _tally(cells, results, Tally), died=died, say=say)
+    return _lost(lost, results, _tally(cells, results), died=died, say=say)
 
 
 def _knock(address: str | None) -> None:
@@ -228,9 +228,11 @@ def _record_death(cell: Cell, store: Store, say: Say) -> None:
     say(f"failed: {describe(cell)}: its worker died, again and again")
 
 
-def _tally(cells: Sequence[Cell], results: Path, kind: "type[Tally]") -> "Tally":
+def _tally(cells: Sequence[Cell], results: Path) -> "Tally":
+    from unbackdoor.bench.run import Tally
+
     store = open_store(results)
     keys = {cell.key for cell in cells}
     done = sum(store.is_done(key) for key in keys)
     failed = sum(store.error_of(key) is not None for key in keys)
-    return kind(done, failed, len(keys) - done - failed)
+    return Tally(done, failed, len(keys) - done - failed)

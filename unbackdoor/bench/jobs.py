@@ -19,7 +19,7 @@ from unbackdoor.bench.grid import (
     unknown,
 )
 from unbackdoor.bench.obtain import Place, surrogate_of
-from unbackdoor.bench.report import report_of
+from unbackdoor.bench.report import Part, report_of
 from unbackdoor.bench.run import draw_cells, drop_unneeded, pending
 from unbackdoor.bench.status import as_lines, status_of
 from unbackdoor.bench.store import (
@@ -138,7 +138,9 @@ def run_grids(
     where: dict[str, Any] = {"data": data, "detection_data": detection_data}
     plans = plan_grids(paths, rows=rows, attacks=attacks, seeds=seeds, **where)
     failed, left, store = 0, limit, open_store(results)
-    needed = cells_by_victim(cell for plan in plan_grids(paths, **where) for cell in plan.cells)
+    needed: dict[str, tuple[str, ...]] = {}
+    if drop_victims:  # by cells that are not asked for as well
+        needed = cells_by_victim(cell for plan in plan_grids(paths, **where) for cell in plan.cells)
     for plan in plans:
         if retry:
             forget_failures(store, [cell.key for cell in plan.cells])
@@ -157,7 +159,7 @@ def run_grids(
         place = place_of(group)._replace(
             device=device,
             precision=precision,
-            drop=tuple(needed.items()) if drop_victims else (),
+            drop=tuple(needed.items()),
         )
         common: dict[str, Any] = {"workers": workers, "say": say}
         if backend == "ray":
@@ -169,8 +171,7 @@ def run_grids(
         left = None if left is None else left - len(cells)
         if left == 0:
             break
-    if drop_victims:
-        drop_unneeded(store, needed.items())
+    drop_unneeded(store, needed.items())
     return failed
 
 
@@ -314,7 +315,7 @@ def write_report(
         OutputError: If ``out`` exists and must not be replaced.
     """
     plans = plan_grids(paths, data=data, detection_data=detection_data)
-    parts = [(plan.grid, plan.found, _records(plan, results)) for plan in plans]
+    parts = [Part(plan.grid, plan.found, _records(plan, results)) for plan in plans]
     store = look_at(results)
     features = {
         cell.key: kept

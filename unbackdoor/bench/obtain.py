@@ -91,10 +91,9 @@ def load_sets(data: str, size: int) -> Sets:
     """
     if data != "fashion-mnist":
         return Sets(*(load_labeled(data, split=part, size=size) for part in ("train", "test")))
-    images, labels, classes = load_labeled(data, split="test", size=size)
+    both = load_labeled(data, split="test", size=size)
     cut, end = EMBEDDED_TRAIN, EMBEDDED_TRAIN + EMBEDDED_TEST
-    train = LabeledImages(images[:cut], labels[:cut], classes)
-    return Sets(train, LabeledImages(images[cut:end], labels[cut:end], classes))
+    return Sets(both.take(slice(cut)), both.take(slice(cut, end)))
 
 
 def obtain_victim(
@@ -228,10 +227,6 @@ def _train(
     folder = store.victim_folder(victim.key)
     state = folder / f"{victim.stem}.state.safetensors"
 
-    def step(done: int, steps: int) -> None:
-        beat(store)
-        on_step(done, steps)
-
     def train(*, resume: bool) -> None:
         make_victim(
             victim.attack,
@@ -249,7 +244,7 @@ def _train(
             overwrite=not resume,
             resume=resume,
             say=say,
-            on_step=step,
+            on_step=on_step,
         )
 
     if state.exists():

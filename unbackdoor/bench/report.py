@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 def report_of(
-    parts: Sequence[tuple[Grid, Sequence[Entry], Mapping[str, Record]]],
+    parts: Sequence[Part],
     features: Mapping[str, Mapping[str, Any]],
     detections: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> str:
@@ -53,14 +53,13 @@ def report_of(
         features: What ``cell_features`` kept, by key.
         detections: What ``read_detections`` returns, by key.
     """
-    made = [Part(*part) for part in parts]
     sections = [
         section
-        for part in made
+        for part in parts
         for section in (*sections_of(part), *detected(part.found, detections))
     ]
     named: dict[str, Entry] = {}  # grids share cells: each has the row of the first
-    for part in made:
+    for part in parts:
         for entry in part.found:
             named.setdefault(entry.cell.key, entry)
     pictures = [
@@ -69,15 +68,15 @@ def report_of(
         if (kept := features.get(key)) is not None
         for picture in figures(kept, f"{kept['title']}, {entry.cell.victim.arch}, row {entry.row}")
     ]
-    known = {key for part in made for key in part.records}
-    wanted = {entry.cell.key for part in made for entry in part.found}
+    known = {key for part in parts for key in part.records}
+    wanted = {entry.cell.key for part in parts for entry in part.found}
     return render_report(
         "Attacks and defenses",
         f"{len(known)} of {len(wanted)} cells are done. Accuracy (ACC), attack success rate (ASR) "
         "and accuracy on triggered images (PA) are read by a linear probe on the frozen features, "
         "unless a table says otherwise. What a defense only masks comes back when statistics are "
         "re-estimated or the network is fine-tuned: see the tables that ask whether it lasts.",
-        (*sections, *pictures, *undrawn(made, features), origins(made)),
+        (*sections, *pictures, *undrawn(parts, features), origins(parts)),
     )
 
 

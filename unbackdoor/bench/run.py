@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from unbackdoor.attack_jobs import describe_device
-from unbackdoor.attacks.named import named_attack
+from unbackdoor.attacks.named import attack_from_record, named_attack
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.backbones import Backbone, Loaded, network_state
 from unbackdoor.bench.cells import CBD, CLEAN, NO_DEFENSE, Cell, Victim, as_record, describe
@@ -45,29 +45,21 @@ from unbackdoor.bench.store import (
 from unbackdoor.cbd import PurifyState, purify
 from unbackdoor.checkpoint import Tree, write_tensors
 from unbackdoor.data import LabeledImages, from_tensor
-from unbackdoor.defense_jobs import (
-    Pool,
-    find_defense,
-    label,
-    pseudo_label_accuracy,
-    run_defense,
-)
+from unbackdoor.defense_jobs import find_defense, label, pseudo_label_accuracy, run_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.devices import laid_out, peak_memory, pick_device, pick_precision
 from unbackdoor.evaluation import (
     Known,
-    Split,
     counts,
     divide,
     doubts_of_seed,
-    find_attack,
     known_from,
-    own_head,
+    read_split,
     reading_record,
 )
 from unbackdoor.jobs import versions
-from unbackdoor.metrics import Reading, make_test_set, read
+from unbackdoor.metrics import Reading
 from unbackdoor.resume import find_state, identity, save_state
 from unbackdoor.roles import defender_rows
 
@@ -161,10 +153,11 @@ def draw_cells(
                 continue
             say(describe(cell))
             found = obtain_victim(cell.victim, store, place, load=load, say=say, on_step=step)
-            loaded = open_victim(found, json.loads(found.record.read_text()))
+            made = json.loads(found.record.read_text())
+            loaded = open_victim(found, made)
             sets = load(place.data, loaded.size)
-            split = divide(sets.train, sets.test, seed=cell.seed)
-            attack = attack_of(cell, found, size=loaded.size)
+            split = divide(*sets, seed=cell.seed)
+            attack = attack_of(cell.victim, cell.attack, made)
             if not path.is_file():
                 repaired = repair(cell, loaded, sets.train, store, place, on_step=step)
                 kept = cell_features(loaded.backbone, repaired.backbone, split, attack, cell)
@@ -272,7 +265,7 @@ def defender_images(train: LabeledImages, cell: Cell) -> LabeledImages:
     """
     given = cell.labels == "given"
     taken = defender_rows(len(train.labels), labeled=given, share=cell.share, seed=cell.seed)
-    return LabeledImages(train.images[taken], train.labels[taken], train.classes)
+    return train.take(taken)
 
 
 def run_cell(
@@ -301,7 +294,7 @@ def run_cell(
         write_tensors(path, tree, metadata={"format": "pt"}, overwrite=True)
         write_json(store.defended_path(cell.key), record)
     source = source_of(store.backbone_path(cell.key), made)
-    attack = attack_of(cell, found, size=open_victim(found, made).size)
+    attack = attack_of(cell.victim, cell.attack, made)
     known = known_from(made, attack, cell.attack)
     detection = detect_cell(cell, source, known, store, place, say=say, on_step=on_step)
     detection["revision"] = revision()
@@ -324,8 +317,8 @@ def defend_cell(
     made = json.loads(found.record.read_text())
     loaded = open_victim(found, made)
     sets = shared.load(place.data, loaded.size)
-    split = divide(sets.train, sets.test, seed=cell.seed)
-    attack = attack_of(cell, found, size=loaded.size)
+    split = divide(*sets, seed=cell.seed)
+    attack = attack_of(cell.victim, cell.attack, made)
     delivered = shared.before(found, cell.attack, cell.victim, cell.seed, place, shared.load)
     alike = repair_key(cell)
     if alike not in shared.repairs:
@@ -336,7 +329,8 @@ def defend_cell(
     seconds = {"defense": repaired.seconds}
     reading = delivered
     if cell.defense != NO_DEFENSE:
-        reading = read_scores(loaded._replace(backbone=repaired.backbone), split, attack, device)
+        backbone = laid_out(repaired.backbone.to(device))
+        reading = read_split(backbone, split, attack, durable=True)
     if cell.key in place.features:
         kept = cell_features(loaded.backbone, repaired.backbone, split, attack, cell)
         write_json(store.features_path(cell.key), kept, indent=None)
@@ -368,12 +362,17 @@ def defend_cell(
     return record, repaired.backbone
 
 
-def attack_of(cell: Cell, found: Found, *, size: int) -> Attack:
-    """Return what a cell is scored under; the victim's record has the attack that was planted."""
-    if cell.victim.attack != CLEAN:
-        return find_attack(str(found.record), size=size).attack
-    options = {"target": cell.victim.target}
-    return named_attack(cell.attack, size=size, training=cell.victim.training, options=options)
+def attack_of(victim: Victim, name: str, made: Mapping[str, Any]) -> Attack:
+    """Return what a victim is scored under: what its record says was planted.
+
+    Args:
+        name: Of the attack that a clean victim is scored under.
+        made: The record.
+    """
+    if victim.attack != CLEAN:
+        return attack_from_record(made["attack"])
+    options = {"target": victim.target}
+    return named_attack(name, size=made["size"], training=victim.training, options=options)
 
 
 def score_victim(
@@ -385,22 +384,11 @@ def score_victim(
     load: Callable[[str, int], Sets],
 ) -> Reading:
     """Score a victim as it is delivered, and whether that lasts."""
-    loaded = open_victim(found, json.loads(found.record.read_text()))
+    made = json.loads(found.record.read_text())
+    loaded = open_victim(found, made)
     split = divide(*load(place.data, loaded.size), seed=seed)
-    cell = Cell(victim, attack, NO_DEFENSE, (), "none", 0.0, seed)
-    planted = attack_of(cell, found, size=loaded.size)
-    return read_scores(loaded, split, planted, pick_device(place.device))
-
-
-def read_scores(loaded: Loaded, split: Split, attack: Attack, device: torch.device) -> Reading:
-    """Score a backbone by head, probe and neighbours, and the probe after what users do."""
-    classes = len(split.test.classes)
-    images, labels, _ = split.test
-    test = make_test_set(images, labels, attack, classes=classes)
-    backbone = laid_out(loaded.backbone.to(device))
-    return read(
-        backbone, own_head(backbone, classes=classes), split.probe, test, plain=split.unlabeled
-    )
+    backbone = laid_out(loaded.backbone.to(pick_device(place.device)))
+    return read_split(backbone, split, attack_of(victim, attack, made), durable=True)
 
 
 def repair(
@@ -424,10 +412,10 @@ def repair(
     }
     if cell.defense == CBD:
         return _purify(cell, loaded, pool, store, place, told=told, on_step=on_step)
-    backbone, known = loaded.backbone.to(device), Pool(pool.images, pool.labels)
-    data = label(backbone, known, cell.labels)
+    backbone = loaded.backbone.to(device)
+    data = label(backbone, pool.images, pool.labels, cell.labels)
     if cell.labels == "pseudo":
-        told["pseudo_label_accuracy"] = pseudo_label_accuracy(data, known, cell.labels)
+        told["pseudo_label_accuracy"] = pseudo_label_accuracy(data, pool.labels, cell.labels)
     chosen = find_defense(find_own(cell, place.own), seed=cell.seed)
     chosen = chosen._replace(settings=settings_of(cell, chosen.settings))
     of = {

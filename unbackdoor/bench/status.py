@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unbackdoor.bench.cells import CLEAN, Cell, Victim, describe
+from unbackdoor.bench.cells import CLEAN, Cell, Victim, as_record, describe
 from unbackdoor.bench.store import Store, is_running, read_records
 
 
@@ -67,10 +67,7 @@ def estimate(
     everything: list[float] = []
     for record in records:
         cell, seconds = record["cell"], record["seconds"]["all"]
-        detects = cell.get("detection") is not None
-        clean = cell["victim"]["attack"] == CLEAN
-        sort = (cell["defense"], cell["victim"]["arch"], detects, clean)
-        for one in (sort, (*sort, _without_seed(cell["settings"]), cell["share"])):
+        for one in _kinds(cell):
             of_kind.setdefault(one, []).append(seconds)
         everything.append(seconds)
         kind = (cell["victim"]["training"], cell["victim"]["arch"])
@@ -78,10 +75,8 @@ def estimate(
             trained[record["victim"]["key"]] = (kind, record["victim"]["seconds"])
     total, guessed = 0.0, 0
     for cell in left:
-        detects, clean = cell.detection is not None, cell.victim.attack == CLEAN
-        sort = (cell.defense, cell.victim.arch, detects, clean)
-        exactly = (*sort, _without_seed(cell.settings), cell.share)
-        known = of_kind.get(exactly) or of_kind.get(sort)
+        exactly, roughly = _kinds(as_record(cell))
+        known = of_kind.get(exactly) or of_kind.get(roughly)
         guessed += known is None
         total += statistics.median(known or everything)
     for victim in victims:
@@ -111,9 +106,13 @@ def as_lines(name: str, status: Status) -> list[str]:
     return lines
 
 
-def _without_seed(settings: Sequence[Sequence[Any]]) -> str:
-    """Return settings, of a cell or its record, as one text; seeds take the same time."""
-    return json.dumps([pair for pair in settings if pair[0] != "seed"])
+def _kinds(cell: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return what a recorded cell has in common with those of about its duration, and roughly."""
+    victim = cell["victim"]
+    detects, clean = cell.get("detection") is not None, victim["attack"] == CLEAN
+    roughly = (cell["defense"], victim["arch"], detects, clean)
+    settings = json.dumps([pair for pair in cell["settings"] if pair[0] != "seed"])
+    return (*roughly, settings, cell["share"]), roughly
 
 
 def _victims(cells: Sequence[Cell]) -> list[Victim]:
