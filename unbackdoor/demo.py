@@ -49,7 +49,7 @@ SHOWN = 8  # images in the report
 EMBEDDED = 300  # images of each kind in the t-SNE
 CLASSES = 10
 
-SETTINGS = PurifySettings()  # the defaults, chosen on CIFAR-10: docs/experiments/changes.md
+SETTINGS = PurifySettings()  # chosen on CIFAR-10, but for trim: docs/experiments/images.md
 
 
 class DemoResult(NamedTuple):
