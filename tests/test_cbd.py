@@ -307,7 +307,9 @@ class CachesInEval(nn.Module):
         return self.network(images) * self.kept
 
 
-@pytest.mark.parametrize("settings", [OURS, QUICK])
+@pytest.mark.parametrize(
+    "settings", [OURS, QUICK, replace(QUICK, search=replace(QUICK.search, batch_norm="batch"))]
+)
 def test_what_a_network_keeps_in_eval_mode_is_made_anew_at_every_step(settings, network, images):
     kept, anew = (
         purify(CachesInEval(network, keeps=keeps).eval(), images, settings).backbone
@@ -379,6 +381,16 @@ def test_delivered_statistics_are_those_of_plain_images(network, images):
     torch.testing.assert_close(
         clean[1].running_mean, convolved.mean((0, 2, 3)), atol=1e-5, rtol=1e-4
     )
+
+
+def test_delivered_statistics_do_not_depend_on_the_order_of_classes(network, images):
+    ordered = torch.cat([images // 3, 150 + images // 3])
+    settings = replace(QUICK, epochs=1, batch_size=20, learning_rate=1e-9)
+    clean = purify(network, ordered, settings).backbone
+    whole = clean[0](as_unit(ordered)).var((0, 2, 3))
+    one_class = clean[0](as_unit(ordered[:40])).var((0, 2, 3))
+    assert (clean[1].running_var > 0.9 * whole).all()
+    assert one_class.sum() < 0.5 * whole.sum()
 
 
 def test_a_state_is_the_one_after_the_last_epoch(network, images):

@@ -22,7 +22,7 @@ from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
 from unbackdoor import data
-from unbackdoor.data import ImageSource, from_tensor, load_images, load_labeled
+from unbackdoor.data import ImageSource, even_rows, from_tensor, load_images, load_labeled
 from unbackdoor.errors import DataError, UnlabeledError
 
 torch.set_num_threads(1)
@@ -188,6 +188,12 @@ def test_a_tar_without_an_end_is_whole(tmp_path):
     blocks = -(-len(content.rstrip(b"\0")) // tarfile.BLOCKSIZE)
     (tmp_path / "x.tar").write_bytes(content[: blocks * tarfile.BLOCKSIZE])
     assert len(load_images(tmp_path / "x.tar")) == 3
+
+
+def test_even_rows_are_of_all_classes_of_a_folder_in_their_order():
+    assert even_rows(1_000, 4) == [0, 250, 500, 750]
+    assert even_rows(5, 8) == [0, 1, 2, 3, 4]
+    assert even_rows(7, 3) == [0, 2, 4]
 
 
 def test_a_missing_shard_of_a_range_is_named(tmp_path):

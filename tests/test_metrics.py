@@ -9,7 +9,16 @@ from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.batchnorm import reestimate
 from unbackdoor.data import LabeledImages
 from unbackdoor.errors import CheckpointError, DataError
-from unbackdoor.metrics import Reading, Scores, even_parts, fine_tune, make_test_set, read, score
+from unbackdoor.metrics import (
+    Reading,
+    Scores,
+    even_parts,
+    fine_tune,
+    make_test_set,
+    read,
+    reestimated,
+    score,
+)
 from unbackdoor.probe import extract, linear_probe
 
 
@@ -147,10 +156,23 @@ def test_a_durable_reading_sees_a_backdoor_that_hides_behind_the_statistics(two_
     ("count", "sizes"), [(3, [3]), (250, [250]), (252, [126, 126]), (2_500, [250] * 10)]
 )
 def test_parts_that_are_averaged_are_of_one_size(count, sizes):
-    images = torch.arange(count).to(torch.uint8).view(-1, 1, 1, 1)
-    parts = even_parts(images, most=250)
+    rows = torch.arange(count)
+    parts = even_parts(rows, most=250)
     assert [len(part) for part in parts] == sizes
-    assert torch.equal(torch.cat(parts), images)
+    assert torch.equal(torch.cat(parts), rows)
+
+
+def test_fresh_statistics_do_not_depend_on_the_order_of_classes(two_kinds):
+    network, labeled = two_kinds
+    ordered = labeled.images[labeled.labels.argsort()].repeat_interleave(10, 0)
+    convolved = network[0](ordered.float() / 255)
+    expected = convolved.var((0, 2, 3))
+    torch.testing.assert_close(
+        reestimated(network, ordered)[1].running_var, expected, rtol=0.02, atol=0
+    )
+    by_class = copy.deepcopy(network)  # the control: batches as they come
+    reestimate(by_class, (ordered.float() / 255).split(200))
+    assert by_class[1].running_var.sum() < 0.7 * expected.sum()
 
 
 def test_a_reading_goes_through_head_probe_and_neighbours(two_kinds):

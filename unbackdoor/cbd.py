@@ -26,7 +26,7 @@ from unbackdoor.batchnorm import (
     without_running_statistics,
 )
 from unbackdoor.changes import Pool, learn_changes
-from unbackdoor.data import ImageSource, from_tensor
+from unbackdoor.data import ImageSource, even_rows, from_tensor
 from unbackdoor.devices import (
     Precision,
     compile_for_search,
@@ -193,7 +193,8 @@ def purify(
             _restore(state, student, optimizer)
             searched.eval()  # see below
         count = min(WATCHED, len(source))
-        watched = source.read(range(ranks.rank, count - count % ranks.count, ranks.count))
+        rows = even_rows(len(source), count - count % ranks.count)
+        watched = source.read(rows[ranks.rank :: ranks.count])
         spread_of = partial(feature_spread, images=watched, batch_size=settings.batch_size)
         spread = spread_of(network_before, ranks=ranks)
         compare = comparison(settings, embed_original, watched, ranks=ranks)
@@ -222,6 +223,7 @@ def purify(
                         searched, anchor, clean, settings, generator=generator, ranks=ranks
                     )
                 views = Views(anchor, positive, clean, found)
+                student.eval()  # see below: the search may have run it, without gradients
                 terms = loss_terms(embed, embed_original, views, settings, compare, ranks=ranks)
                 loss = weighted_sum(terms, settings)
                 optimizer.param_groups[0]["lr"] = learning_rate(settings, step / steps)
@@ -608,10 +610,15 @@ def _batches(
 def _plain_batches(
     source: ImageSource, settings: PurifySettings, device: torch.device, ranks: Ranks
 ) -> Iterator[Images]:
-    """Yield up to ``REESTIMATED`` images in the source's order, whole batches only."""
+    """Yield up to ``REESTIMATED`` images, drawn by the seed, whole batches only.
+
+    A folder is often in the order of its classes, and a batch of one of them varies too little.
+    """
     count = min(len(source), REESTIMATED)
     count = count // settings.batch_size * settings.batch_size or count - count % ranks.count
-    for raw in _batches(source, torch.arange(count), settings, ranks):
+    draws = epoch_generator(settings.seed, settings.epochs, torch.device("cpu"))  # of no epoch
+    order = torch.randperm(len(source), generator=draws)[:count]
+    for raw in _batches(source, order, settings, ranks):
         yield _to_unit(raw, device)
 
 

@@ -202,6 +202,15 @@ def draw_rows(count: int, limit: int, *, seed: int) -> Integers:
     return np.sort(torch.randperm(count, generator=generator)[:limit].numpy())
 
 
+def even_rows(count: int, most: int) -> list[int]:
+    """Return up to ``most`` of ``count`` row numbers, evenly over all of them.
+
+    A folder is often in the order of its classes; its first images are of one.
+    """
+    taken = min(count, most)
+    return [place * count // taken for place in range(taken)]
+
+
 def split_rows(count: int, *, unlabeled: int, probe: int, seed: int) -> Rows:
     """Split ``count`` row numbers into disjoint parts: for a defense, for a probe, and the rest.
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import torch
 
 from unbackdoor.backbones import Backbone, import_function, network_state
-from unbackdoor.data import from_tensor, load_images, load_labeled
+from unbackdoor.data import even_rows, from_tensor, load_images, load_labeled
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import Defended, DefenseData, predict
 from unbackdoor.defenses.keeping import Keeper
@@ -146,7 +146,8 @@ def defend_file(
     say(f"the head {', '.join(tuned)} was tuned too" if tuned else "the head is as it was")
 
     say("measuring what changed")
-    sample, options = pool.images[:MEASURED], PurifySettings(seed=seed)
+    sample = pool.images[even_rows(len(pool.images), MEASURED)]
+    options = PurifySettings(seed=seed)
     evidence = measure_both(loaded, result.backbone, sample, options, device=where)
     record = make_record(
         source, loaded, data, photos, chosen.settings, (), evidence, broken=pool.broken

@@ -33,7 +33,7 @@ from unbackdoor.checkpoint import (
     write_tensors,
     write_text,
 )
-from unbackdoor.data import ImageSource, load_images
+from unbackdoor.data import ImageSource, even_rows, load_images
 from unbackdoor.devices import peak_memory, pick_device, pick_precision, wait_for
 from unbackdoor.diagnostics import Evidence, measure
 from unbackdoor.errors import DeviceError, DivergedError, OutputError, SettingsError
@@ -197,7 +197,7 @@ def purify_file(
         kept = f"; the last good epoch is kept in {outputs.state}" if outputs.state.exists() else ""
         raise DivergedError(f"{error}{kept}") from error
 
-    sample = photos.read(range(min(MEASURED, len(photos))))
+    sample = photos.read(even_rows(len(photos), MEASURED))
     broken = gather_names(photos.broken, ranks)  # each rank has read images of its own
     if ranks.rank > 0:
         return outputs

@@ -192,10 +192,7 @@ def read(
     if plain is None:
         return reading
 
-    device = next(backbone.parameters()).device
-    renewed = copy.deepcopy(backbone)
-    batches = (part.to(device) for part in even_parts(plain, most=250))
-    reestimate(renewed, (part.float() / 255 for part in batches))
+    renewed = reestimated(backbone, plain)
     features = extract(renewed, labeled.images)
     renewed_probe = linear_probe(features, labeled.labels, classes=classes)
     own = {"head": readers["head"]} if head is not None else {}
@@ -208,12 +205,24 @@ def read(
     )
 
 
-def even_parts(images: RawImages, *, most: int) -> tuple[Tensor, ...]:
-    """Return ``images`` in parts of at most ``most`` and about one size.
+def reestimated(backbone: nn.Module, images: RawImages) -> nn.Module:
+    """Return a copy of ``backbone`` with batch-norm statistics of ``images``, in random batches.
+
+    They may be in the order of their classes, and a batch of one class varies too little.
+    """
+    renewed, device = copy.deepcopy(backbone), next(backbone.parameters()).device
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    batches = (images[rows].to(device) for rows in even_parts(order, most=250))
+    reestimate(renewed, (batch.float() / 255 for batch in batches))
+    return renewed
+
+
+def even_parts(rows: Tensor, *, most: int) -> tuple[Tensor, ...]:
+    """Return ``rows`` in parts of at most ``most`` and about one size.
 
     A short last one would count as much as a whole one where statistics are averaged over parts.
     """
-    return images.chunk(math.ceil(len(images) / most))
+    return rows.chunk(math.ceil(len(rows) / most))
 
 
 def fine_tune(
