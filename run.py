@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
         set_up(environ, update=made_from.startswith(f"{ENVIRONMENT}\n"))
     if arguments[0] == "lint":
         codes = [subprocess.call([PYTHON, "-m", *tool], cwd=ROOT, env=environ) for tool in LINT]
-        sys.exit(max(codes))
+        sys.exit(int(any(codes)))  # of a tool that was killed it is negative
     if arguments[0] == "test":
         os.chdir(ROOT)
         workers = str(min(4, os.cpu_count() or 1))
@@ -93,3 +93,5 @@ if __name__ == "__main__":
         sys.exit(130)
     except subprocess.CalledProcessError:
         sys.exit("The set-up failed, see above. Check network and disk, then run this again.")
+    except OSError as error:
+        sys.exit(f"{error}. Check whether {ROOT} can be written; if it can, delete .venv there.")

@@ -66,6 +66,13 @@ number = 3
 
 def not_a_network():
     return "resnet18"
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(3))
+
+class quantized(nn.Module):
+    def get_extra_state(self):
+        return {}
 """
 
 
@@ -287,6 +294,28 @@ def test_what_timm_would_change_beyond_names_is_a_mismatch(tmp_path):
         load_backbone(tmp_path / "flat.safetensors", "test_vit")
 
 
+def test_what_timm_stumbles_on_is_a_mismatch(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"state_dict": torch.ones(3)}, path)  # timm takes the tensor for the dictionary
+    with pytest.raises(MismatchError):
+        load_backbone(path, "starnet_s1")
+
+
+def test_whole_numbers_in_place_of_weights_are_refused(tmp_path):
+    state = build("cifar/wrn16_1").network.state_dict()
+    state["fc.weight"] = torch.ones_like(state["fc.weight"], dtype=torch.int8)
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"fc\.weight is of torch\.int8; quantized weights"):
+        load_backbone(tmp_path / "x.safetensors", "cifar/wrn16_1")
+
+
+def test_images_that_no_memory_holds_are_refused(tmp_path):
+    path = saved(filled(build("cifar/wrn16_1").network), tmp_path)
+    for size in (10**7, 10**10):
+        with pytest.raises(SettingsError, match="do not fit into memory; pass a smaller --size"):
+            load_backbone(path, "cifar/wrn16_1", size=size)
+
+
 def test_what_timm_changes_in_place_is_a_mismatch(tmp_path, monkeypatch):
     def convert(tensors, network):
         tensors["first"] += 1
@@ -467,6 +496,8 @@ def test_a_last_layer_of_another_name_is_no_head_unless_it_is_named(own):
         ("number", "has no function 'number'"),
         ("crashing", r"crashing fails: KeyError: 'width'"),
         ("not_a_network", "returns a str, not a torch.nn.Module"),
+        ("lazy", r"a network whose 0\.weight has no shape yet; run it once on an image"),
+        ("quantized", "a network whose _extra_state is a dict and no tensor, .*not supported"),
     ],
 )
 def test_a_users_function_that_builds_no_network_is_refused(own, function, message):

@@ -10,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -507,6 +508,50 @@ def test_more_parts_than_a_checkpoint_has_and_endless_names_are_refused(tmp_path
     for name, value in (("many", many), ("deep", deep)):
         with pytest.raises(CheckpointError, match="as no checkpoint has"):
             read_checkpoint(save(value, tmp_path / f"{name}.pt"))
+
+
+def bomb(name: str, count: int) -> bytes:
+    """Return a small pickle that unfolds to ``count`` times ``count`` parts, or copies of them."""
+    ordered = b"ccollections\nOrderedDict\n"
+    storage = b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x00tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor\n(" + storage + b"K\x00h\x00h\x00tR"
+    first, again = {
+        "states": (b"(" + b"N" * count + b"tq\x00" + ordered + b")R", b"h\x00b"),
+        "itself": (b"]q\x00(h\x00" + b"N" * count + b"e", b""),
+        "pairs": (b"(" + b"NN\x86" * count + b"lq\x00(", ordered + b"h\x00\x85R"),
+        "axes": (b"(" + b"K\x00" * count + b"lq\x00(", tensor),
+    }[name]
+    return b"\x80\x04" + first + again * count + (b"l." if first.endswith(b"(") else b".")
+
+
+@pytest.mark.parametrize("name", ["states", "itself", "pairs", "axes"])
+@BOTH_FORMATS
+def test_what_a_small_pickle_unfolds_to_takes_no_memory(tmp_path, name, zipped):
+    path = save_pickle(bomb(name, 5_000), tmp_path / "bomb.pt", zipped=zipped)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError):
+            read_checkpoint(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 * 2**20  # 25 million parts would be 200
+
+
+def test_tensors_that_share_bytes_again_and_again_are_refused(tmp_path):
+    weight = torch.ones(1_000)
+    shared = {f"layer{i}": weight for i in range(12)}
+    assert len(read_checkpoint(save(shared, tmp_path / "shared.pt")).tree) == 12
+    copies = {"w": torch.ones(1), "x": [weight[1:]] * 5_000}
+    with pytest.raises(CheckpointError, match="claim more than 64 times the file's bytes"):
+        read_checkpoint(save(copies, tmp_path / "copies.pt"))
+
+
+def test_a_name_longer_than_any_is_refused_in_safetensors_too(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"a." * 5_000: torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match="longer than 2,000 letters, as no checkpoint has"):
+        read_checkpoint(path)
 
 
 def test_a_shape_beyond_64_bits_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from unbackdoor.cli import app, main
 from unbackdoor.networks import SMALL_NETWORKS
+from unbackdoor.progress import display
 from unbackdoor.settings import PurifySettings, VictimSettings, flatten
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,8 +274,32 @@ def test_what_processes_cannot_share_is_refused_under_torchrun(monkeypatch, caps
     monkeypatch.setenv("RANK", "1")
     assert main(["attack", "badnets"]) == 2
     assert capsys.readouterr().err == (
-        "rank 1: error: only purify can be run by torchrun; start this without it\n"
+        "rank 1: error: only purify can be run by torchrun; start this without it, or unset "
+        "WORLD_SIZE\n"
     )
+    monkeypatch.delenv("RANK")  # a cluster's own variables are not all that torchrun sets
+    assert main(["attack", "badnets"]) == 2
+    assert capsys.readouterr().err.startswith("rank ?: error: only purify")
+
+
+def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
+    name = os.fsencode(tmp_path) + b"/mod\xe8le.toml"
+    Path(os.fsdecode(name)).write_text((ROOT / "grids/smoke.toml").read_text())
+    said = subprocess.run(
+        [*COMMAND, "bench", "status", name, "--results", tmp_path / "none"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert "mod\\udce8le: 0 done" in said.stdout
+
+
+def test_codes_of_pictures_in_a_path_are_left_as_they_are(capsys):
+    with display("x") as shown:
+        shown.say("net.py:brain: 64 features [bold]")
+    assert capsys.readouterr().out == "net.py:brain: 64 features [bold]\n"
 
 
 def test_output_that_nobody_reads_ends_the_run_without_a_traceback():

@@ -413,6 +413,21 @@ def test_foreign_names_are_tried_where_ours_do_not_fit():
     assert match.left_over == ()
 
 
+def test_one_name_of_a_thousand_parts_costs_no_time():
+    state = {"a." * 1_000 + "a": torch.ones(1), **network().state_dict()}
+    assert match_keys(checkpoint(state), shapes(network()), head=HEAD).left_over
+    del state["conv1.weight"]
+    asked = []
+    with pytest.raises(MismatchError):
+        match_keys(
+            checkpoint({"a." * 1_000 + "a": torch.ones(1)}),
+            shapes(network()),
+            head=HEAD,
+            rename=lambda tensors: asked.append(len(tensors)) or {},
+        )
+    assert 1 < len(asked) < 50
+
+
 def test_one_tensor_is_never_two_of_the_networks():
     state = network().state_dict()
     del state["bn1.weight"]

@@ -242,6 +242,16 @@ def test_only_a_cpu_and_cuda_are_shared_and_one_process_joins_nothing(monkeypatc
         joined(torch.device("mps")),
     ):
         pass
+    monkeypatch.setenv("RANK", "0")
+    for count in ("4", ""):  # as a cluster may set it for programs of its own
+        monkeypatch.setenv("WORLD_SIZE", count)
+        with (
+            pytest.raises(
+                SettingsError, match=r"this: LOCAL_RANK, MASTER_ADDR, .*unset WORLD_SIZE"
+            ),
+            joined(torch.device("cpu")),
+        ):
+            pass
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import torch
 import torchvision  # type: ignore[import-untyped]  # it ships no types
 from timm.layers.classifier import ClassifierHead
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from unbackdoor.checkpoint import Checkpoint, read_checkpoint
 from unbackdoor.errors import ArchitectureError, CheckpointError, MismatchError, SettingsError
@@ -253,10 +254,17 @@ def open_backbone(
     architecture = build(arch, head=head)
     match = _match(source, arch, architecture, nesting=nesting, prefix=prefix)
     tensors = matched_tensors(source, match)
+    weights = dict(architecture.network.named_parameters())
     for key, tensor in tensors.items():
         if tensor.is_complex():
             raise CheckpointError(
                 f"{checkpoint}: {key} is of complex numbers, which no network has"
+            )
+        whole = not tensor.is_floating_point()
+        if whole and key in weights and weights[key].is_floating_point():
+            raise CheckpointError(
+                f"{checkpoint}: {key} is of {tensor.dtype}; quantized weights are not supported, "
+                "save them as floating-point ones"
             )
     classes = _count_classes(tensors, architecture.heads)
     if classes and classes != _count_classes(architecture.network.state_dict(), architecture.heads):
@@ -404,6 +412,17 @@ def _build_own(path: Path, name: str, classes: int | None) -> Architecture:
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
         raise ArchitectureError(f"{path}:{name} returns a {kind}, not a torch.nn.Module")
+    for key, value in network.state_dict().items():
+        if is_lazy(value):
+            raise ArchitectureError(
+                f"{path}:{name} returns a network whose {key} has no shape yet; run it once on an "
+                "image before it is returned"
+            )
+        if not isinstance(value, Tensor):
+            raise ArchitectureError(
+                f"{path}:{name} returns a network whose {key} is a {type(value).__name__} and no "
+                "tensor, which is not supported"
+            )
     # a tensor ``mean`` is not taken: it serves a network that normalizes by itself
     mean, std = _numbers(getattr(network, "mean", None)), _numbers(getattr(network, "std", None))
     size = getattr(network, "size", None)
@@ -492,9 +511,10 @@ def _timm_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     convert = getattr(module, "checkpoint_filter_fn", None)
     if convert is None or not module.__name__.startswith("timm.models."):
         return {}
-    stand_ins = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     try:
+        stand_ins = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
         converted = convert(dict(stand_ins), network)
+        places = {key: _place(value) for key, value in converted.items()}
     except Exception:  # whatever a file that is not of this family makes it stumble on
         return {}
     names = {
@@ -502,7 +522,7 @@ def _timm_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
         for name, stand_in in stand_ins.items()
         if stand_in._version == 0  # else its values were changed in place
     }
-    found = {key: names.get(_place(value)) for key, value in converted.items()}
+    found = {key: names.get(place) for key, place in places.items()}
     return {key: name for key, name in found.items() if name is not None}
 
 
@@ -544,7 +564,7 @@ def try_features(backbone: Backbone, *, arch: str, size: int) -> int:
             images apart.
         CheckpointError: If they are NaN or infinite.
     """
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = _noise(size)
     try:
         with torch.no_grad():
             features = backbone(images)
@@ -556,7 +576,7 @@ def try_features(backbone: Backbone, *, arch: str, size: int) -> int:
         raise ArchitectureError(f"{part} {cause}") from error
     if not features.isfinite().all():
         raise CheckpointError(f"{arch} with these weights yields NaN or infinite features")
-    if features.shape[1] < 2 or features[0].equal(features[1]):
+    if len(features) != 2 or features.shape[1] < 2 or features[0].equal(features[1]):
         shape = tuple(features.shape)
         raise ArchitectureError(f"{arch} yields no usable features: shape {shape}, or all alike")
     return int(features.shape[1])
@@ -568,7 +588,7 @@ def try_logits(backbone: Backbone, *, arch: str, size: int) -> int:
     Raises:
         ArchitectureError: If it fails with them on images of this size, or yields something else.
     """
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = _noise(size)
     try:
         with torch.no_grad():
             logits = backbone.logits(images)
@@ -578,6 +598,15 @@ def try_logits(backbone: Backbone, *, arch: str, size: int) -> int:
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ArchitectureError(f"{arch} yields no logits (n, classes), but {_kind_of(logits)}")
     return int(logits.shape[1])
+
+
+def _noise(size: int) -> Images:
+    try:
+        return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    except (RuntimeError, TypeError) as error:  # of more bytes than there are, or can be counted
+        raise SettingsError(
+            f"two images of {size} × {size} pixels do not fit into memory; pass a smaller --size"
+        ) from error
 
 
 def _kind_of(output: object) -> str:

@@ -51,6 +51,9 @@ ALIGNMENT = 16  # bytes; tensors that start elsewhere are copied out of the mapp
 MOST_VISITS = 1_000  # of one container while walking a file; only bombs need more
 MOST_PARTS = 300_000  # of a file, each counted as often as it is referred to
 MOST_LETTERS = 2_000  # of a part's name with the names of all that it lies in
+MOST_STATES = 4  # of an object; pickle gives it one
+MOST_AXES = 64  # of a tensor, as in PyTorch
+MOST_COPIES = 64  # of a file's bytes, in all its tensors together: layers may share theirs
 
 # Trainers' state: it belongs to the old weights, although it holds tensors.
 TRAINER_WORDS = ("optim", "scheduler", "scaler")
@@ -353,6 +356,11 @@ def _read_safetensors(path: Path) -> Tree:
     tree: Tree = dict(safetensors.torch.load_file(path))
     if not tree:
         raise CheckpointError(f"{path}: holds no tensors")
+    if len(longest := max(tree, key=len)) > MOST_LETTERS:
+        raise CheckpointError(
+            f"{path}: has a tensor whose name is longer than {MOST_LETTERS:,} letters, as no "
+            f"checkpoint has: {printable(longest[:60])!r}"
+        )
     return tree
 
 
@@ -692,6 +700,8 @@ def _follow(
             case "BUILD":
                 state = stack.pop()
                 if isinstance(stack[-1], _Object):
+                    if len(stack[-1].states) == MOST_STATES:
+                        raise ValueError("an object is given its state again and again")
                     stack[-1].states.append(state)
             case "BINPERSID":
                 stack.append(_persistent(stack.pop(), storages))
@@ -743,13 +753,16 @@ def _call(function: Any, arguments: Any) -> Any:
         case "builtins.set" | "builtins.frozenset", (list() as entries,):
             return _Object("set", items=entries)
         case "collections.OrderedDict", (list() as entries,):  # as Python 2 wrote it
-            return _Object(path, pairs=[(key, value) for key, value in entries])
+            pairs = [(key, value) for key, value in entries]
+            entries.clear()  # written for this call alone; others would copy it again
+            return _Object(path, pairs=pairs)
     return _Object(path)
 
 
 def _view(storage: Any, dtype: torch.dtype, offset: Any, shape: Any, stride: Any) -> _View:
-    whole = (offset, *shape, *stride)
-    if len(shape) != len(stride) or any(type(n) is not int or not 0 <= n < 2**63 for n in whole):
+    if not len(shape) == len(stride) <= MOST_AXES:
+        raise ValueError("a tensor's shape and strides are of other lengths")
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (offset, *shape, *stride)):
         raise ValueError("a tensor's shape is not made of whole numbers of 64 bits")
     return _View(storage, dtype, offset, tuple(shape), tuple(stride))
 
@@ -777,16 +790,12 @@ class _Harvest:
     dropped: list[str] = field(default_factory=list)
     visits: Counter[int] = field(default_factory=Counter)
     parts: int = 0
+    claimed: int = 0  # bytes, by all tensors together
     cut: dict[str, torch.UntypedStorage] = field(default_factory=dict)
 
     def take(self, value: Any, name: str) -> Tree | Tensor | None:
         """Return the tensors in ``value``, or None (and note it) if there are none."""
-        self.parts += 1
-        if self.parts > MOST_PARTS or len(name) > MOST_LETTERS:
-            raise CheckpointError(
-                f"{self.path}: has more than {MOST_PARTS:,} parts, or one whose name is longer "
-                f"than {MOST_LETTERS:,} letters, as no checkpoint has: {name[:60]!r}"
-            )
+        self.count(1, name)
         if isinstance(value, _View):
             return self.tensor(value, name)
         before = len(self.dropped)
@@ -812,7 +821,10 @@ class _Harvest:
         self.enter(module, prefix)
         state = _attributes(module)
         passing = state.get("_non_persistent_buffers_set")
-        skipped = passing.items if isinstance(passing, _Object) else []
+        skipped: set[str] = set()
+        if isinstance(passing, _Object):
+            self.enter(passing, prefix)
+            skipped = {key for key in passing.items if isinstance(key, str)}
         tree: Tree = {}
         for key, value in (*_children(state["_parameters"]), *_children(state.get("_buffers"))):
             if value is not None and key not in skipped:
@@ -826,14 +838,25 @@ class _Harvest:
 
     def enter(self, value: Any, name: str) -> None:
         """Refuse loops, references that unfold without end, and tensors of unknown layout."""
-        if _children(value):
+        if held := _count_parts(value):
             self.visits[id(value)] += 1
+            if self.visits[id(value)] > 1:  # what is there once is paid for by the file's bytes
+                self.count(held, name)
         if self.visits[id(value)] > MOST_VISITS:
             raise CheckpointError(f"{self.path}: repeats one part of itself without end")
         if isinstance(value, _Object) and "._rebuild_" in value.kind:
             raise CheckpointError(
                 f"{self.path}: {name} is no plain tensor ({_kind(value)}); quantized, sparse and "
                 "other special tensors are not supported, save them as dense ones"
+            )
+
+    def count(self, parts: int, name: str) -> None:
+        """Refuse more parts than a checkpoint has, and names longer than any in one."""
+        self.parts += parts
+        if self.parts > MOST_PARTS or len(name) > MOST_LETTERS:
+            raise CheckpointError(
+                f"{self.path}: has more than {MOST_PARTS:,} parts, or one whose name is longer "
+                f"than {MOST_LETTERS:,} letters, as no checkpoint has: {name[:60]!r}"
             )
 
     def tensor(self, view: _View, name: str) -> Tensor:
@@ -850,6 +873,11 @@ class _Harvest:
             raise CheckpointError(f"{self.path}: {name} {view.shape} reaches beyond its storage")
         if numel * itemsize > self.mapped.nbytes():
             raise CheckpointError(f"{self.path}: {name} {view.shape} is larger than the file")
+        self.claimed += numel * itemsize
+        if self.claimed > MOST_COPIES * self.mapped.nbytes():
+            raise CheckpointError(
+                f"{self.path}: its tensors claim more than {MOST_COPIES} times the file's bytes"
+            )
 
         key = view.storage.key
         if key not in self.cut:
@@ -869,14 +897,22 @@ def _is_module(value: Any) -> bool:
 
 def _attributes(value: _Object) -> dict[str, Any]:
     """Return what an object's ``__dict__`` and slots would have held."""
-    parts = [part for s in value.states for part in (s if isinstance(s, tuple) else (s,))]
-    return {
-        key: inner
-        for part in parts
-        if isinstance(part, _Object)
-        for key, inner in part.pairs
-        if isinstance(key, str)
-    }
+    return {k: inner for part in _states(value) for k, inner in part.pairs if isinstance(k, str)}
+
+
+def _states(value: _Object) -> list[_Object]:
+    """Return the dictionaries that an object was given: its ``__dict__``, perhaps its slots."""
+    pairs = [s if isinstance(s, tuple) and len(s) == 2 else (s,) for s in value.states]
+    return [part for pair in pairs for part in pair if isinstance(part, _Object)]
+
+
+def _count_parts(value: Any) -> int:
+    """Return how many parts a container or object holds itself, whatever their names."""
+    if isinstance(value, list | tuple):
+        return len(value)
+    if not isinstance(value, _Object):
+        return 0
+    return len(value.pairs) + len(value.items) + sum(len(part.pairs) for part in _states(value))
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:

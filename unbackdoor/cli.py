@@ -1,5 +1,6 @@
 """The command line: reads arguments, calls, prints. No logic, and no torch until a command runs."""
 
+import io
 import os
 import re
 import sys
@@ -976,9 +977,13 @@ def bench_report(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 for errors that the user can mend."""
     words = [written_out(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name, or ours, may not be encodable
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if shared() and "purify" not in words[:1]:
-            raise SettingsError("only purify can be run by torchrun; start this without it")
+            raise SettingsError(
+                "only purify can be run by torchrun; start this without it, or unset WORLD_SIZE"
+            )
         app(words, exit_on_error=False, result_action="return_value")
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads, as in `unbackdoor ... | head`; rich does the same
@@ -1016,7 +1021,7 @@ def resumable(state: Callable[[], Path]) -> Iterator[None]:
 
 def complain(text: str) -> None:
     """Print to standard error; processes that torchrun started say which of them they are."""
-    print(f"rank {os.environ['RANK']}: {text}" if shared() else text, file=sys.stderr)
+    print(f"rank {os.environ.get('RANK', '?')}: {text}" if shared() else text, file=sys.stderr)
 
 
 def shared() -> bool:

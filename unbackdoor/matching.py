@@ -31,6 +31,7 @@ TAKEN_LAST = frozenset({"k", "key", "momentum", "target", "ema", "swa", "average
 COUNTER = "num_batches_tracked"  # of batch norms; older files have none, and it moves no output
 MOST_PREFIXES = 20  # tried for each state dict and spelling
 MOST_STATE_DICTS = 200  # looked through in one file
+DEEPEST = 16  # names in a prefix before foreign names
 MOST_LINES = 12  # of a table in an error, of groups in the account
 
 Rename = Callable[[Mapping[str, Tensor]], Mapping[str, str]]
@@ -290,7 +291,7 @@ def _renamed(
         votes = Counter(
             "".join(f"{part}." for part in name.split(".")[:i])
             for name in tensors
-            for i in range(name.count(".") + 1)
+            for i in range(min(name.count("."), DEEPEST) + 1)
         )
         common = [start for start, count in votes.items() if count > len(tensors) / 2]
         for start in common if prefix is None else [_dotted(prefix)]:
@@ -330,9 +331,10 @@ def _state_dicts(
 def _suggested_prefixes(names: Iterable[str], wanted: Mapping[str, str]) -> list[str]:
     """Return the prefixes under which most of the wanted names stand, the best first."""
     votes: Counter[str] = Counter()
+    longest = max((word.count(".") for word in wanted), default=0) + 1
     for name in names:
         parts = name.split(".")
-        for i in range(len(parts)):
+        for i in range(max(0, len(parts) - longest), len(parts)):
             if ".".join(parts[i:]) in wanted:
                 votes["".join(f"{part}." for part in parts[:i])] += 1
     return [prefix for prefix, _ in votes.most_common(MOST_PREFIXES)] or [""]

@@ -22,7 +22,7 @@ def display(what: str, *, quiet: bool = False) -> Iterator[Display]:
     Args:
         quiet: Show nothing: another process does.
     """
-    console = Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=console, transient=True, disable=quiet or not console.is_terminal

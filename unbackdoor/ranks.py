@@ -35,6 +35,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
@@ -44,11 +45,20 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     On CUDA every process of a machine takes a device of its own, and ``cuda`` then means that one.
 
     Raises:
-        SettingsError: If there are fewer devices than processes, or ``device`` cannot be shared.
+        SettingsError: If there are fewer devices than processes, ``device`` cannot be shared, or
+            it was something else than torchrun that started several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
         yield ALONE
         return
+    if device.type not in ("cpu", "cuda"):
+        raise SettingsError(f"several processes cannot share {device}; pass --device cpu or cuda")
+    if lacking := [name for name in SET_BY_TORCHRUN if not os.environ.get(name)]:
+        raise SettingsError(
+            f"WORLD_SIZE is {count!r}, but torchrun has not started this: {', '.join(lacking)} not "
+            "set; start it by torchrun, or unset WORLD_SIZE"
+        )
     if device.type == "cuda":
         local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= devices:
@@ -56,8 +66,6 @@ def joined(device: torch.device) -> Iterator[Ranks]:
                 f"more processes than CUDA devices; pass --nproc-per-node {devices} to torchrun"
             )
         torch.cuda.set_device(local)
-    elif device.type != "cpu":
-        raise SettingsError(f"several processes cannot share {device}; pass --device cpu or cuda")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield Ranks(dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
