@@ -18,6 +18,7 @@ from unbackdoor.bench.grid import (
     settings_of,
     unique_cells,
 )
+from unbackdoor.defense_jobs import find_defense
 from unbackdoor.errors import DataError, SettingsError
 from unbackdoor.settings import DetectionSettings, PurifySettings, SearchSettings, purify_preset
 
@@ -111,7 +112,8 @@ def test_a_cell_gives_back_the_settings_that_its_key_leaves_out(write):
     rows = [f'[[rows]]\nname = "{n}"\ndefense = "bcu"\nsettings.spread = "{n}"\n' for n in kinds]
     found = entries(read_grid(write(text=TEXT + "".join(rows))))
     cells = {entry.row: entry.cell for entry in found}
-    assert [settings_of(cells[name]).spread for name in kinds] == [*kinds]
+    given = find_defense("bcu").settings  # as what runs a cell hands over
+    assert [settings_of(cells[name], given).spread for name in kinds] == [*kinds]
     assert [len(cells[name].settings) for name in kinds] == [
         len(cells["kaiming"].settings) - 1,
         len(cells["kaiming"].settings),

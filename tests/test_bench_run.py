@@ -507,6 +507,8 @@ def test_the_surrogate_of_an_attack_is_needed_by_its_cells_too(grid):
     assert surrogate_of(kinds["badnets", "none"]) is None
     for size, augment in ((32, "shift"), (224, "views")):  # as for a clean victim of this size
         assert surrogate_of(replace(kinds["cla", "none"], size=size)).settings.augment == augment
+    large = replace(kinds["cla", "none"], size=0, arch="torchvision/resnet18")
+    assert surrogate_of(large).settings.augment == "views"
 
 
 def test_a_victim_that_cannot_be_trained_is_tried_once(run, store, cells):

@@ -120,7 +120,10 @@ def test_hidden_files_link_loops_and_other_files_are_ignored(tmp_path):
     assert len(load_images(f"{tmp_path}/set/*/*.png")) == 3
     write_folder(tmp_path / ".set", noise(2))
     assert len(load_images(f"{tmp_path}/.set/*/*.png")) == 2  # asked for by its name
-    with pytest.raises(DataError, match="can only be an entire path component"):
+    assert len(load_images(f"{tmp_path}/*/.cache/*.png")) == 1
+    assert len(load_images(f"{tmp_path}/*/.*.png")) == 1
+    assert len(load_images(f"{tmp_path}/s*/../set/0/*.png")) == 2
+    with pytest.raises(DataError, match=r"\*\* is an entire part of a path"):
         load_images(f"{tmp_path}/set/**.png")
 
 

@@ -107,6 +107,7 @@ class Odd:
     pair: tuple[int, float] = (1, 2.0)
     either: int | str = 1
     mode: Literal[1, 2] = 1
+    modes: tuple[Literal["a", "b"], ...] = ("a",)
 
 
 @pytest.fixture(scope="session")
@@ -385,6 +386,7 @@ def test_settings_are_read_as_what_they_are():
     assert (own.maybe, own.pair) == (2.0, (3, 0.5))
     assert settings_from(own, ["maybe=none"]).maybe is None
     assert settings_from(own, ["mode=2"]).mode == 2
+    assert settings_from(own, ["modes=a,b"]).modes == ("a", "b")
     for text, message in (
         ("pair=3", "pair is of type tuple, got '3'"),
         ("maybe=x", "maybe is of type float, got 'x'"),

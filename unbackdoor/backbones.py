@@ -246,7 +246,7 @@ def open_backbone(
         ArchitectureError: If there is no such architecture, or it yields no feature vectors, or
             its normalization or image size is unknown and not given.
         SettingsError: If ``mean`` or ``std`` lies outside [0, 1] or they differ in length, or
-            ``size`` is below 1.
+            ``size`` is below 1 or such that two images do not fit into memory.
     """
     if size is not None and size < 1:
         raise SettingsError(f"size is in pixels, at least 1, got {size}")
@@ -563,6 +563,7 @@ def try_features(backbone: Backbone, *, arch: str, size: int) -> int:
         ArchitectureError: If the network fails on images of this size, or its features cannot tell
             images apart.
         CheckpointError: If they are NaN or infinite.
+        SettingsError: If two such images do not fit into memory.
     """
     images = _noise(size)
     try:
@@ -587,6 +588,7 @@ def try_logits(backbone: Backbone, *, arch: str, size: int) -> int:
 
     Raises:
         ArchitectureError: If it fails with them on images of this size, or yields something else.
+        SettingsError: If two such images do not fit into memory.
     """
     images = _noise(size)
     try:

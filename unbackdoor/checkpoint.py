@@ -54,6 +54,7 @@ MOST_LETTERS = 2_000  # of a part's name with the names of all that it lies in
 MOST_STATES = 4  # of an object; pickle gives it one
 MOST_AXES = 64  # of a tensor, as in PyTorch
 MOST_COPIES = 64  # of a file's bytes, in all its tensors together: layers may share theirs
+HARMLESS = 2**30  # bytes that they may claim in any file
 
 # Trainers' state: it belongs to the old weights, although it holds tensors.
 TRAINER_WORDS = ("optim", "scheduler", "scaler")
@@ -761,7 +762,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 def _view(storage: Any, dtype: torch.dtype, offset: Any, shape: Any, stride: Any) -> _View:
     if not len(shape) == len(stride) <= MOST_AXES:
-        raise ValueError("a tensor's shape and strides are of other lengths")
+        raise ValueError(f"a tensor's shape and strides differ in length, or exceed {MOST_AXES}")
     if any(type(n) is not int or not 0 <= n < 2**63 for n in (offset, *shape, *stride)):
         raise ValueError("a tensor's shape is not made of whole numbers of 64 bits")
     return _View(storage, dtype, offset, tuple(shape), tuple(stride))
@@ -790,12 +791,18 @@ class _Harvest:
     dropped: list[str] = field(default_factory=list)
     visits: Counter[int] = field(default_factory=Counter)
     parts: int = 0
+    again: int = 0  # parts of what was met before
     claimed: int = 0  # bytes, by all tensors together
     cut: dict[str, torch.UntypedStorage] = field(default_factory=dict)
 
     def take(self, value: Any, name: str) -> Tree | Tensor | None:
         """Return the tensors in ``value``, or None (and note it) if there are none."""
-        self.count(1, name)
+        self.parts += 1
+        if self.parts > MOST_PARTS or len(name) > MOST_LETTERS:
+            raise CheckpointError(
+                f"{self.path}: has more than {MOST_PARTS:,} parts, or one whose name is longer "
+                f"than {MOST_LETTERS:,} letters, as no checkpoint has: {name[:60]!r}"
+            )
         if isinstance(value, _View):
             return self.tensor(value, name)
         before = len(self.dropped)
@@ -841,22 +848,13 @@ class _Harvest:
         if held := _count_parts(value):
             self.visits[id(value)] += 1
             if self.visits[id(value)] > 1:  # what is there once is paid for by the file's bytes
-                self.count(held, name)
-        if self.visits[id(value)] > MOST_VISITS:
+                self.again += held
+        if self.visits[id(value)] > MOST_VISITS or self.again > MOST_PARTS:
             raise CheckpointError(f"{self.path}: repeats one part of itself without end")
         if isinstance(value, _Object) and "._rebuild_" in value.kind:
             raise CheckpointError(
                 f"{self.path}: {name} is no plain tensor ({_kind(value)}); quantized, sparse and "
                 "other special tensors are not supported, save them as dense ones"
-            )
-
-    def count(self, parts: int, name: str) -> None:
-        """Refuse more parts than a checkpoint has, and names longer than any in one."""
-        self.parts += parts
-        if self.parts > MOST_PARTS or len(name) > MOST_LETTERS:
-            raise CheckpointError(
-                f"{self.path}: has more than {MOST_PARTS:,} parts, or one whose name is longer "
-                f"than {MOST_LETTERS:,} letters, as no checkpoint has: {name[:60]!r}"
             )
 
     def tensor(self, view: _View, name: str) -> Tensor:
@@ -874,7 +872,7 @@ class _Harvest:
         if numel * itemsize > self.mapped.nbytes():
             raise CheckpointError(f"{self.path}: {name} {view.shape} is larger than the file")
         self.claimed += numel * itemsize
-        if self.claimed > MOST_COPIES * self.mapped.nbytes():
+        if self.claimed > max(MOST_COPIES * self.mapped.nbytes(), HARMLESS):
             raise CheckpointError(
                 f"{self.path}: its tensors claim more than {MOST_COPIES} times the file's bytes"
             )

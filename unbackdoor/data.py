@@ -38,6 +38,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -589,15 +590,17 @@ def _matches(pattern: str) -> list[Path]:
     found = [path] if path.is_file() else []
     if not found and WILD & set(pattern):
         root = Path(path.anchor)
-        before = len([*itertools.takewhile(lambda part: not WILD & set(part), path.parts)])
-        try:
-            matches = [*root.glob(str(path.relative_to(root)))]
-        except ValueError as error:  # such as x/**.jpg
-            raise DataError(f"{pattern}: {error}") from error
+        if any("**" in part and part != "**" for part in path.parts):
+            raise DataError(f"{pattern}: ** is an entire part of a path, as in x/**/*.jpg")
+        dotted = [part for part in path.parts if part[0] == "."]  # asked for by name
+
+        def is_hidden(part: str) -> bool:
+            return part[0] == "." and not any(fnmatch(part, asked) for asked in dotted)
+
         found = [
             match
-            for match in matches
-            if match.is_file() and not any(part[0] == "." for part in match.parts[before:])
+            for match in root.glob(str(path.relative_to(root)))
+            if match.is_file() and not any(map(is_hidden, match.parts))
         ]
     if not found:
         raise DataError(f"no such file or folder: {pattern}{_nearest(pattern)}")

@@ -401,10 +401,9 @@ def _with(settings: Any, name: str, value: str, *, whole: str) -> Any:
             return replace(settings, **{first: None})
         kind = kinds[0] if len(kinds) == 1 else kind
     if get_origin(kind) is Literal:
-        known = {str(each): each for each in get_args(kind)}
+        known = [str(each) for each in get_args(kind)]
         if value not in known:
             raise SettingsError(f"{whole} is one of {', '.join(known)}, got {value!r}")
-        return replace(settings, **{first: known[value]})
     try:
         read = _read(kind, value)
     except (ValueError, KeyError, ZeroDivisionError) as error:
@@ -428,6 +427,8 @@ def _read(kind: Any, value: str) -> Any:
         return int(value)
     if kind is str:
         return value
+    if get_origin(kind) is Literal:
+        return {str(each): each for each in get_args(kind)}[value]
     raise SettingsError(
         f"a setting of the type {kind} cannot be given as a text, such as {value!r}"
     )

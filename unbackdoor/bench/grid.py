@@ -365,12 +365,12 @@ def settings_of(cell: Cell, defaults: Any = None) -> Any:
     """Return the settings dataclass that ``cell`` holds as pairs.
 
     Args:
-        defaults: Of a defense that is a function in a file.
+        defaults: Of the defense; needed for a function in a file.
     """
     if defaults is None:
         defaults = PurifySettings() if cell.defense == CBD else DEFENSES[cell.defense].settings()
-        if cell.defense == "bcu":  # see make_cell
-            defaults = replace(defaults, spread="pytorch")
+    if cell.defense == "bcu":  # see make_cell
+        defaults = replace(defaults, spread="pytorch")
     table: dict[str, Any] = {}
     for name, value in cell.settings:
         *outer, last = name.split(".")

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -12,7 +13,7 @@ import torch
 
 from unbackdoor.attack_jobs import make_victim, surrogate_augment
 from unbackdoor.attacks.named import attack_record, named_attack
-from unbackdoor.backbones import Loaded
+from unbackdoor.backbones import Loaded, build
 from unbackdoor.bench.cells import CLEAN, DEMO, Victim
 from unbackdoor.bench.grid import data_name, file_hash
 from unbackdoor.bench.store import Store, beat, claimed
@@ -131,8 +132,14 @@ def surrogate_of(victim: Victim) -> Victim | None:
     """Return the clean victim that CLA perturbs its images by; None for other attacks."""
     if victim.attack != "cla" or victim.settings is None:
         return None
-    settings = replace(victim.settings, augment=surrogate_augment(victim.size))
+    size = victim.size or _own_size(victim.arch)
+    settings = replace(victim.settings, augment=surrogate_augment(size))
     return replace(victim, attack=CLEAN, settings=settings)
+
+
+@cache
+def _own_size(arch: str) -> int:
+    return build(arch).size or 0  # a grid takes no network that does not say
 
 
 def find_victim(
