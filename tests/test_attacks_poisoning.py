@@ -80,6 +80,7 @@ def test_noise_mode_warps_other_rows_and_keeps_their_labels(dataset, generator):
     assert not (noisy & poisoned.is_poisoned).any()
     assert torch.equal(poisoned.labels[noisy], labels[noisy])
     assert not torch.equal(poisoned.images[noisy], WARP.trigger(images[noisy]))
+    assert (poisoned.images[noisy] != images[noisy]).flatten(1).any(1).all()
     untouched = ~noisy & ~poisoned.is_poisoned
     assert torch.equal(poisoned.images[untouched], images[untouched])
 

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +7,7 @@ import pytest
 
 from unbackdoor.bench.cells import as_record
 from unbackdoor.bench.jobs import featured, pictured, place_of, plan_grids, together
-from unbackdoor.bench.store import SCHEMA, open_store, write_record
+from unbackdoor.bench.store import SCHEMA, open_store, write_failure, write_record
 from unbackdoor.cli import main
 from unbackdoor.errors import SettingsError
 
@@ -118,6 +117,16 @@ def test_a_run_without_images_records_nothing(tmp_path, capsys):
     assert not any((tmp_path / "failed").iterdir())
 
 
+def test_retry_forgets_what_failed_and_nothing_else_does(tmp_path):
+    store = open_store(tmp_path)
+    key = plan_grids([Path(SMOKE)], data="cifar10:nowhere")[0].cells[0].key
+    write_failure(store, key, "what", "OSError: disk", "")
+    command = ["bench", "run", SMOKE, "--results", str(tmp_path), "--data", "cifar10:nowhere"]
+    for words, error in (([], "OSError: disk"), (["--retry"], None)):
+        assert main([*command, *words]) == 2  # there are no images
+        assert store.error_of(key) == error
+
+
 def test_grids_that_share_cells_are_counted_together_too(tmp_path, capsys):
     grids = [str(Path(SMOKE).with_name(f"table{number}-cpu.toml")) for number in (1, 7)]
     words = ["bench", "status", *grids, "--results", str(tmp_path), "--seeds", "0"]
@@ -180,14 +189,6 @@ def test_rows_and_seeds_are_picked_by_name():
     clean = plan_grids(grids, rows=rows, attacks=["clean"])[0].found
     assert {entry.row for entry in clean} == {rows[2]}
     assert {entry.attack for entry in clean} == set(everything[0].grid.attacks)
-
-
-def test_a_run_of_one_row_leaves_the_others(tmp_path, capsys):
-    command = ["bench", "run", SMOKE, "--results", str(tmp_path), "--rows", "CLP"]
-    assert main([*command, "--device", "cpu"]) == 0
-    assert "1 cells to run" in capsys.readouterr().out
-    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
-    assert record["cell"]["defense"] == "clp"
 
 
 def test_features_are_kept_of_the_first_seed_of_the_rows_that_the_grid_names():

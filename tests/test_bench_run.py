@@ -23,12 +23,10 @@ from unbackdoor.bench.run import (
     defender_images,
     draw_cells,
     flags_of,
-    pending,
     repair_key,
     run_cells,
 )
 from unbackdoor.bench.store import (
-    forget_failures,
     is_running,
     open_store,
     read_features,
@@ -133,9 +131,16 @@ def record_of(store, cell):
 
 
 def test_a_grid_runs_and_each_record_says_all(run, store, cells):
-    tally, lines = run(cells.values(), features=(cells["CBD"].key,))
+    drop = tuple(cells_by_victim(cells.values()).items())
+    tally, lines = run(cells.values(), features=(cells["CBD"].key,), drop=drop)
     assert tally == Tally(done=4, failed=1, left=0)
     assert "loss" in "".join(lines)
+    folders = list((store.folder / "victims").iterdir())
+    assert {folder.name for folder in folders} == {cell.victim.key for cell in cells.values()}
+    assert {path.suffix for folder in folders for path in folder.iterdir()} == {".json"}  # dropped
+    clean = record_of(store, cells[CLEAN_ROW])
+    assert clean["cell"]["victim"]["attack"] == "clean"
+    assert clean["scores"]["after"]["probe"]["triggered"] == 30
 
     error = store.error_of(cells["broken"].key)
     assert error.startswith("DataError: ")
@@ -246,7 +251,8 @@ def test_a_defense_in_a_file_is_run_and_scored_like_ours(data, tmp_path, capsys)
     path.write_text(f"{text.replace('[victim]', 'clean = false' + chr(10) + '[victim]')}{ROWS}")
     (tmp_path / "mine.py").write_text(OWN)
     command = ["bench", "run", str(path), "--results", str(results), "--device", "cpu"]
-    assert main([*command, "--rows", "No Defense", "--drop-victims"]) == 0
+    assert main([*command, "--limit", "1", "--drop-victims"]) == 0
+    assert "grid: 1 cells to run, 4 not" in capsys.readouterr().out
     (weights,) = (results / "victims").glob("*/*.safetensors")  # for the other rows
     assert main([*command, "--drop-victims"]) == 2
     assert not weights.exists()
@@ -300,15 +306,6 @@ def test_a_victim_is_trained_on_from_the_grids_file_and_no_other_is_taken_for_it
     record, _ = made(grid)
     assert record["start"] == sha256_of(start)
     assert any("not used, for it was trained on from other weights" in line for line in lines)
-
-
-def test_a_clean_victim_is_scored_under_the_attack_and_trained_once(run, store, cells):
-    run([cells[CLEAN_ROW]])
-    record = record_of(store, cells[CLEAN_ROW])
-    assert record["cell"]["victim"]["attack"] == "clean"
-    assert record["scores"]["after"]["probe"]["triggered"] == 30
-    (folder,) = (store.folder / "victims").iterdir()
-    assert folder.name == cells[CLEAN_ROW].victim.key
 
 
 def test_a_clean_victim_is_repaired_once_and_scored_under_every_attack(grid, run, store):
@@ -423,14 +420,6 @@ def test_a_killed_baseline_goes_on_after_its_last_epoch(run, store, cells, grid,
     assert record_of(whole, cell)["scores"] == record_of(store, cell)["scores"]
 
 
-def test_a_failed_cell_is_run_again_only_when_asked(run, store, cells):
-    assert run([cells["broken"]])[0] == Tally(failed=1)
-    assert run([cells["broken"]])[0] == Tally()
-    assert pending([cells["broken"]], store) == []
-    forget_failures(store, [cells["broken"].key])
-    assert pending([cells["broken"]], store) == [cells["broken"]]
-
-
 @pytest.mark.slow
 def test_a_victim_that_is_given_is_used_only_if_it_is_the_same(run, store, cells, tmp_path):
     run([cells["No Defense"]])
@@ -465,16 +454,6 @@ def test_a_victim_that_is_given_is_used_only_if_it_is_the_same(run, store, cells
     _, lines = run([replace(cells["No Defense"], victim=other)])
     assert "not used, for it was trained with other settings" in "".join(lines)
     assert "epoch 1/1" in "".join(lines)
-
-
-def test_weights_are_dropped_after_the_last_cell_and_not_before(run, store, cells):
-    wanted = [cells["No Defense"], cells["FT"], cells["broken"]]
-    drop = tuple(cells_by_victim(wanted).items())
-    run(wanted[:1], drop=drop)
-    (folder,) = (store.folder / "victims").iterdir()
-    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
-    run(wanted, drop=drop)
-    assert [path.suffix for path in folder.iterdir()] == [".json"]
 
 
 @pytest.mark.slow

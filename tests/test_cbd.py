@@ -260,8 +260,39 @@ def test_bfloat16_stays_close_to_float32_and_resumes_bit_for_bit(network, images
     moved, other = (
         (clean.backbone[0].weight - network[0].weight).flatten() for clean in (exact, rounded)
     )
+    assert not other.equal(moved)  # it did compute in bfloat16
     assert torch.cosine_similarity(moved, other, dim=0) > 0.9
     assert other.norm().item() == pytest.approx(moved.norm().item(), rel=0.2)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_step_has_the_rate_the_decay_and_the_clip_of_the_settings(schedule, network, images):
+    usual = replace(OURS, batch_size=40, learning_rate=1e-3)
+    settings = replace(usual, schedule=schedule, weight_decay=0.1)
+    norms = {}
+    for clip in (1e-3, 0.0):
+        states = []
+        purify(network, images, replace(settings, clip=clip), on_epoch=states.append)
+        one, two = states  # an epoch is one step
+        for name, buffer in two.momentum.items():
+            expected = one.student[name] - learning_rate(settings, 0.5) * buffer
+            torch.testing.assert_close(two.student[name], expected, rtol=1e-6, atol=1e-8)
+        parts = [one.momentum[n] - 0.1 * w.detach() for n, w in network.named_parameters()]
+        norms[clip] = torch.stack([part.norm() for part in parts]).norm().item()
+    assert norms[1e-3] == pytest.approx(1e-3, rel=0.01)
+    assert norms[0.0] > 0.01  # the control
+
+
+def test_changes_go_on_learning_with_every_batch(network, images):
+    seen = []
+    network.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
+    one = ChangeSettings(1, patch_min=0.3, patch_max=0.3, additions=0, warps=0, steps=0)
+    purify(network, images, replace(OURS, epochs=1, changes=one))
+    first, second = (batch[16:] for batch in seen if len(batch) == 2 * 16)  # plain, then found
+    window, other = ((found == found[:1]).all(0) for found in (first, second))
+    assert window.sum() == 3 * 4 * 4  # the patch alone is the same on all images
+    assert other.equal(window)
+    assert not first[0][window].equal(second[0][window])
 
 
 def test_the_result_is_laid_out_as_the_victim_was(network, images):

@@ -527,9 +527,8 @@ def bomb(name: str, count: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["states", "itself", "pairs", "axes"])
-@BOTH_FORMATS
-def test_what_a_small_pickle_unfolds_to_takes_no_memory(tmp_path, name, zipped):
-    path = save_pickle(bomb(name, 5_000), tmp_path / "bomb.pt", zipped=zipped)
+def test_what_a_small_pickle_unfolds_to_takes_no_memory(tmp_path, name):
+    path = save_pickle(bomb(name, 3_000), tmp_path / "bomb.pt", zipped=True)
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError):
@@ -537,7 +536,7 @@ def test_what_a_small_pickle_unfolds_to_takes_no_memory(tmp_path, name, zipped):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 64 * 2**20  # 25 million parts would be 200
+    assert peak < 48 * 2**20  # 9 million parts would be 70 or more
 
 
 def test_tensors_that_share_bytes_again_and_again_are_refused(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from test_defenses import make_backbone, make_data
@@ -37,6 +39,33 @@ def test_tuning_lowers_the_loss_and_leaves_no_gradients_behind():
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
     assert len(losses) == 30
     assert not tuned.training
+
+
+def test_a_step_of_a_tuning_has_its_rate_momentum_decay_and_augmentation():
+    data, given = make_data(16), {}
+    plain = {image.numpy().tobytes() for image in data.images.float() / 255}
+    for how in ("none", "shift"):
+        tuned, images = copy_of(make_backbone("cifar/wrn16_1"), "cpu"), []
+        bias = tuned.heads[0].bias
+        seen = [bias.detach().clone()]
+        tuning = Tuning(2, 4, 0.1, momentum=0.5, weight_decay=0.2, augment=how)
+
+        def loss_of(batch, _, images=images, bias=bias):  # its gradient is 1
+            images.extend(batch)
+            return bias.sum()
+
+        def after(_, seen=seen, bias=bias):
+            seen.append(bias.detach().clone())
+
+        tune(tuned, data.images, data.labels, tuning, seed=0, loss_of=loss_of, after_step=after)
+        velocity, steps = 0, len(seen) - 1
+        for step, (old, new) in enumerate(pairwise(seen)):
+            velocity = 0.5 * velocity + 1 + 0.2 * old
+            rate = rate_at(tuning, 2 * step // steps, step / steps)
+            torch.testing.assert_close(new, old - rate * velocity)
+        given[how] = {image.contiguous().numpy().tobytes() for image in images}
+    assert given["none"] == plain
+    assert not given["shift"] <= plain
 
 
 def test_the_backbone_that_is_given_stays_as_it_is_in_training_mode_too():

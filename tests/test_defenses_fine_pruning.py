@@ -40,6 +40,15 @@ def test_channels_are_ranked_by_their_mean_activation(backbone, data):
     assert means[order].diff().min() >= 0
 
 
+def test_a_channel_far_below_0_is_not_dormant():
+    backbone, images = make_backbone("timm/test_vit"), make_data(160, count=4).images
+    stage = find_stage(backbone, images)  # a normalization: outputs of both signs
+    output = map_of(backbone, stage, images).movedim(stage.axis, -1).flatten(0, -2)
+    means = mean_activations(backbone, stage, images)
+    torch.testing.assert_close(means, output.abs().mean(0))
+    assert not means.allclose(output.mean(0).abs(), rtol=0.1)
+
+
 def test_the_last_state_that_met_the_rule_is_kept_and_the_next_would_break_it(backbone, data):
     split = split_off(data.images, data.labels, held_out=0.5, seed=0)
     assert accuracy(backbone, split.held_images, split.held_labels) == 1

@@ -24,6 +24,7 @@ from unbackdoor.evaluation import (
     load_split,
     not_taken,
     own_head,
+    unread_head,
 )
 from unbackdoor.jobs import Source
 from unbackdoor.metrics import Reading, Scores, make_test_set, score
@@ -72,6 +73,16 @@ def test_an_evaluation_prints_what_it_measures_and_writes_the_same(data, source,
     again = evaluate_file(source, data, "badnets", target=1, device="cpu", say=lambda _: None)
     assert again["scores"]["probe"] == scores["probe"]
     assert again["scores"]["fine_tuned"] is None
+
+
+def test_scores_never_replace_the_checkpoint_or_the_victims_record(source, data, tmp_path):
+    record = tmp_path / "victim.json"
+    record.write_text(json.dumps({"attack": {"name": "badnets", **attack_record(ATTACK)}}))
+    for path in (source.checkpoint, record):
+        before = path.read_bytes()
+        with pytest.raises(OutputError, match="would change the input"):
+            evaluate_file(source, data, str(record), out=path, overwrite=True)
+        assert path.read_bytes() == before
 
 
 def test_a_split_has_no_row_twice():
@@ -206,6 +217,10 @@ def test_a_head_of_other_classes_is_not_scored(source):
     backbone = open_backbone(source.checkpoint, source.arch, size=16).backbone
     assert isinstance(own_head(backbone, classes=2), nn.Linear)
     assert own_head(backbone, classes=3) is None
+    reading = Reading(None, *[Scores(1, 0, 1, 10, 900)] * 2)
+    said = ["the own head (fc) is not one linear layer of 3 classes: unread"]
+    assert unread_head(backbone, reading, classes=3) == said
+    assert unread_head(backbone, reading._replace(head=reading.probe), classes=2) == []
 
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

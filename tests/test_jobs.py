@@ -9,6 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unbackdoor.backbones import CIFAR10_MEAN, CIFAR10_STD, build, network_state
+from unbackdoor.data import load_images
+from unbackdoor.diagnostics import measure
 from unbackdoor.errors import (
     CheckpointError,
     DataError,
@@ -134,8 +136,16 @@ def test_a_run_without_any_loss_is_written_too(victim, photos, tmp_path):
 def test_half_precision_files_stay_half_precision(photos, tmp_path):
     tensors = build("cifar/wrn16_1").network.half().state_dict()
     save_file(tensors, tmp_path / "half.safetensors")
-    out = run(tmp_path / "half.safetensors", photos, tmp_path / "clean.safetensors").tensors
-    assert load_file(out)["conv1.weight"].dtype == torch.float16
+    outputs = run(tmp_path / "half.safetensors", photos, tmp_path / "clean.safetensors")
+    assert load_file(outputs.tensors)["conv1.weight"].dtype == torch.float16
+    before, after = (
+        open_source(Source(path, "cifar/wrn16_1", size=16)).backbone
+        for path in (tmp_path / "half.safetensors", outputs.tensors)
+    )
+    again = measure(after, before, load_images(photos, size=16).read(range(20)), QUICK)
+    said = json.loads(outputs.record.read_text())["evidence"]["after"]
+    for name in ("cosine", "alignment", "adversarial"):  # of the rounded weights, as delivered
+        assert said[name] == pytest.approx(getattr(again, name), rel=1e-6, abs=1e-9), name
 
 
 def test_what_is_measured_is_rounded_as_it_is_written(tmp_path):

@@ -137,6 +137,7 @@ def test_a_durable_reading_sees_a_backdoor_that_hides_behind_the_statistics(two_
     test = make_test_set(labeled.images, labeled.labels, Attack(trigger, target=1), classes=2)
     masked = copy.deepcopy(network)
     masked[1].running_mean += 1e3  # every ReLU is off: all images look alike
+    masked[1].momentum = 0.5  # so that the 20 steps of a fine-tuning unmask it
     good = copy.deepcopy(network)
     reestimate(good, [labeled.images.float() / 255])
     head = linear_probe(extract(good, labeled.images), labeled.labels, classes=2)
@@ -149,7 +150,8 @@ def test_a_durable_reading_sees_a_backdoor_that_hides_behind_the_statistics(two_
     assert reading.probe.acc < 0.6
     assert reading.reestimated.acc > 0.9
     assert reading.reestimated.asr > 0.9
-    assert reading.worst.asr == max(scores.asr for scores in reading.durable.values())
+    assert reading.fine_tuned.acc > 0.9
+    assert reading.fine_tuned.asr > 0.9
 
 
 @pytest.mark.parametrize(

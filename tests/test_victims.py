@@ -228,3 +228,34 @@ def test_images_that_fill_no_batch_and_a_loss_that_diverges_are_refused(task):
         train_supervised(classifier(), *task, replace(QUICK, batch_size=256))
     with pytest.raises(DivergedError, match="the training loss is nan in epoch 1"):
         train_supervised(classifier(), *task, replace(QUICK, learning_rate=1e30))
+
+
+def test_a_step_has_the_rate_the_decay_and_the_augmentation_of_the_settings(task):
+    def states_of(**changed):
+        states, usual = [], {"epochs": 2, "batch_size": 200, "augment": "none"}
+        settings = replace(QUICK, **{**usual, **changed})
+        train_supervised(classifier(), *task, settings, on_epoch=states.append)
+        return settings, *states  # an epoch is one step
+
+    start = classifier()
+    initialize(start, generator=torch.Generator().manual_seed(0))
+    settings, one, two = states_of(weight_decay=0.1)
+    _, free, _ = states_of(weight_decay=0.0)
+    for name, weight in start.named_parameters():
+        expected = one.network[name] - rate_at(settings, 1) * two.momentum[name]
+        torch.testing.assert_close(two.network[name], expected)
+        decay = one.momentum[name] - free.momentum[name]
+        torch.testing.assert_close(decay, 0.1 * weight.detach(), atol=1e-5, rtol=1e-3)
+    _, shifted, _ = states_of(weight_decay=0.1, augment="shift")
+    assert not shifted.momentum["0.weight"].equal(one.momentum["0.weight"])
+
+
+def test_a_victim_is_trained_in_the_precision_asked_for(task):
+    one = replace(QUICK, epochs=1, augment="none")
+    exact, rounded = (
+        train_supervised(classifier(), *task, one, precision=precision)[0].weight
+        for precision in ("fp32", "bf16")
+    )
+    assert rounded.dtype == torch.float32
+    assert not rounded.equal(exact)
+    torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.1)

@@ -1,3 +1,7 @@
+import colorsys
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as oracle
@@ -38,6 +42,36 @@ def test_a_full_crop_is_the_image_up_to_its_aspect(images):
     views = crop_and_flip(images, STILL, generator=seeded())
     assert views.shape == images.shape
     assert (views - images).abs().mean() < (images - images.flip(0)).abs().mean()
+
+
+def test_a_crop_lies_in_the_image_and_has_the_area_and_the_ratio_asked_for():
+    """A ramp says where its pixels come from."""
+    side = 64
+    place = (torch.arange(side) + 0.5) / side
+    ramps = torch.stack([place.expand(side, side), place[:, None].expand(side, side)])
+    settings = replace(STILL, min_area=0.3)
+    views = crop_and_flip(ramps.expand(500, -1, -1, -1), settings, generator=seeded())
+    left, right, top = views[:, 0, 0, 0], views[:, 0, 0, -1], views[:, 1, 0, 0]
+    width, height = (right - left) * 64 / 63, (views[:, 1, -1, 0] - top) * 64 / 63
+    assert 0.28 < (width * height).min() < 0.35
+    assert (width * height).max() > 0.9
+    ratio = width / height
+    assert 0.73 < ratio.min() < 0.8 < 1.25 < ratio.max() < 1.37
+    assert left.min() < 0.03 < 0.3 < left.max()
+    assert top.min() < 0.03 < 0.3 < top.max()
+
+
+def test_the_hue_turns_colours_by_the_drawn_angle_and_keeps_their_brightness(monkeypatch):
+    draws = iter([0.5, 0.5, 0.5, 1.0, 0.0, 1.0])  # only the hue's is not in the middle
+    monkeypatch.setattr(torch, "rand", lambda *n, **_: torch.full((n[0],), next(draws)))
+    colour = torch.tensor([0.6, 0.4, 0.3]).view(1, 3, 1, 1)
+    settings = ViewSettings(jitter=0.25, jitter_probability=1, grey=0)
+    turned = recolour(colour, settings, generator=seeded())
+    (y, *a), (z, *b) = (colorsys.rgb_to_yiq(*c.flatten().tolist()) for c in (colour, turned))
+    assert z == pytest.approx(y, abs=0.01)
+    assert math.hypot(*b) == pytest.approx(math.hypot(*a), rel=0.05)
+    angle = math.atan2(b[1], b[0]) - math.atan2(a[1], a[0])
+    assert angle == pytest.approx(0.1 * math.pi, abs=0.04)
 
 
 def test_a_certain_flip_mirrors(images):

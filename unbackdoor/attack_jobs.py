@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -717,8 +718,14 @@ def measure_speed(
     views = 2 if plan.training == "simclr" else 1
     sample = poisoned.images[:2].to(device).float() / 255
     operations = 3 * views * flops(backbone, sample)
-    limit = matrix_limit(device, precision)
+    limit = _limit(device, precision)
     return Speed(rate, operations, limit, rate * operations / limit)
+
+
+@cache
+def _limit(device: torch.device, precision: Precision) -> float:
+    """Measure a device once a process: its victims have it in common."""
+    return matrix_limit(device, precision)
 
 
 def describe_device(device: torch.device) -> str:
