@@ -89,6 +89,7 @@ def run(path, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_grid_with_detectors_runs_to_its_table_and_its_pictures(path, cells, tmp_path, capsys):
     results, page = tmp_path / "results", tmp_path / "bench.html"
     common = [str(path), "--results", str(results)]

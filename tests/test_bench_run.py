@@ -323,6 +323,7 @@ def test_a_clean_victim_is_repaired_once_and_scored_under_every_attack(grid, run
     assert acc[0] == acc[1]
 
 
+@pytest.mark.slow
 def test_a_clean_victims_repair_is_kept_until_all_its_attacks_are_done(grid, store):
     (row,) = (replace(row, innocent=True) for row in grid.rows if row.name == "CBD")
     wider = replace(grid, rows=(row,), attacks=("badnets", "sig"))
@@ -373,6 +374,7 @@ def test_after_a_kill_between_cells_nothing_is_computed_again(run, store, cells)
     assert run(wanted)[0] == Tally()
 
 
+@pytest.mark.slow
 def test_a_kill_loses_the_last_epoch_at_most_and_changes_no_result(run, store, cells, grid):
     cell = cells["CBD"]
     whole = open_store(store.folder.parent / "whole")

@@ -301,6 +301,7 @@ def test_codes_of_pictures_in_a_path_are_left_as_they_are(capsys):
     assert capsys.readouterr().out == "net.py:brain: 64 features [bold]\n"
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_ends_the_run_without_a_traceback():
     reads, writes = os.pipe()
     os.close(reads)

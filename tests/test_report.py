@@ -374,6 +374,7 @@ def test_tsne_refuses_unknown_strong_groups_and_too_few_points() -> None:
         tsne_picture("t", {"before": groups}, strong=[], seed=0)
 
 
+@pytest.mark.slow
 def test_tsne_of_1000_points_stays_under_200_kib() -> None:
     generator = torch.Generator().manual_seed(0)
     groups = {f"group {i}": torch.rand(100, 2, generator=generator) for i in range(10)}
