@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from unbackdoor.devices import (
     matrix_limit,
     peak_memory,
     pick_device,
+    pick_precision,
 )
 from unbackdoor.pgd import linf_pgd
 from unbackdoor.settings import PurifySettings, SearchSettings, VictimSettings, purify_preset
@@ -97,6 +99,8 @@ class Bench:
     only: tuple[str, ...]  # of PARTS
     parts: int  # that are still to come, for their share of the time
     record: dict[str, Any]
+    folder: Path  # for what is needed meanwhile
+    out: Path | None  # the record's
 
     def clocked(self, work: Callable[[], Any]) -> Measure:
         """Return a measure of ``work``, on a device that has nothing else to do."""
@@ -161,7 +165,13 @@ class Bench:
             middle, low, high = rows[name]["ratio"]
             print(f"  {name:42} {rate:12.1f} {unit:22} {middle:7.2f} ({low:.2f} to {high:.2f})")
         self.record["parts"].append({"title": title, "ratio to": first, "rows": rows, **facts})
+        self.write()
         return seconds
+
+    def write(self) -> None:
+        """Write what has been measured so far, for a machine may be lent for minutes."""
+        if self.out is not None:
+            self.out.write_text(json.dumps(self.record, indent=1) + "\n")
 
 
 def wait(device: torch.device) -> None:
@@ -185,13 +195,13 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
     """Compare views, search, training and the whole purify of one network."""
     device, settings = bench.device, bench.settings
     size, steps = settings.batch_size, settings.search.steps
+    precision = pick_precision("auto", device)  # as purify does, for its search and its training
     original = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
     students = {who: copy.deepcopy(original).requires_grad_(True) for who in ("ours", "plain")}
     ours, theirs = students.values()
     our_original = copy.deepcopy(original)
-    if device.type == "cpu":  # as purify does
-        for network in (ours, our_original):
-            network.to(memory_format=torch.channels_last)
+    for network in (ours, our_original):  # as purify does
+        network.to(memory_format=torch.channels_last)
     generator = torch.Generator(device).manual_seed(0)
     batch = bench.images[:size]
     pixels = batch.to(device).float() / 255
@@ -215,7 +225,7 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
     )
 
     searched = cbd.network_for_search(
-        ours, nn.Identity(), pixels, settings, precision="fp32", compiled=False
+        ours, nn.Identity(), pixels, settings, precision=precision, compiled=False
     )
 
     def our_search() -> Tensor:
@@ -235,7 +245,8 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
         unit="image steps/s",
         flops_per_image_step=operations / (size * steps),
     )
-    report_share(bench, f"{arch}: search, fp32", operations, times.get("ours"), "fp32")
+    title = f"{arch}: search, {precision}"
+    report_share(bench, title, operations, times.get("ours"), precision)
 
     optimizers = {name: torch.optim.SGD(net.parameters(), lr=0) for name, net in students.items()}
 
@@ -243,7 +254,8 @@ def compare_network(bench: Bench, arch: str, backbone: Backbone) -> None:
 
     def our_training() -> None:
         seen = cbd.Views(pixels, positive, third, found=third)
-        terms = cbd.loss_terms(ours, our_original, seen, settings, compare)
+        networks = (in_precision(network, precision) for network in (ours, our_original))
+        terms = cbd.loss_terms(*networks, seen, settings, compare)
         optimizers["ours"].zero_grad()
         cbd.weighted_sum(terms, settings).backward()
         optimizers["ours"].step()
@@ -284,8 +296,7 @@ def compare_whole(bench: Bench, arch: str, original: nn.Module) -> None:
     settings = replace(bench.settings, epochs=1, search=PAPER.search)
 
     def ours(variant: Variant) -> Callable[[], Any]:
-        network = copy.deepcopy(original).to(memory_format=variant.layout)
-        return lambda: cbd.purify(network, bench.images, settings, **options(bench, variant))
+        return lambda: cbd.purify(original, bench.images, settings, **options(bench, variant))
 
     def theirs(habits: Habits) -> None:
         network = copy.deepcopy(original).requires_grad_(True)
@@ -312,15 +323,15 @@ def compare_whole(bench: Bench, arch: str, original: nn.Module) -> None:
 def variants(bench: Bench) -> list[Variant]:
     """Return the ways to run ours that this device is for; plain float32 comes first."""
     if bench.device.type != "cuda":
-        return [Variant("fp32", torch.channels_last)]  # purify itself lays weights out so
+        return [Variant("fp32", torch.channels_last)]
     layouts = (torch.contiguous_format, torch.channels_last)
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     return [Variant(precision, layout) for precision in precisions for layout in layouts]
 
 
 def whole_variants(bench: Bench) -> list[Variant]:
-    """Return the ways to run the whole purify: those of everything, and the last compiled."""
-    plain = variants(bench)
+    """Return the ways to run the whole purify, which lays weights out itself; the last compiled."""
+    plain = [variant for variant in variants(bench) if variant.layout == torch.channels_last]
     return [*plain, plain[-1]._replace(compiled=True)]
 
 
@@ -435,9 +446,7 @@ def compare_rivals(bench: Bench, arch: str, checkpoint: Path, folder: Path) -> N
 
     with torch.no_grad():
         losses["before"] = F.cross_entropy(logits, labels).item()
-    laid_out = copy.deepcopy(network)
-    if device.type == "cpu":  # as purify does
-        laid_out.to(memory_format=torch.channels_last)
+    laid_out = copy.deepcopy(network).to(memory_format=torch.channels_last)  # as purify does
     title, eager = f"{arch}, with its head", Variant("fp32", torch.channels_last, folded=True)
     compiled = eager._replace(compiled=True)
     if device.type != "cpu":  # as purify does
@@ -558,7 +567,7 @@ def make_environment(name: str) -> str | None:
 def time_paper(bench: Bench) -> None:
     """Time the paper's whole run on a GPU: ResNet-18, 2,500 images, 15 epochs, 20 steps."""
     images = bench.images.repeat(-(-PAPERS_IMAGES // len(bench.images)), 1, 1, 1)[:PAPERS_IMAGES]
-    original = new_backbone("cifar/resnet18", Path(bench.record["folder"]))
+    original = new_backbone("cifar/resnet18", bench.folder)
     operations = flops(original, images[:1].float() / 255)
     for variant in reversed(whole_variants(bench)):
         if time.monotonic() > bench.ends:
@@ -579,6 +588,7 @@ def time_paper(bench: Bench) -> None:
                 "forward flops": operations,
             }
         )
+        bench.write()
 
 
 def new_backbone(arch: str, folder: Path) -> Backbone:
@@ -610,17 +620,21 @@ def read_images(data: str | None, count: int) -> Tensor:
 def describe(device: torch.device) -> dict[str, Any]:
     """Return what the numbers depend on."""
     cuda = device.type == "cuda"
-    commit = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = None
+    if git := shutil.which("git"):
+        asked = [git, "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "CPU",
         "machine": platform.machine(),
         "processors": os.cpu_count(),
-        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+        "commit": commit,
         "load before": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32 in convolutions": torch.backends.cudnn.allow_tf32,
+        "tf32 in matrix products": torch.backends.cuda.matmul.allow_tf32,
     }
 
 
@@ -637,7 +651,7 @@ def read_arguments() -> argparse.Namespace:
         "--images", type=int, help="of the whole purify; by default 19 batches on CUDA, 2 elsewhere"
     )
     parser.add_argument(
-        "--budget", type=float, default=540, help="seconds; what no longer fits is left out"
+        "--budget", type=float, default=420, help="seconds; what no longer fits is left out"
     )
     parser.add_argument("--batch-size", type=int, help="by default 128 on CUDA and 32 elsewhere")
     parser.add_argument("--steps", type=int, help="of a search; 20 on CUDA and 4 elsewhere")
@@ -674,7 +688,6 @@ def main() -> None:
             "data": Path(given.data).name if given.data else "random",
             "batch": settings.batch_size,
             "steps": settings.search.steps,
-            "folder": folder,
             **{name: [] for name in ("parts", "shares", "whole runs")},
         }
         bench = Bench(
@@ -687,25 +700,25 @@ def main() -> None:
             only=tuple(given.only),
             parts=len(given.only) * len(networks),
             record=record,
+            folder=Path(folder),
+            out=given.out,
         )
         print(*(f"{name}: {value}" for name, value in record["on"].items()), sep="\n")
         if cuda and "whole" in given.only and not given.quick:
             time_paper(bench)
         for arch in networks:
-            backbone = new_backbone(arch, Path(folder))
+            backbone = new_backbone(arch, bench.folder)
             compare_network(bench, arch, backbone)
             if "variants" in given.only:
                 compare_variants(bench, arch, backbone)
             if "victims" in given.only:
                 compare_victims(bench, arch)
             if "rivals" in given.only:
-                compare_rivals(bench, arch, checkpoint_of(arch, Path(folder)), Path(folder))
-    del record["folder"]
+                compare_rivals(bench, arch, checkpoint_of(arch, bench.folder), bench.folder)
     record["memory"] = peak_memory(device)
     record["seconds"] = time.monotonic() - started
     print(f"\npeak memory: {record['memory'] / 2**20:.0f} MiB; all took {record['seconds']:.0f} s")
-    if given.out:
-        given.out.write_text(json.dumps(record, indent=1) + "\n")
+    bench.write()
 
 
 if __name__ == "__main__":

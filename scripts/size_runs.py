@@ -20,6 +20,7 @@ from unbackdoor.settings import purify_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = (("1", "2", "7", "8"), ("3", "9", "10"), ("4",), ("5",))
+TIERS = ("paper", "h200")
 TRAINING = {"cifar10": 50_000, "imagenet100": 126_689}  # images
 TEST = {"cifar10": 10_000, "imagenet100": 5_000}
 SUSTAINED = 100e12  # operations a second: 30,000 images/s of ResNet-18 in training at 32 pixels
@@ -52,37 +53,50 @@ def passes_of_defense(cell: Cell) -> float:
 
 
 def sizes_table() -> str:
-    """Return one row for each group of tables that share victims, and one for all."""
+    """Return one row for each group of tables that share victims, and one for all, of each tier.
+
+    A task is a victim with all of its cells.
+    """
     lines = [
-        "| tables | victims | cells | GPU-hours: victims | defenses | scores | all | dollars |",
-        "|---|---|---|---|---|---|---|---|",
+        "| tier | tables | victims | cells | GPU-hours: victims | defenses | scores | all "
+        "| dollars | longest task, minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    sums = [0.0] * 7
-    for tables in GROUPS:
-        cells: dict[str, Cell] = {}
-        for table in tables:
-            grid = read_grid(ROOT / f"grids/table{table}-paper.toml")
-            cells |= {entry.cell.key: entry.cell for entry in entries(grid)}
-        victims = {cell.victim.key: cell.victim for cell in cells.values()}
-        one = next(iter(victims.values()))
-        network = build(one.arch, classes=10).network.eval()
-        size = one.size or 32
-        an_hour = SUSTAINED * 3600 / flops(network, torch.zeros(1, 3, size, size))
-        hours = [
-            sum(map(forward_passes, victims.values())) / an_hour,
-            sum(map(passes_of_defense, cells.values())) / an_hour,
-            len(cells) * 2 * READINGS * 2 * TEST[one.data] / an_hour,
-        ]
-        numbers = [len(victims), len(cells), *hours, sum(hours), PRICE * sum(hours)]
-        sums = [total + number for total, number in zip(sums, numbers, strict=True)]
-        lines.append(_row(", ".join(tables), numbers))
-    return "\n".join([*lines, _row("all", sums)]) + "\n"
+    for tier in TIERS:
+        rows = [_sizes(tier, tables) for tables in GROUPS]
+        sums = [sum(column) for column in zip(*rows, strict=True)]
+        sums[-1] = max(row[-1] for row in rows)
+        named = zip((", ".join(tables) for tables in GROUPS), rows, strict=True)
+        lines += [_row(tier, name, row) for name, row in (*named, ("all", sums))]
+    return "\n".join(lines) + "\n"
 
 
-def _row(name: str, numbers: list[float]) -> str:
-    victims, cells, *hours, dollars = numbers
-    cells_of_row = [f"{victims:.0f}", f"{cells:.0f}", *(f"{hour:.1f}" for hour in hours)]
-    return f"| {name} | {' | '.join(cells_of_row)} | {dollars:.0f} |"
+def _sizes(tier: str, tables: tuple[str, ...]) -> list[float]:
+    """Return the numbers of one row: victims, cells, four of hours, dollars, minutes."""
+    cells: dict[str, Cell] = {}
+    for table in tables:
+        grid = read_grid(ROOT / f"grids/table{table}-{tier}.toml")
+        cells |= {entry.cell.key: entry.cell for entry in entries(grid)}
+    victims = {cell.victim.key: cell.victim for cell in cells.values()}
+    one = next(iter(victims.values()))
+    network = build(one.arch, classes=10).network.eval()
+    size = one.size or 32
+    an_hour = SUSTAINED * 3600 / flops(network, torch.zeros(1, 3, size, size))
+    scores = 2 * READINGS * 2 * TEST[one.data] / an_hour
+    training = {key: forward_passes(victim) / an_hour for key, victim in victims.items()}
+    defenses = {key: passes_of_defense(cell) / an_hour for key, cell in cells.items()}
+    tasks = dict(training)
+    for key, cell in cells.items():
+        tasks[cell.victim.key] += defenses[key] + scores
+    hours = [sum(training.values()), sum(defenses.values()), len(cells) * scores]
+    longest = 60 * max(tasks.values())
+    return [len(victims), len(cells), *hours, sum(hours), PRICE * sum(hours), longest]
+
+
+def _row(tier: str, tables: str, numbers: list[float]) -> str:
+    victims, cells, *hours, dollars, longest = numbers
+    shown = [f"{victims:.0f}", f"{cells:.0f}", *(f"{hour:.1f}" for hour in hours)]
+    return f"| {tier} | {tables} | {' | '.join(shown)} | {dollars:.0f} | {longest:.0f} |"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,11 +19,13 @@ from unbackdoor.bench.grid import (
     settings_of,
     unique_cells,
 )
+from unbackdoor.bench.tables import PAPER_ROWS, paper_tables
 from unbackdoor.defense_jobs import find_defense
 from unbackdoor.errors import DataError, SettingsError
 from unbackdoor.settings import DetectionSettings, PurifySettings, SearchSettings, purify_preset
 
 GRIDS = Path(__file__).resolve().parents[1] / "grids"
+SHARED_PAPER = Path(__file__).resolve().parents[2] / "shared" / "paper"
 TEXT = """
 table = "1"
 tier = "cpu"
@@ -467,3 +470,23 @@ def test_each_grid_of_this_repository_can_be_read(path):
     assert grid.clean or not of_the_paper
     assert path.stem in (f"table{grid.table}-{grid.tier}", f"{grid.table}-{grid.tier}", "smoke")
     assert grid.seeds == (0, 1, 2) or not grid.compares
+
+
+@pytest.mark.parametrize("tier", ["paper", "h200"])
+@pytest.mark.parametrize("table", range(1, 11))
+def test_the_grids_beside_the_paper_have_all_its_attacks_and_rows(table, tier):
+    grid = read_grid(GRIDS / f"table{table}-{tier}.toml")
+    printed = paper_tables()[f"table{table}"]["data"]
+    assert grid.compares
+    assert {ATTACK_NAMES[attack] for attack in grid.attacks} == set(printed)
+    ours = {PAPER_ROWS.get(entry.row, entry.row) for entry in entries(grid)}
+    assert {row for rows in printed.values() for row in rows} <= ours
+
+
+def test_the_papers_figures_are_those_of_the_paper():
+    path = SHARED_PAPER / "tables.json"
+    if not path.is_file():
+        pytest.skip("needs the folder shared/paper beside the repository")
+    printed = json.loads(path.read_text())
+    printed["table6"]["data"] = {"Blend": printed["table6"]["data"]}  # there without its attack
+    assert paper_tables() == printed

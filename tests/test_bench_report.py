@@ -69,7 +69,7 @@ def test_the_report_is_one_page_with_everything_in_it(part, kept):
     key = next(entry.cell.key for entry in part.found if entry.row == "CBD")
     page = report_of([part], {key: kept}, {})
     assert page.count("<table") == 3
-    assert page.count("<img") == 2 + 1 + 2 + 1  # scatter, losses, features, trigger
+    assert page.count("<img") == 2 * 2 + 1 + 2 + 1  # scatters, losses, features, trigger
     alone = {name: value for name, value in kept.items() if name != "attack"}
     without = report_of([part], {key: alone}, {})  # images are not kept in git
     assert without.count("<img") == page.count("<img") - 1
@@ -85,17 +85,18 @@ def test_the_report_is_one_page_with_everything_in_it(part, kept):
     assert "http" not in page.partition("<main>")[2].replace("http://www.w3.org", "")
 
 
-def test_the_losses_are_those_of_the_row_named_after_the_method(part):
+def test_the_losses_of_every_row_of_the_method_are_drawn(part):
     first = replace(next(row for row in part.grid.rows if row.name == "CBD"), name="eps=2")
     grid = replace(part.grid, rows=(first, *part.grid.rows))
     found = entries(grid)
     rows = lines(grid, found, {entry.cell.key: record(entry.cell) for entry in found})
-    assert curves(grid, rows).caption == (
-        "Row CBD, the first seed that has a record; in this order: BadNets."
-    )
-    others = [line for line in rows if line.row != "CBD"]
-    grid = replace(grid, rows=tuple(row for row in grid.rows if row.name != "CBD"))
-    assert curves(grid, others).caption.startswith("Row eps=2, ")
+    drawn = curves(grid, rows)
+    assert [picture.title.rpartition(": ")[2] for picture in drawn] == [
+        *("losses of eps=2", "losses of CBD"),
+    ]
+    caption = "The first seed that has a record; in this order: BadNets."
+    assert all(picture.caption == caption for picture in drawn)
+    assert curves(grid, [line for line in rows if line.row not in ("eps=2", "CBD")]) == []
 
 
 def test_the_report_counts_what_computed_the_records(part):
@@ -124,7 +125,13 @@ def test_a_grid_without_records_has_no_section(part):
 
 
 def test_the_comparison_has_a_point_for_each_attack_and_row(part):
-    picture = comparison(part.grid, lines(*part))
+    other = {"acc": 0.6, "asr": 0.9, "pa": 0.3}
+    for made in part.records.values():
+        made["scores"]["after"]["head"] = other
+    head = comparison(part.grid, lines(*part), "head")
+    assert "CLP: 60.0 90.0" in head.panels[0].alt
+    assert "CLP: 60.0 30.0" in head.panels[1].alt
+    picture = comparison(part.grid, lines(*part), "probe")
     assert [panel.alt.partition(",")[0] for panel in picture.panels] == [
         *("ASR over ACC", "PA over ACC"),
     ]

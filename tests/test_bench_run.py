@@ -16,7 +16,7 @@ from unbackdoor.bench.cells import Cell, as_record
 from unbackdoor.bench.features import from_base64
 from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid, unique_cells
 from unbackdoor.bench.jobs import cells_by_victim, run_grids
-from unbackdoor.bench.obtain import Place, load_sets, surrogate_of
+from unbackdoor.bench.obtain import Place, check_imagenet100, load_sets, surrogate_of
 from unbackdoor.bench.run import (
     Tally,
     by_victim,
@@ -545,6 +545,23 @@ def test_the_embedded_images_are_divided_into_training_and_test_images():
     train, test = load_sets("fashion-mnist", 28)
     assert (len(train.labels), len(test.labels)) == (4_000, 200)
     assert train.images.shape[1:] == (3, 28, 28)
+
+
+def test_imagenet100_has_the_classes_of_the_papers_list(tmp_path):
+    names = (PACKAGE / "bench" / "imagenet100.txt").read_text().split()
+    check_imagenet100("imagenet100", names)
+    check_imagenet100("imagenet100", [str(number) for number in range(100)])  # of shards
+    for classes, message in (
+        ([*names[:99], "n99999999"], rf"100 classes, and lacks 1 .* such as {names[99]}; docs/"),
+        (names[:60], "60 classes, and lacks 40"),
+        ([str(number) for number in range(10)], "has 10 classes; "),
+    ):
+        with pytest.raises(DataError, match=message):
+            check_imagenet100("imagenet100", classes)
+    root = write_shades(tmp_path / "imagenet100", train=2, test=2)
+    with pytest.raises(DataError, match="has 2 classes; "):
+        load_sets(str(root), 8)
+    assert load_sets(str(root.rename(tmp_path / "mine")), 8).train.classes == ("bright", "dark")
 
 
 def test_flags_tell_what_to_doubt(cells):

@@ -191,9 +191,10 @@ def detected(made, seed, ap, pap, *, images="a"):
 def table6(grid):
     """Return a grid of a tier, and its tables, where three rows have records of two seeds."""
 
-    def make(tier, images=("a", "a")):
+    def make(tier, images=("a", "a"), *, images_of="imagenet100", detection="voc:VOC2007"):
         text = GRID.replace('"1"', '"6"').replace('"badnets"', '"blend"')
-        text = text.replace("clean = false", '[detection]\ndata = "voc:VOC2007"\nepochs = 3')
+        text = text.replace("cifar10:images", images_of)
+        text = text.replace("clean = false", f'[detection]\ndata = "{detection}"\nepochs = 3')
         made = grid(tier, text.replace('"CBD, ours"', '"CBD"'))
         found, records = entries(made), {}
         for entry in found:
@@ -242,6 +243,11 @@ def test_no_ap_of_the_paper_stands_beside_a_reduced_schedule(table6, tier):
     assert table.rows[1][2:5] == pytest.approx((0, 25, 5 * 2**0.5))
     assert "Not comparable with the paper" in table.note
     assert "nor which average precision" not in table.note
+
+
+@pytest.mark.parametrize("other", [{"images_of": "cifar10:images"}, {"detection": "voc:bccd"}])
+def test_no_ap_of_the_paper_stands_beside_other_images(table6, other):
+    assert "paper" not in table6("paper", **other)[0].columns
 
 
 def test_the_note_tells_of_detectors_that_are_scored_on_different_images(table6):
@@ -322,6 +328,10 @@ def test_the_note_tells_of_few_seeds_and_of_different_images(grid):
     note = scores_table(made, lines(made, found, records), "probe").note
     assert "The records are of different images." in note
     assert "The records are of 2" not in note
+    assert "scorings" not in note
+    records[tuned.cell.key] |= {"scoring": 2}
+    note = scores_table(made, lines(made, found, records), "probe").note
+    assert "The records are of several scorings" in note
     records[tuned.cell.key] |= {"device": "another", "revision": "later"}
     note = scores_table(made, lines(made, found, records), "probe").note
     assert "The records are of 2 devices: cpu, another." in note

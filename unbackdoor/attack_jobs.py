@@ -37,7 +37,15 @@ from unbackdoor.backbones import (
     try_logits,
 )
 from unbackdoor.checkpoint import Tree, check_output, sha256_of, write_tensors, write_text
-from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_images, load_labeled
+from unbackdoor.data import (
+    LabeledImages,
+    Sets,
+    draw_rows,
+    even_rows,
+    from_tensor,
+    load_both,
+    load_images,
+)
 from unbackdoor.devices import (
     Precision,
     deterministic,
@@ -138,6 +146,7 @@ def make_victim(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     size: int | None = None,
+    sets: Sets | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     overwrite: bool = False,
@@ -163,6 +172,7 @@ def make_victim(
         mean: Of the pixels, on the [0, 1] scale; the architecture's by default.
         std: Likewise.
         size: Side of the images in pixels; the architecture's by default.
+        sets: What ``data`` holds at that size, from who has read it already.
         overwrite: Replace existing files and the state of an earlier run.
         resume: Continue from the state of an earlier run of the same victim.
         say: Receives what happens, line by line.
@@ -188,6 +198,7 @@ def make_victim(
         mean=mean,
         std=std,
         size=size,
+        sets=sets,
     )
     say(describe_plan(plan))
     if settings.warmup >= settings.epochs:
@@ -361,6 +372,7 @@ def plan_victim(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     size: int | None = None,
+    sets: Sets | None = None,
 ) -> Plan:
     """Load what a victim is made of, and check that it can be made.
 
@@ -382,7 +394,7 @@ def plan_victim(
         attack = named_attack(name, size=side, training=training, options=options, trigger=trigger)
     elif trigger or set(options or {}) - {"target"}:
         raise SettingsError("a clean victim has no trigger and no share; pass --target at most")
-    train, test = (load_labeled(data, split=split, size=side) for split in ("train", "test"))
+    train, test = sets or load_both(data, size=side)
     split = divide(train, test, seed=settings.seed)
     if settings.limit > len(train.labels):
         raise DataError(f"limit is {settings.limit}, but {data} has {len(train.labels)} images")
@@ -392,7 +404,7 @@ def plan_victim(
         taken = train.take(rows)
     count_steps(len(taken.labels), settings)
     classes = len(train.classes)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # of weights that `initialize` does not draw
         architecture = architecture._replace(network=build(arch, classes=classes).network)
     if attack is not None:
@@ -774,7 +786,7 @@ def show_attacks(
         shown = attacks_of_clean(size, "supervised")
         shown["badnets, SimCLR"] = named_attack("badnets", size=size, training="simclr")
     source = load_images(data, size=size, split="test")
-    images = source.read(range(min(SHOWN, len(source))))
+    images = source.read(even_rows(len(source), SHOWN))
     page = render_report(
         "The attacks",
         "What a trigger does to images. CLA has that of BadNets; what it poisons is perturbed "

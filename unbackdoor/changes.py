@@ -7,6 +7,7 @@ window, a fade and a faint image added, a smooth warp.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -106,16 +107,17 @@ class Warp(nn.Module):
         """Return changed images."""
         height, width = images.shape[2:]
         points = self.learned.shape[-1]
-        up = (_bicubic(points, side).to(images.device) for side in (height, width))
-        rows, columns = up
+        rows, columns = (_bicubic(points, side, images.device) for side in (height, width))
         moves = self.pixels * (rows @ self.learned.tanh() @ columns.T)
         reach = math.ceil(1.1 * self.pixels)
         moves = moves.clamp(-reach, reach)
         padded = F.pad(images, (reach, reach, reach, reach), mode="replicate")
         changed = torch.zeros_like(images)
-        for down in range(-reach, reach + 1):
-            for right in range(-reach, reach + 1):
-                weight = _triangle(moves[0] - down) * _triangle(moves[1] - right)
+        steps = range(-reach, reach + 1)
+        by_row, by_column = ([_triangle(move - step) for step in steps] for move in moves)
+        for down, vertical in zip(steps, by_row, strict=True):
+            for right, horizontal in zip(steps, by_column, strict=True):
+                weight = vertical * horizontal
                 top, left = reach + down, reach + right
                 changed = changed + weight * padded[:, :, top : top + height, left : left + width]
         return changed
@@ -314,11 +316,12 @@ def learn_changes(
     return pool
 
 
-def _bicubic(points: int, side: int) -> Float[Tensor, "{side} {points}"]:
+@cache
+def _bicubic(points: int, side: int, device: torch.device) -> Float[Tensor, "{side} {points}"]:
     """Return the matrix that scales ``points`` values up to ``side``, corners to corners."""
     basis = torch.eye(points)[None, :, :, None]
     scaled = F.interpolate(basis, (side, 1), mode="bicubic", align_corners=True)
-    return scaled[0, :, :, 0].T
+    return scaled[0, :, :, 0].T.to(device)
 
 
 def _triangle(distance: Tensor) -> Tensor:

@@ -833,6 +833,7 @@ def bench_draw(
     *,
     results: Results = Path("results/bench"),
     data: str | None = None,
+    detection_data: str | None = None,
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
@@ -844,6 +845,8 @@ def bench_draw(
         Grid files; their key features names the rows.
     data
         Where the images are, in place of what the grid file says.
+    detection_data
+        The same for the data of detectors, whose name is part of what a record is found by.
     precision
         Of the method; bf16 where auto finds it.
     """
@@ -854,6 +857,7 @@ def bench_draw(
             grids,
             results,
             data=data,
+            detection_data=detection_data,
             device=device,
             precision=precision,
             say=shown.say,

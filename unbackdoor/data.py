@@ -135,6 +135,13 @@ class LabeledImages(NamedTuple):
         return self._replace(images=self.images[rows], labels=self.labels[rows])
 
 
+class Sets(NamedTuple):
+    """All labeled images of a source."""
+
+    train: LabeledImages
+    test: LabeledImages
+
+
 class Rows(NamedTuple):
     """Row numbers of a labeled set by role; no row has two."""
 
@@ -291,6 +298,11 @@ def load_labeled(
     if scheme and labels.max() >= len(CIFAR10_CLASSES):
         raise DataError(f"{source} is not CIFAR-10: a label is {labels.max()}, of 10 classes")
     return LabeledImages(decoded, labels, CIFAR10_CLASSES if scheme else classes)
+
+
+def load_both(source: str, *, size: int) -> Sets:
+    """Load the training and the test part of a labeled set; errors are ``load_labeled``'s."""
+    return Sets(*(load_labeled(source, split=part, size=size) for part in ("train", "test")))
 
 
 class TensorImages:

@@ -140,8 +140,21 @@ def deterministic() -> Iterator[None]:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators while inside, for dropout draws from nothing else."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # not torch.manual_seed, which takes its time for every backend there is, in every step
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            global_generator(device).manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
         yield
+
+
+def global_generator(device: torch.device) -> torch.Generator:
+    """Return what dropout draws from."""
+    if device.type != "cuda":
+        return torch.default_generator
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[number]
 
 
 def peak_memory(device: torch.device) -> int:
@@ -170,7 +183,8 @@ def matrix_limit(device: torch.device, precision: Precision, *, size: int | None
     """
     size = size or (8192 if device.type == "cuda" else 1536)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    # random, for a GPU multiplies equal numbers faster than others
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
 
     def seconds() -> float:
         wait_for(device)

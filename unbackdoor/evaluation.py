@@ -14,7 +14,7 @@ from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.attacks.triggers import LARGEST
 from unbackdoor.backbones import Backbone, public_name
 from unbackdoor.checkpoint import check_output, write_text
-from unbackdoor.data import LabeledImages, load_labeled
+from unbackdoor.data import LabeledImages, load_both
 from unbackdoor.devices import laid_out, pick_device
 from unbackdoor.errors import CheckpointError, DataError, SettingsError
 from unbackdoor.jobs import Source, open_source, told_of_memory, versions
@@ -131,8 +131,7 @@ def evaluate_file(
 
 def load_split(data: str, *, size: int, seed: int) -> Split:
     """Load a labeled set and divide it, see :func:`divide`; errors are also ``load_labeled``'s."""
-    train, test = (load_labeled(data, split=split, size=size) for split in ("train", "test"))
-    return divide(train, test, seed=seed)
+    return divide(*load_both(data, size=size), seed=seed)
 
 
 def divide(train: LabeledImages, test: LabeledImages, *, seed: int) -> Split:

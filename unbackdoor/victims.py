@@ -81,7 +81,7 @@ def train_supervised(
         plain = augmented(batch, settings, generator=generator)
         return F.cross_entropy(run(plain.contiguous(memory_format=layout)), truth)
 
-    initialize(network, generator=torch.Generator().manual_seed(settings.seed))
+    initialize(network.cpu(), generator=torch.Generator().manual_seed(settings.seed))
     _begin_with(network, start)
     run = in_precision(network, precision)
     trained = _train(
@@ -124,7 +124,7 @@ def train_simclr(
     """
     per_epoch = count_steps(len(images), settings)
     with torch.no_grad():
-        width = backbone.eval()(images[:2].cpu().float() / 255).shape[1]
+        width = backbone.cpu().eval()(images[:2].cpu().float() / 255).shape[1]
     draws = torch.Generator().manual_seed(settings.seed)
     initialize(backbone, generator=draws)
     _begin_with(backbone, start)

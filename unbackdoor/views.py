@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -75,10 +76,9 @@ def recolour(
     n, device = len(images), images.device
     uniform = _uniform(images, generator, ranks)
 
-    luma = torch.tensor(LUMA, device=device)
+    luma, yiq, from_yiq = _colour_spaces(device)
     to_grey = luma.expand(3, 3)
     identity = torch.eye(3, device=device)
-    yiq = torch.tensor(YIQ, device=device)
 
     strength = 0.8 * settings.jitter  # SimCLR's factors, at its strength s
     brightness, contrast, saturation = (
@@ -89,7 +89,7 @@ def recolour(
     rotation[:, 1, 1], rotation[:, 1, 2] = angle.cos(), -angle.sin()
     rotation[:, 2, 1], rotation[:, 2, 2] = angle.sin(), angle.cos()
     saturate = torch.lerp(to_grey, identity, saturation[:, None, None])
-    matrix = (yiq.inverse() @ rotation @ yiq) @ saturate
+    matrix = (from_yiq @ rotation @ yiq) @ saturate
 
     gain = contrast * brightness
     mean_grey = (images.mean((2, 3)) @ luma) * brightness
@@ -133,13 +133,15 @@ def blur(
 def shift_and_flip(images: RawImages, *, margin: int, generator: torch.Generator) -> RawImages:
     """Pad by ``margin`` black pixels, cut the old size out at a random place, mirror half of them.
 
-    The standard augmentation of supervised training on CIFAR-10 (margin 4).
+    The standard augmentation of supervised training on CIFAR-10 (margin 4). The images may be on
+    another device than the generator.
     """
     n, channels, height, width = images.shape
     device = images.device
 
     def integers(high: int) -> Tensor:
-        return torch.randint(high, (n, 1), generator=generator, device=device)
+        drawn = torch.randint(high, (n, 1), generator=generator, device=generator.device)
+        return drawn.to(device)
 
     padded = F.pad(images, (margin, margin, margin, margin))
     rows = integers(2 * margin + 1) + torch.arange(height, device=device)
@@ -148,6 +150,13 @@ def shift_and_flip(images: RawImages, *, margin: int, generator: torch.Generator
     image = torch.arange(n, device=device)[:, None, None, None]
     channel = torch.arange(channels, device=device)[None, :, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+@cache
+def _colour_spaces(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights of grey, and the matrices to YIQ and back; copied to a device once."""
+    yiq = torch.tensor(YIQ)
+    return torch.tensor(LUMA).to(device), yiq.to(device), yiq.inverse().to(device)
 
 
 def _uniform(

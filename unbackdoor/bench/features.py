@@ -4,17 +4,19 @@ import base64
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unbackdoor.attacks.poisoning import Attack, goal_labels
 from unbackdoor.backbones import Backbone
 from unbackdoor.bench.cells import CBD, Cell
 from unbackdoor.bench.grid import settings_of
 from unbackdoor.cbd import search
+from unbackdoor.data import even_rows
+from unbackdoor.devices import laid_out
 from unbackdoor.evaluation import Split
 from unbackdoor.probe import extract
 from unbackdoor.settings import PurifySettings
-from unbackdoor.types import Features, RawImages
+from unbackdoor.types import Features, Labels, RawImages
 
 POINTS = 60  # images of a group
 GROUPS = 4  # clean classes beside the target
@@ -28,16 +30,18 @@ def cell_features(
     """Return features of groups of test images, in both backbones, as JSON can hold them.
 
     The groups are those of the paper's Figure 1: some clean classes, the target class, triggered
-    images of other classes, and images that the search finds in each backbone.
+    images of other classes, and images that the search finds in each backbone. Both are run where
+    ``after`` is.
     """
     images, labels, classes = split.test
     goals = goal_labels(labels, attack, classes=len(classes))
-    others = (labels != goals).nonzero().squeeze(1)[:POINTS]
+    others = _some((labels != goals).nonzero().squeeze(1), POINTS)
     chosen = [c for c in range(len(classes)) if c != attack.target][:GROUPS]
-    groups = {classes[c]: images[labels == c][:POINTS] for c in chosen}
-    groups[f"target: {classes[attack.target]}"] = images[labels == attack.target][:POINTS]
+    groups = {classes[c]: images[_of_class(labels, c)] for c in chosen}
+    groups[f"target: {classes[attack.target]}"] = images[_of_class(labels, attack.target)]
     groups["triggered"] = attack.trigger(images[others])
-    panels = {"before": before, "after": after}
+    device = next(after.parameters()).device
+    panels = {"before": laid_out(before.to(device)), "after": after}
     found = {
         name: {
             **{group: extract(network, raw) for group, raw in groups.items()},
@@ -56,7 +60,7 @@ def cell_images(split: Split, attack: Attack) -> dict[str, Any]:
     """Return some test images of other classes than the target, clean and triggered, as JSON."""
     images, labels, classes = split.test
     others = labels != goal_labels(labels, attack, classes=len(classes))
-    clean = images[others][:SHOWN]
+    clean = images[_some(others.nonzero().squeeze(1), SHOWN)]
     return {"clean": as_base64(clean), "triggered": as_base64(attack.trigger(clean))}
 
 
@@ -70,6 +74,15 @@ def searched(network: nn.Module, raw: RawImages, cell: Cell) -> Features:
     with torch.no_grad():
         features: Features = network(found).cpu()
     return features
+
+
+def _of_class(labels: Labels, number: int) -> Tensor:
+    return _some((labels == number).nonzero().squeeze(1), POINTS)
+
+
+def _some(rows: Tensor, most: int) -> Tensor:
+    """Return up to ``most`` rows, of all classes where a folder is in their order."""
+    return rows[even_rows(len(rows), most)]
 
 
 def compressed(groups: dict[str, Features]) -> dict[str, list[list[float]]]:

@@ -71,6 +71,7 @@ from unbackdoor.settings import (
 
 Tier = Literal["paper", "h200", "cpu", "smoke"]
 CLEAN_ROW = "Clean victim"
+IMAGENET100 = "imagenet100"  # the folder that tables 4 to 6 are of
 OWN = "path/to/file.py:function"
 
 
@@ -161,8 +162,9 @@ class Grid:
     @property
     def compares(self) -> bool:
         """Whether the paper's numbers, of ResNet-18, may stand beside these results."""
-        same_images = self.table in ("4", "5", "6") or data_name(self.data) == "cifar10"
-        alike = self.arch.endswith("/resnet18") and same_images
+        images = IMAGENET100 if self.table in ("4", "5", "6") else "cifar10"
+        detection = self.detection is None or self.detection.data.endswith("VOC2007")
+        alike = self.arch.endswith("/resnet18") and data_name(self.data) == images and detection
         return self.tier in ("paper", "h200") and alike
 
 

@@ -187,6 +187,7 @@ def draw_grids(
     results: Path,
     *,
     data: str | None = None,
+    detection_data: str | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     say: Say = print,
@@ -199,7 +200,7 @@ def draw_grids(
         UnbackdoorError: See ``draw_cells``.
     """
     store = open_store(results)
-    for plan in plan_grids(paths, data=data):
+    for plan in plan_grids(paths, data=data, detection_data=detection_data):
         place = place_of([plan])._replace(device=device, precision=precision)
         drawn = draw_cells(plan.cells, store, place, say=say, on_step=on_step)
         say(f"{plan.grid.name}: drew {drawn} of {len(place.features)} cells")

@@ -2,8 +2,9 @@
 
 import importlib.resources
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,12 @@ from unbackdoor.attack_jobs import make_victim, surrogate_augment
 from unbackdoor.attacks.named import attack_record, named_attack
 from unbackdoor.backbones import Loaded, build
 from unbackdoor.bench.cells import CLEAN, DEMO, Victim
-from unbackdoor.bench.grid import data_name, file_hash
+from unbackdoor.bench.grid import IMAGENET100, data_name, file_hash
 from unbackdoor.bench.store import Store, beat, claimed
 from unbackdoor.checkpoint import sha256_of
-from unbackdoor.data import LabeledImages, draw_rows, from_tensor, load_labeled
+from unbackdoor.data import Sets, draw_rows, from_tensor, load_both, load_labeled
 from unbackdoor.detection.training import SECONDS_BETWEEN_STATES
-from unbackdoor.errors import CheckpointError, OutputError, SettingsError
+from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
 from unbackdoor.evaluation import read_record
 from unbackdoor.jobs import Source, open_source
 from unbackdoor.settings import SCHEMES, at_home
@@ -71,13 +72,6 @@ def for_any_folder(place: Place) -> Place:
     )
 
 
-class Sets(NamedTuple):
-    """All labeled images of a grid."""
-
-    train: LabeledImages
-    test: LabeledImages
-
-
 class Found(NamedTuple):
     """The files of a victim."""
 
@@ -89,12 +83,39 @@ def load_sets(data: str, size: int) -> Sets:
     """Load training and test images; errors are those of ``load_labeled``.
 
     The images that come with the package are all test images; here they are divided in two.
+
+    Raises:
+        DataError: Also if what is called imagenet100 has other classes.
     """
     if data != "fashion-mnist":
-        return Sets(*(load_labeled(data, split=part, size=size) for part in ("train", "test")))
+        sets = load_both(data, size=size)
+        if data_name(data) == IMAGENET100:
+            check_imagenet100(data, sets.train.classes)
+        return sets
     both = load_labeled(data, split="test", size=size)
     cut, end = EMBEDDED_TRAIN, EMBEDDED_TRAIN + EMBEDDED_TEST
     return Sets(both.take(slice(cut)), both.take(slice(cut, end)))
+
+
+def check_imagenet100(data: str, classes: Sequence[str]) -> None:
+    """Check that these are the classes of Tian et al. 2020, as far as their names tell.
+
+    Shards number their classes; then there have to be as many.
+
+    Raises:
+        DataError: If they are not.
+    """
+    text = importlib.resources.files("unbackdoor.bench") / "imagenet100.txt"
+    wanted = text.read_text("utf-8").split()
+    numbered = not any(re.fullmatch(r"n\d{8}", name) for name in classes)
+    lacking = [] if numbered else sorted(set(wanted) - set(classes))
+    if len(classes) == len(wanted) and not lacking:
+        return
+    such = f", and lacks {len(lacking)} of ImageNet-100's, such as {lacking[0]}" if lacking else ""
+    raise DataError(
+        f"{data}: has {len(classes)} classes{such}; docs/benchmark.md makes a folder of the right "
+        "ones, and a folder of another name may hold any"
+    )
 
 
 def obtain_victim(
@@ -122,7 +143,8 @@ def obtain_victim(
                 surrogate = obtain_victim(
                     clean, store, place, load=load, say=say, on_step=on_step
                 ).tensors
-            _train(victim, store, place, surrogate=surrogate, say=say, on_step=on_step)
+            sets = load(place.data, victim.size or _own_size(victim.arch))
+            _train(victim, store, place, sets, surrogate=surrogate, say=say, on_step=on_step)
             if find_victim(victim, store, place, load=load, say=say) is None:
                 raise OutputError(f"{victim.stem}: its training left no victim of this grid")
     return found
@@ -222,6 +244,7 @@ def _train(
     victim: Victim,
     store: Store,
     place: Place,
+    sets: Sets,
     *,
     surrogate: Path | None,
     say: Say,
@@ -246,6 +269,7 @@ def _train(
             surrogate=surrogate,
             start=Path(place.start) if victim.start else None,
             size=victim.size or None,
+            sets=sets,
             device=place.device,
             precision=place.precision,
             overwrite=not resume,

@@ -6,17 +6,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unbackdoor.bench.cells import ATTACK_NAMES, CBD
+from unbackdoor.bench.cells import ATTACK_NAMES
 from unbackdoor.bench.features import from_base64
 from unbackdoor.bench.grid import CLEAN_ROW, Entry, Grid, drawn_entries
 from unbackdoor.bench.tables import (
+    READERS,
     Line,
+    Reader,
     Record,
     all_tables,
     heading,
     label,
     lines,
     mean_and_spread,
+    read,
+    readers_of,
 )
 from unbackdoor.jobs import losses_picture
 from unbackdoor.report import (
@@ -108,27 +112,26 @@ def origins(parts: Sequence[Part]) -> Note:
 
 
 def sections_of(part: Part) -> list[Table | Picture]:
-    """Return the tables of a grid, how its defenses compare, and the losses of its method."""
+    """Return the tables of a grid, how its defenses compare, and the losses of its methods."""
     if not part.records:
         return []
     rows = lines(part.grid, part.found, part.records)
     found: list[Table | Picture] = list(all_tables(part.grid, part.found, part.records))
-    found.append(comparison(part.grid, rows))
-    losses = curves(part.grid, rows)
-    return [*found, losses] if losses is not None else found
+    found += [comparison(part.grid, rows, reader) for reader in readers_of(part.grid)]
+    return [*found, *curves(part.grid, rows)]
 
 
-def comparison(grid: Grid, rows: Sequence[Line]) -> Picture:
+def comparison(grid: Grid, rows: Sequence[Line], reader: Reader) -> Picture:
     """Draw ACC against ASR, and against PA, of all rows; a point is a mean over seeds."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for what in ("asr", "pa"):
         groups = panels.setdefault(f"{what.upper()} over ACC, percent", {})
         for line in rows:
-            x, y = (_mean(line, name) for name in ("acc", what))
+            x, y = (_mean(line, reader, name) for name in ("acc", what))
             if x is not None and y is not None:
                 groups.setdefault(line.row, []).append((x, y))
     return scatter_picture(
-        f"{heading(grid)}: how defenses compare",
+        f"{heading(grid)}: how defenses compare, {READERS[reader]}",
         panels,
         x_label="ACC",
         caption="A point for each attack. The best corner is bottom right for ASR, top right for "
@@ -136,20 +139,21 @@ def comparison(grid: Grid, rows: Sequence[Line]) -> Picture:
     )
 
 
-def curves(grid: Grid, rows: Sequence[Line]) -> Picture | None:
-    """Draw the losses of the method, attack by attack, of the first seed that has a record."""
-    methods = [row.name for row in grid.rows if row.defense == CBD]
-    chosen = "CBD" if "CBD" in methods else next(iter(methods), None)
-    panels, names = [], []
-    for line in rows:
-        if line.row == chosen and line.records:
+def curves(grid: Grid, rows: Sequence[Line]) -> list[Picture]:
+    """Draw the losses of each row of the method, attack by attack, of its first seed."""
+    pictures = []
+    for row in dict.fromkeys(line.row for line in rows):
+        drawn = [line for line in rows if line.row == row and line.records]
+        drawn = [line for line in drawn if line.records[0]["history"]]  # a baseline has none
+        panels = []
+        for line in drawn:
             (panel,) = losses_picture(line.records[0]["history"]).panels
-            names.append(ATTACK_NAMES[line.attack])
-            panels.append(Panel(panel.svg, f"{names[-1]}: {panel.alt}"))
-    if not panels:
-        return None
-    caption = f"Row {chosen}, the first seed that has a record; in this order: {', '.join(names)}."
-    return Picture(f"{heading(grid)}: losses", panels, caption)
+            panels.append(Panel(panel.svg, f"{ATTACK_NAMES[line.attack]}: {panel.alt}"))
+        if panels:
+            names = ", ".join(ATTACK_NAMES[line.attack] for line in drawn)
+            caption = f"The first seed that has a record; in this order: {names}."
+            pictures.append(Picture(f"{heading(grid)}: losses of {row}", panels, caption))
+    return pictures
 
 
 def figures(kept: Mapping[str, Any], title: str) -> list[Picture]:
@@ -196,5 +200,5 @@ def detected(
     ]
 
 
-def _mean(line: Line, what: str) -> float | None:
-    return mean_and_spread([record["scores"]["after"]["probe"][what] for record in line.records])[0]
+def _mean(line: Line, reader: Reader, what: str) -> float | None:
+    return mean_and_spread([read(record, reader, what) for record in line.records])[0]

@@ -26,7 +26,6 @@ from unbackdoor.bench.obtain import (
     OnStep,
     Place,
     Say,
-    Sets,
     load_sets,
     obtain_victim,
     open_victim,
@@ -34,6 +33,7 @@ from unbackdoor.bench.obtain import (
 )
 from unbackdoor.bench.store import (
     SCHEMA,
+    SCORING,
     Store,
     beat,
     claimed,
@@ -44,7 +44,7 @@ from unbackdoor.bench.store import (
 )
 from unbackdoor.cbd import PurifyState, purify
 from unbackdoor.checkpoint import Tree, write_tensors
-from unbackdoor.data import LabeledImages, from_tensor
+from unbackdoor.data import LabeledImages, Sets, from_tensor
 from unbackdoor.defense_jobs import find_defense, label, pseudo_label_accuracy, run_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.keeping import Keeper
@@ -338,6 +338,7 @@ def defend_cell(
     seconds["all"] = time.monotonic() - started
     record = {
         "schema": SCHEMA,
+        "scoring": SCORING,
         "key": cell.key,
         "cell": as_record(cell),
         "victim": _describe_found(found, made, cell),

@@ -28,6 +28,7 @@ from typing import Any
 from unbackdoor.errors import OutputError
 
 SCHEMA = 1
+SCORING = 2  # 1, where records do not say: a probe stopped earlier, images in their own order
 SILENT = 600.0  # seconds without a sign of life, after which another host's claim is void
 BEAT = 20.0  # seconds between signs of life
 

@@ -18,7 +18,7 @@ from unbackdoor.report import Flagged, Table
 Reader = Literal["probe", "head", "paper"]
 Record = Mapping[str, Any]
 
-SEEDS = 3  # fewer are flagged
+SEEDS = 3  # of rows with fewer, the note below a table tells
 WHAT = ("acc", "asr", "pa")
 DURABLE = {"probe": "delivered", "reestimated": "re-estimated", "fine_tuned": "fine-tuned"}
 PAPER_ROWS = {CLEAN_ROW: "Clean Model"}  # the paper's name, where it has another
@@ -53,9 +53,7 @@ def all_tables(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]
     Columns of deviations are left out where no row has several seeds.
     """
     rows = lines(grid, found, records)
-    readers: list[Reader] = ["probe"]
-    if grid.training == "supervised":  # SimCLR leaves no head
-        readers.append("head")
+    readers = readers_of(grid)
     if grid.detection is None and grid.compares:
         readers.insert(0, "paper")
     tables = [
@@ -64,6 +62,11 @@ def all_tables(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]
         durability_table(grid, rows),
     ]
     return [_without_empty_spreads(table) for table in tables]
+
+
+def readers_of(grid: Grid) -> list[Reader]:
+    """Return by what the scores of all rows of a grid are read; SimCLR leaves no head."""
+    return ["probe", "head"] if grid.training == "supervised" else ["probe"]
 
 
 def _without_empty_spreads(table: Table) -> Table:
@@ -94,7 +97,7 @@ def scores_table(grid: Grid, rows: Sequence[Line], reader: Reader) -> Table:
         cells: list[Any] = [label(line)]
         figures = paper_figures(grid, line) if beside else {}
         for what in WHAT:
-            mean, spread = mean_and_spread([_read(r, reader, what) for r in line.records])
+            mean, spread = mean_and_spread([read(r, reader, what) for r in line.records])
             cells += [mean, spread]
             if beside:
                 cells += _beside(mean, figures.get(what.upper()))
@@ -207,6 +210,16 @@ def comes_back(record: Record) -> float | None:
     return None if worst is None or delivered is None else worst - delivered
 
 
+def read(record: Record, reader: Reader, what: str) -> float | None:
+    """Return a score after the defense, as a share; None where there is no such reading."""
+    if reader != "paper":
+        return _score(record, reader, what)
+    # Section 4.1: the baselines have the head; CBD and self-supervised backbones get a probe
+    has_head = record["cell"]["defense"] not in (CBD, CONTRASTIVE)
+    by_head = _score(record, "head", what) if has_head else None
+    return by_head if by_head is not None else _score(record, "probe", what)
+
+
 def paper_figures(grid: Grid, line: Line) -> Mapping[str, float]:
     """Return what the paper prints for a row, in percent; nothing if it does not have the row."""
     data = paper_tables().get(f"table{grid.table}", {}).get("data", {})
@@ -263,15 +276,6 @@ def as_markdown(table: Table) -> str:
     )
 
 
-def _read(record: Record, reader: Reader, what: str) -> float | None:
-    if reader != "paper":
-        return _score(record, reader, what)
-    # Section 4.1: the baselines have the head; CBD and self-supervised backbones get a probe
-    has_head = record["cell"]["defense"] not in (CBD, CONTRASTIVE)
-    by_head = _score(record, "head", what) if has_head else None
-    return by_head if by_head is not None else _score(record, "probe", what)
-
-
 def _score(record: Record, reader: str, what: str) -> float | None:
     scores = record["scores"]["after"].get(reader)
     return None if scores is None else float(scores[what])
@@ -321,6 +325,8 @@ def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
         parts.append(f"Seeds share one victim: ± is of {rest} alone.")
     if any(0 < len(line.records) < SEEDS for line in rows):
         parts.append(f"Some rows have fewer than {SEEDS} seeds.")
+    if len({record.get("scoring", 1) for record in records}) > 1:
+        parts.append("The records are of several scorings; docs/benchmark.md compares them.")
     if len({(r["data"]["train_sha256"], r["data"]["test_sha256"]) for r in records}) > 1:
         parts.append("The records are of different images.")
     for what in ("device", "precision", "revision"):

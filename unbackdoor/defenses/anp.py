@@ -124,6 +124,7 @@ def search_masks(
         keep: Goes on after the last step that it has.
     """
     device = backbone.mean.device
+    images, labels = images.to(device), labels.to(device)
     generator = torch.Generator(device).manual_seed(settings.seed)
     modules = {name: backbone.body.get_submodule(name) for name in layers}
     masks = {
@@ -147,7 +148,7 @@ def search_masks(
         loss = torch.zeros(())  # of no step, where all have been taken
         for number in resumed(keep, settings.iterations, parts):
             raw, truth = draw(images, labels, settings, generator=order)
-            batch, truth = to_unit(raw, backbone.mean), truth.to(device)
+            batch = to_unit(raw, backbone.mean)
             loss = settings.alpha * masked_loss(backbone, masks, None, batch, truth)
             if settings.alpha < 1:
                 noise = find_noise(backbone, masks, batch, truth, settings, generator=generator)
@@ -296,6 +297,7 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Return a full batch, drawn with replacement and augmented."""
     rows = torch.randint(len(images), (settings.batch_size,), generator=generator)
+    rows = rows.to(images.device)
     return augment(images[rows], settings.augment, generator=generator), labels[rows]
 
 

@@ -69,7 +69,8 @@ def lipschitz_bounds(convolution: nn.Conv2d, norm: _BatchNorm) -> Float[Tensor, 
     The kernel of one output channel, ``(c, h, w)``, counts as a matrix of c rows.
     """
     kernels = convolution.weight.flatten(2).float()
-    spectral = torch.linalg.matrix_norm(kernels, ord=2)
+    # on the CPU, for CUDA decomposes such small matrices one after the other
+    spectral = torch.linalg.matrix_norm(kernels.cpu(), ord=2).to(kernels.device)
     variance = norm.get_buffer("running_var") + norm.eps
     bounds: Tensor = spectral * (norm.weight / variance.sqrt()).abs()
     return bounds

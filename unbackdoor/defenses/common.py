@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.backbones import Backbone
-from unbackdoor.defenses.keeping import Keeper, Part, global_generator, resumed
+from unbackdoor.defenses.keeping import Keeper, Part, resumed
 from unbackdoor.defenses.settings import Tuning
-from unbackdoor.devices import deterministic, laid_out, seeded
+from unbackdoor.devices import deterministic, global_generator, laid_out, seeded
 from unbackdoor.errors import ArchitectureError, DataError, DivergedError
 from unbackdoor.types import Images, Labels, RawImages, Scalar
 from unbackdoor.views import shift_and_flip
@@ -189,6 +189,7 @@ def tune(
     """
     loss_of = loss_of or cross_entropy(backbone)
     device = backbone.mean.device
+    images, labels = images.to(device), labels.to(device)
     steps = steps_of(len(images), tuning)
     optimizer = torch.optim.SGD(
         backbone.requires_grad_(True).parameters(),
@@ -210,10 +211,11 @@ def tune(
             if before_epoch is not None:
                 before_epoch(epoch)
             backbone.train()
-            for rows in shuffled(len(images), tuning.batch_size, generator=generator):
+            for drawn in shuffled(len(images), tuning.batch_size, generator=generator):
+                rows = drawn.to(device)
                 optimizer.param_groups[0]["lr"] = rate_at(tuning, epoch, step / steps)
                 batch = augment(images[rows], tuning.augment, generator=generator)
-                loss = loss_of(to_unit(batch, backbone.mean), labels[rows].to(device))
+                loss = loss_of(to_unit(batch, backbone.mean), labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

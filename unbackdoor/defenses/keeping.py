@@ -72,14 +72,6 @@ def resumed(keep: Keeper | None, count: int, parts: Mapping[str, Part]) -> Itera
     return range(count) if keep is None else keep.rounds(count, parts)
 
 
-def global_generator(device: torch.device) -> torch.Generator:
-    """Return what dropout draws from."""
-    if device.type != "cuda":
-        return torch.default_generator
-    number = torch.cuda.current_device() if device.index is None else device.index
-    return torch.cuda.default_generators[number]
-
-
 def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
         name.removeprefix(prefix): tensor

@@ -69,7 +69,10 @@ def find_stage(backbone: Backbone, images: RawImages, *, name: str = "") -> Stag
 
 @contextmanager
 def watching(backbone: Backbone, stage: Stage) -> Iterator[list[Tensor]]:
-    """Give a list whose only entry is the output of ``stage`` in the last pass of ``backbone``."""
+    """Give a list whose only entry is the output of ``stage`` in the last pass of ``backbone``.
+
+    It is emptied at the end, for the output holds all that its gradient would need.
+    """
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, __: object, output: Tensor) -> None:
@@ -80,6 +83,7 @@ def watching(backbone: Backbone, stage: Stage) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         hook.remove()
+        seen.clear()
 
 
 @torch.no_grad()
@@ -87,7 +91,7 @@ def map_of(backbone: Backbone, stage: Stage, images: RawImages) -> Tensor:
     """Return the output of ``stage`` for ``images``."""
     with watching(backbone, stage) as seen:
         backbone(to_unit(images, backbone.mean))
-    return seen[0]
+        return seen[0]
 
 
 def find_writers(backbone: Backbone, stage: Stage, images: RawImages) -> tuple[str, ...]:
