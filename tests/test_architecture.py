@@ -338,7 +338,8 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "assets").iterdir()]
+    files = [path for path in PACKAGE.rglob("*") if path.is_file()]
+    files = [path for path in files if "__pycache__" not in path.parts]
     assert {str(path.relative_to(ROOT)) for path in files} <= packed
 
 

@@ -27,6 +27,7 @@ from unbackdoor.bench.run import (
     run_cells,
 )
 from unbackdoor.bench.store import (
+    claimed,
     is_running,
     open_store,
     read_features,
@@ -518,6 +519,13 @@ def test_a_training_that_leaves_another_victim_is_not_tried_without_end(
     cell = replace(cells["No Defense"], victim=other)
     assert run([cell])[0] == Tally(failed=1)
     assert "left no victim of this grid" in store.error_of(cell.key)
+
+
+def test_a_cell_that_somebody_else_has_is_left_to_them(run, store, cells):
+    cell = cells["No Defense"]
+    with claimed(open_store(store.folder, owner="another"), cell.key):
+        assert run([cell])[0] == Tally(left=1)
+    assert not store.is_done(cell.key)
 
 
 def test_cells_of_one_victim_are_one_job(cells):

@@ -375,6 +375,24 @@ def test_an_unknown_defense_or_setting_is_one_message(name, values, error, messa
         find_defense(name, values)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Settings that are only right together."""
+
+    first: float = 0.5
+    second: float = 0.5
+
+    def __post_init__(self):
+        if self.first + self.second != 1:
+            raise SettingsError("first and second do not add up to 1")
+
+
+def test_settings_are_changed_all_at_once():
+    assert settings_from(Shares(), ["first=.25", "second=.75"]) == Shares(0.25, 0.75)
+    with pytest.raises(SettingsError, match="do not add up"):
+        settings_from(Shares(), ["first=.25"])
+
+
 def test_settings_are_read_as_what_they_are():
     changed = settings_from(FineTuningSettings(), ["tuning.learning-rate=1/50", "seed=3"])
     assert (changed.tuning.learning_rate, changed.seed) == (0.02, 3)

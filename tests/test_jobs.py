@@ -165,9 +165,9 @@ def test_an_output_that_could_not_hold_the_tensors_is_refused_first(victim, phot
     content = torch.load(victim, weights_only=True)
     content["state_dict"]["__metadata__"] = torch.ones(1)
     torch.save(content, victim)
-    said: list[str] = []
+    said = []
     with pytest.raises(OutputError, match=r"cannot hold '__metadata__' of torch\.float32"):
-        run(victim, photos, tmp_path / "clean.safetensors", on_step=said.append)
+        run(victim, photos, tmp_path / "clean.safetensors", on_step=lambda *step: said.append(step))
     assert not said
     run(victim, photos, tmp_path / "clean.pt")
 

@@ -358,8 +358,12 @@ def attack(
         all_to_all=all_to_all,
         noise=noise,
     )
-    state = attack_jobs.name_files(name, out, training, settings).state
-    with display(f"attack {name}") as shown, resumable(lambda: state):
+    own = attack_jobs.name_files(name, out, training, settings).state
+    before = attack_jobs.name_files("clean", out, "supervised", settings).state  # a surrogate's
+    with (
+        display(f"attack {name}") as shown,
+        resumable(lambda: own if own.exists() else before),
+    ):
         attack_jobs.make_victim(
             name,
             data,

@@ -219,6 +219,7 @@ def settings_from(defaults: Any, values: Sequence[str]) -> Any:
         SettingsError: If a name is unknown, or a value of another kind or out of range.
     """
     names = [name for name, _ in flatten(asdict(defaults))]
+    changes: dict[str, Any] = {}
     for text in values:
         written, sign, value = text.partition("=")
         name = written.strip().replace("-", "_")
@@ -230,8 +231,12 @@ def settings_from(defaults: Any, values: Sequence[str]) -> Any:
                 f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(names) or None}"
             )
             raise SettingsError(f"{type(defaults).__name__} has no setting {name!r}; {hint}")
-        defaults = _with(defaults, name, value.strip(), whole=name)
-    return defaults
+        *outer, last = name.split(".")
+        inner, place = defaults, changes
+        for part in outer:
+            inner, place = getattr(inner, part), place.setdefault(part, {})
+        place[last] = _value(inner, last, value.strip(), whole=name)
+    return _with(defaults, changes)
 
 
 def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, seed: int) -> Owned:
@@ -388,27 +393,31 @@ def _own_settings(function: Callable[..., Any], name: str) -> Callable[[], Any]:
     return kind
 
 
-def _with(settings: Any, name: str, value: str, *, whole: str) -> Any:
-    """Return ``settings`` with ``value`` at a dotted name that is there."""
-    first, _, rest = name.partition(".")
-    before = getattr(settings, first)
-    if rest:
-        return replace(settings, **{first: _with(before, rest, value, whole=whole)})
-    kind = get_type_hints(type(settings))[first]
+def _with(settings: Any, changes: Mapping[str, Any]) -> Any:
+    """Return ``settings`` with all changes at once, for some may only be right together."""
+    values = {
+        name: _with(getattr(settings, name), value) if isinstance(value, Mapping) else value
+        for name, value in changes.items()
+    }
+    return replace(settings, **values)
+
+
+def _value(settings: Any, name: str, value: str, *, whole: str) -> Any:
+    """Read ``value`` as what ``settings`` hold at ``name``, which errors call ``whole``."""
+    kind = get_type_hints(type(settings))[name]
     if isinstance(kind, UnionType) or get_origin(kind) is Union:
         kinds = [each for each in get_args(kind) if each is not NoneType]
         if value.lower() == "none" and len(kinds) < len(get_args(kind)):
-            return replace(settings, **{first: None})
+            return None
         kind = kinds[0] if len(kinds) == 1 else kind
     if get_origin(kind) is Literal:
         known = [str(each) for each in get_args(kind)]
         if value not in known:
             raise SettingsError(f"{whole} is one of {', '.join(known)}, got {value!r}")
     try:
-        read = _read(kind, value)
+        return _read(kind, value)
     except (ValueError, KeyError, ZeroDivisionError) as error:
         raise SettingsError(f"{whole} is of type {kind.__name__}, got {value!r}") from error
-    return replace(settings, **{first: read})
 
 
 def _read(kind: Any, value: str) -> Any:

@@ -155,10 +155,10 @@ def poison(
         ValueError: If ``perturb`` is missing.
     """
     count = count_poisoned(labels, attack, classes=classes)
-    rows = candidates(labels, attack).nonzero().squeeze(1)
-    if len(rows) == len(labels):  # the first draw is that of a defender with the same seed
-        torch.randperm(len(rows), generator=generator)
-    chosen = rows[torch.randperm(len(rows), generator=generator)[:count]]
+    possible = candidates(labels, attack).nonzero().squeeze(1)
+    if len(possible) == len(labels):  # the first draw is that of a defender with the same seed
+        torch.randperm(len(possible), generator=generator)
+    chosen = possible[torch.randperm(len(possible), generator=generator)[:count]]
     is_poisoned = torch.zeros(len(labels), dtype=torch.bool)
     is_poisoned[chosen] = True
     is_noise = torch.zeros_like(is_poisoned)

@@ -1,4 +1,4 @@
-"""Who runs the cells: processes of this machine, or Ray on many. No torch until they run.
+"""Who runs the cells: processes of this machine, or Ray on many.
 
 Either way, workers agree through claims in the folder of records, one victim with all its cells at
 a time, so a worker that dies loses nothing but the epoch it was in.
@@ -14,15 +14,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from unbackdoor.bench.cells import Cell, describe
+from unbackdoor.bench.obtain import Place, for_any_folder
+from unbackdoor.bench.run import Tally, by_victim, pending, run_cells
 from unbackdoor.bench.store import Store, open_store, release, release_dead, write_failure
 from unbackdoor.errors import SettingsError
-
-if TYPE_CHECKING:
-    from unbackdoor.bench.obtain import Place
-    from unbackdoor.bench.run import Tally
 
 TRIES = 3  # of a cell at which workers die
 NOWHERE = ""  # stands for the key of a cell, where a worker was at none when it died
@@ -34,19 +33,17 @@ Say = Callable[[str], None]
 def run_local(
     cells: Sequence[Cell],
     results: Path,
-    place: "Place",
+    place: Place,
     *,
     workers: int = 1,
     say: Say = print,
     on_step: Callable[[int, int], None] | None = None,
-) -> "Tally":
+) -> Tally:
     """Run ``cells`` on this machine, in this process or in ``workers`` others.
 
     Workers that die are replaced. A cell at which ``TRIES`` have died is recorded as failed; if as
     many die at none, no more are started, and all that is left counts as failed.
     """
-    from unbackdoor.bench.run import run_cells
-
     wanted = _wanted(cells, results)
     if workers == 1:
         return run_cells(wanted, open_store(results), place, say=say, on_step=on_step)
@@ -87,13 +84,13 @@ def run_local(
 def run_ray(
     cells: Sequence[Cell],
     results: Path,
-    place: "Place",
+    place: Place,
     *,
     workers: int = 1,
     say: Say = print,
     address: str | None = None,
     gpus: float = 0,
-) -> "Tally":
+) -> Tally:
     """Run ``cells`` on a Ray cluster: one task a victim, started again where a worker dies.
 
     Args:
@@ -114,9 +111,6 @@ def run_ray(
             "--backend ray needs Ray; pip install '.[ray]' where the source is, or pass "
             "--backend local"
         ) from error
-    from unbackdoor.bench.obtain import for_any_folder
-    from unbackdoor.bench.run import by_victim
-
     wanted = _wanted(cells, results)
     started = not ray.is_initialized()
     if started:
@@ -171,14 +165,10 @@ def _from_environment() -> str:
 
 
 def work(
-    cells: Sequence[Cell], results: Path, place: "Place", threads: int, *, owner: str | None = None
+    cells: Sequence[Cell], results: Path, place: Place, threads: int, *, owner: str | None = None
 ) -> None:
     """Be a worker: run whatever of ``cells`` nobody else is at work on."""
     end_with_parent()
-    import torch
-
-    from unbackdoor.bench.run import run_cells
-
     torch.set_num_threads(threads)  # on a GPU too, for neighbours and images are the CPU's
     run_cells(cells, open_store(results, owner=owner), place)
 
@@ -197,19 +187,17 @@ def end_with_parent() -> None:
 
 
 def _wanted(cells: Iterable[Cell], results: Path) -> list[Cell]:
-    from unbackdoor.bench.run import pending
-
     return pending(cells, open_store(results))
 
 
 def _lost(
     cells: Iterable[Cell],
     results: Path,
-    tally: "Tally",
+    tally: Tally,
     *,
     died: Collection[str] = (),
     say: Say,
-) -> "Tally":
+) -> Tally:
     """Count what no worker has finished as failed, and record the cells that they died at.
 
     Args:
@@ -227,9 +215,7 @@ def _record_death(cell: Cell, store: Store, say: Say) -> None:
     say(f"failed: {describe(cell)}: its worker died, again and again")
 
 
-def _tally(cells: Sequence[Cell], results: Path) -> "Tally":
-    from unbackdoor.bench.run import Tally
-
+def _tally(cells: Sequence[Cell], results: Path) -> Tally:
     store = open_store(results)
     keys = {cell.key for cell in cells}
     done = sum(store.is_done(key) for key in keys)

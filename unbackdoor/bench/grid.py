@@ -53,6 +53,7 @@ from unbackdoor.bench.cells import (
     Detection,
     Victim,
 )
+from unbackdoor.defense_jobs import find_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.errors import ArchitectureError, SettingsError
 from unbackdoor.settings import (
@@ -588,8 +589,6 @@ def _own_defaults(defense: str, where: str) -> Any:
 @cache
 def _run_own(defense: str, code: str) -> Any:
     """Run a file once for each hash of it."""
-    from unbackdoor.defense_jobs import find_defense  # imports torch, so not before it is needed
-
     return find_defense(defense).settings
 
 

@@ -122,7 +122,9 @@ def run_cells(
 
             step = _beating(store, on_step)
             done = _run_group(victim, group, store, place, load=load, say=say, on_step=step)
-            tally = tally._replace(done=tally.done + done, failed=tally.failed + len(group) - done)
+            left = len(pending(group, store))  # that others hold
+            failed = len(group) - done - left
+            tally = Tally(tally.done + done, tally.failed + failed, tally.left + left)
             drop_unneeded(store, place.drop)
     return tally
 

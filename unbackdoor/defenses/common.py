@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.backbones import Backbone
+from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.keeping import Keeper, Part, resumed
 from unbackdoor.defenses.settings import Tuning
 from unbackdoor.devices import deterministic, global_generator, laid_out, seeded
@@ -73,9 +74,10 @@ def labels_of(backbone: Backbone, data: DefenseData) -> Labels:
         DataError: If there are no labels, or some are no classes of the head.
     """
     if not backbone.heads:
+        without = ", ".join(name for name, entry in DEFENSES.items() if not entry.labels)
         raise ArchitectureError(
-            "this defense needs the classifier's head, which the checkpoint lacks; "
-            "contrastive, bcu and clp do without"
+            "this defense needs the classifier's head, which the checkpoint lacks; of ours, "
+            f"{without} do without"
         )
     if data.labels is None:
         raise DataError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from unbackdoor.errors import SettingsError
-from unbackdoor.settings import Ratio, in_range
+from unbackdoor.settings import in_range
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class FinePruningSettings:
         seed: Of the held-out split, order and augmentation.
     """
 
-    kept: Ratio = 0.9
-    held_out: Ratio = 0.2
+    kept: float = 0.9
+    held_out: float = 0.2
     per_check: int = 1
     stage: str = ""
     tuning: Tuning = field(default_factory=lambda: Tuning(epochs=50))
@@ -134,7 +134,7 @@ class AnpSettings:
         seed: Of the held-out split, batches and the adversary's starts.
     """
 
-    epsilon: Ratio = 0.4
+    epsilon: float = 0.4
     attack_steps: int = 1
     alpha: float = 0.2
     iterations: int = 2_000
@@ -143,8 +143,8 @@ class AnpSettings:
     learning_rate: float = 0.2
     momentum: float = 0.9
     threshold: float = 0.2
-    kept: Ratio = 0.0
-    held_out: Ratio = 0.2
+    kept: float = 0.0
+    held_out: float = 0.2
     batch_norm: Literal["batch", "running"] = "batch"
     seed: int = 0
 
@@ -181,7 +181,7 @@ class IbauSettings:
     rounds: int = 5
     search_rate: float = 10.0
     penalty: float = 1e-3
-    perturbed: Ratio = 0.01
+    perturbed: float = 0.01
     fixed_point_steps: int = 5
     inner_rate: float = 0.1
     learning_rate: float = 1e-3
@@ -214,9 +214,9 @@ class AdversarialSettings:
         seed: Of order and augmentation.
     """
 
-    epsilon: Ratio = 6 / 255
+    epsilon: float = 6 / 255
     steps: int = 7
-    step_size: Ratio = 1.2 / 255
+    step_size: float = 1.2 / 255
     adversarial_epochs: int = 3
     clean: float = 0.0
     tuning: Tuning = field(
