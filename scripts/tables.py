@@ -183,8 +183,12 @@ def taken_table() -> str:
         f"|---{'|---' * 7}|",
     ]
     clean = json.loads((ROOT / "results/victims/clean-simclr-seed0.json").read_text())
-    shipped = json.loads((ROOT / "results/victims/blend-simclr-seed0.json").read_text())
-    for record in [shipped, *read_folder("results/simclr")]:
+    shipped = [
+        json.loads(path.read_text())
+        for path in sorted((ROOT / "results/victims").glob("*-simclr-seed0.json"))
+        if not path.name.startswith("clean")
+    ]
+    for record in [*shipped, *read_folder("results/simclr")]:
         name = record["attack"]["name"]
         both = record["scores"], clean["scores"][name]
         cells = [cell for each in both for cell in as_cells(each, ("probe", "neighbours"))]
@@ -194,10 +198,10 @@ def taken_table() -> str:
 
 
 def simclr_table() -> str:
-    """Return what is done to the victims of `grids/table3-cpu.toml`, in percent."""
+    """Return what is done to SimCLR's victims, in percent."""
     readings = {name: words for name, words in READINGS.items() if name != "head"}
     lines = [f"| trigger | row | {' | '.join(readings.values())} |", "|---|---|---|---|---|"]
-    for entry, record in records_of("table3-cpu"):
+    for entry, record in (*records_of("table3-cpu"), *records_of("simclr-cpu")):
         cells = as_cells(record["scores"]["after"], readings)
         lines.append(f"| {entry.attack} | {entry.row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
