@@ -16,7 +16,7 @@ from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict, Toml
 
 from unbackdoor import __version__
-from unbackdoor.errors import SettingsError, UnbackdoorError
+from unbackdoor.errors import SettingsError, UnbackdoorError, unknown
 from unbackdoor.progress import display
 from unbackdoor.settings import (
     PRESETS,
@@ -101,7 +101,7 @@ def fill_purify(app: App, __: tuple[str, ...], arguments: ArgumentCollection) ->
     take_config(app, arguments, given, PurifySettings())
     if name := given.get("--preset"):
         if name not in PRESETS:
-            raise SettingsError(f"--preset {name!r} is unknown; there are {', '.join(PRESETS)}")
+            raise SettingsError(unknown("--preset", name, PRESETS))
         take(app, arguments, PRESETS[name], source=f"preset {name}")
 
 

@@ -20,7 +20,7 @@ from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import Defended, DefenseData, predict
 from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.devices import pick_device
-from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError
+from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError, unknown
 from unbackdoor.jobs import (
     MEASURED,
     Outputs,
@@ -191,10 +191,8 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
         function = getattr(importlib.import_module(f"unbackdoor.defenses.{module}"), function_name)
         kind, needs_labels = entry.settings, entry.labels
     else:
-        nearest = difflib.get_close_matches(name, DEFENSES, n=1)
-        known = f"there are {', '.join(DEFENSES)}, and path/to/file.py:function"
-        hint = f"did you mean {nearest[0]!r}?" if nearest else known
-        raise SettingsError(f"defense {name!r} is unknown; {hint}")
+        own = ", and path/to/file.py:function"
+        raise SettingsError(unknown("defense", name, DEFENSES, others=own))
     defaults = kind()
     check_seed(seed)
     if any(item.name == "seed" for item in fields(defaults)):

@@ -15,6 +15,17 @@
     └── DivergedError           training ended in NaN or in a collapsed feature space
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def unknown(what: str, name: object, known: Iterable[str], *, others: str = "") -> str:
+    """Return a message that a name is none of ``known``, with the nearest one, or with all."""
+    names = list(known)
+    nearest = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names)}{others}"
+    return f"{what} {name!r} is unknown; {hint}"
+
 
 class UnbackdoorError(Exception):
     """Base of all errors below; the command line prints it without a traceback and exits with 2."""

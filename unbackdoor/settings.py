@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, Token
 
-from unbackdoor.errors import DataError, SettingsError
+from unbackdoor.errors import DataError, SettingsError, unknown
 
 
 def _ratio(_: type, tokens: Sequence[Token]) -> float:
@@ -312,7 +312,7 @@ def purify_preset(name: str) -> PurifySettings:
         SettingsError: If there is no such preset.
     """
     if name not in PRESETS:
-        raise SettingsError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
+        raise SettingsError(unknown("preset", name, PRESETS))
     defaults = PurifySettings()
     values = {
         key: replace(getattr(defaults, key), **value) if isinstance(value, Mapping) else value
@@ -433,7 +433,7 @@ def victim_preset(name: str, *, training: str, attack: str) -> dict[str, Any]:
     """
     presets = VICTIM_PRESETS[training]
     if name not in presets:
-        raise SettingsError(f"--preset {name!r} is unknown; there are {', '.join(presets)}")
+        raise SettingsError(unknown("--preset", name, presets))
     preset = dict(presets[name])
     if attack == "cla" and training == "supervised":
         preset["augment"] = "none"

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from unbackdoor import patterns
 from unbackdoor.attacks.poisoning import PGD_EPSILON, PGD_STEPS, Attack
 from unbackdoor.attacks.triggers import TRIGGERS, BadNets, Blend, Sig, WaNet
-from unbackdoor.errors import SettingsError
+from unbackdoor.errors import SettingsError, unknown
 
 Training = Literal["supervised", "simclr"]
 SMALL = 64  # pixels: up to here, patches and noise are those that the paper has at 32
@@ -64,10 +64,7 @@ def named_attack(
         SettingsError: If there is no such attack or attribute, or a value is out of range.
     """
     if name not in ATTACKS:
-        known = ", ".join(ATTACKS)
-        nearest = difflib.get_close_matches(name, ATTACKS, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {known}"
-        raise SettingsError(f"attack {name!r} is unknown; {hint}")
+        raise SettingsError(unknown("attack", name, ATTACKS))
     attack = ATTACKS[name](size, training)
     if training == "simclr":
         if attack.adversarial:

@@ -33,7 +33,6 @@
     epochs = 6                        # and other settings of ``DetectionSettings``
 """
 
-import difflib
 import hashlib
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -55,7 +54,7 @@ from unbackdoor.bench.cells import (
 )
 from unbackdoor.defense_jobs import find_defense
 from unbackdoor.defenses import DEFENSES
-from unbackdoor.errors import ArchitectureError, SettingsError
+from unbackdoor.errors import ArchitectureError, SettingsError, unknown
 from unbackdoor.settings import (
     PRESETS,
     SCHEMES,
@@ -451,14 +450,6 @@ def _lengths(grid: Grid) -> str:
         if settings is not None and settings.epochs != usual.epochs:
             text += f" ({attack}: {settings.epochs})"
     return text
-
-
-def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """Return a message that a name is none of ``known``, with the nearest one."""
-    names = list(known)
-    nearest = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names)}"
-    return f"{what} {name!r} is unknown; {hint}"
 
 
 def _differences(table: Mapping[str, Any]) -> str:

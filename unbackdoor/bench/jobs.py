@@ -16,7 +16,6 @@ from unbackdoor.bench.grid import (
     is_own,
     read_grid,
     unique_cells,
-    unknown,
 )
 from unbackdoor.bench.obtain import Place, surrogate_of
 from unbackdoor.bench.report import Part, report_of
@@ -33,7 +32,7 @@ from unbackdoor.bench.store import (
 from unbackdoor.bench.tables import all_tables, as_markdown
 from unbackdoor.checkpoint import write_text
 from unbackdoor.data import check_there
-from unbackdoor.errors import DataError, SettingsError
+from unbackdoor.errors import DataError, SettingsError, unknown
 
 Say = Callable[[str], None]
 
