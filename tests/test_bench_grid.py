@@ -379,7 +379,7 @@ def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
         ("steps = 8", "stesp = 8", "setting 'stesp' is unknown; did you mean 'steps'"),
         ('arch = "', 'arch = "mine.py:net" # "', "a network in a file cannot be in a grid"),
         ('tier = "cpu"', 'tier = "gpu"', "tier 'gpu' is unknown; did you mean 'cpu'"),
-        ('preset = "cpu"', 'preset = "cpus"', "there are paper, cpu"),
+        ('preset = "cpu"', 'preset = "cpus"', "did you mean 'cpu'"),
         ('preset = "cifar10"', 'preset = "cifar"', "preset 'cifar' is unknown; did you mean"),
         ("epochs = 3", "epoch = 3", "setting 'epoch' is unknown; did you mean 'epochs'"),
         ('name = "ANP"', 'name = "CBD"', "two rows have one name"),

@@ -125,7 +125,7 @@ def test_flags_go_before_the_config_and_the_config_before_the_preset(inputs, tmp
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--search.epsilon", "8"], "for 8 grey levels pass 8/255"),
         (["--search.epsilon", "1/0"], "1/0"),
-        (["--preset", "cifar"], "--preset 'cifar' is unknown; there are default, cifar10"),
+        (["--preset", "cifar"], "--preset 'cifar' is unknown; did you mean 'cifar10'?"),
         (["--config", "none.toml"], "--config none.toml: no such file"),
         (["--batch-norm", "off"], "batch"),
         (["--arch", "cifar/wrn99"], "unknown"),
