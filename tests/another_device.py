@@ -139,7 +139,7 @@ def compute(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         **tree_map(lambda x: x.held if isinstance(x, There) else x, kwargs)
         | ({"device": CPU} if wanted else {}),
     )
-    here = (wanted or CPU).type == NAME if wanted or not there else True
+    here = wanted.type == NAME if wanted else bool(there)
     if function is aten.copy_.default:
         here = isinstance(args[0], There)
     own = {id(x): x for x in tensors} | there  # what was changed in place is itself
@@ -147,7 +147,7 @@ def compute(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     def placed(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return own.get(id(x)) if id(x) in own else There(x) if here else x
+        return own[id(x)] if id(x) in own else There(x) if here else x
 
     return tree_map(placed, out)
 

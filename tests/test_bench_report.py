@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from unbackdoor.bench.features import as_base64, compressed, from_base64
-from unbackdoor.bench.grid import entries, read_grid
+from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid
 from unbackdoor.bench.report import Part as ReportPart
 from unbackdoor.bench.report import (
     comparison,
@@ -94,6 +94,9 @@ def test_the_losses_of_every_row_of_the_method_are_drawn(part):
     assert [picture.title.rpartition(": ")[2] for picture in drawn] == [
         *("losses of eps=2", "losses of CBD"),
     ]
+    clean = [line._replace(row=CLEAN_ROW, attack=name) for line in rows for name in ("sig", "cla")]
+    (shared,) = curves(grid, [line for line in clean if line.records[0]["history"]])
+    assert shared.caption.endswith("in this order: SIG.")
     caption = "The first seed that has a record; in this order: BadNets."
     assert all(picture.caption == caption for picture in drawn)
     assert curves(grid, [line for line in rows if line.row not in ("eps=2", "CBD")]) == []

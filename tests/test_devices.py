@@ -138,6 +138,7 @@ def test_a_convolution_that_crashes_in_channels_last_is_left_contiguous():
     assert fast_layout(nn.Sequential(stem)) == torch.contiguous_format
     for harmless in (nn.Conv2d(3, 48, 3, stride=2), nn.Conv2d(48, 96, 1, 2), nn.Conv2d(3, 9, 1)):
         assert fast_layout(nn.Sequential(harmless)) == torch.channels_last
+        assert fast_layout(nn.Sequential(harmless), torch.device("mps")) == torch.contiguous_format
 
 
 def run_on(device, folder):
@@ -162,10 +163,17 @@ def test_every_job_writes_on_another_device_what_it_writes_on_the_cpu(tmp_path):
     assert files_in(here) == files_in(there)
     for path in here.rglob("*.safetensors"):
         ours, theirs = load_file(path), load_file(there / path.relative_to(here))
-        # victims are equal; elsewhere other kernels round, and a CPU folds what it searches with
-        most = 0 if "seed0" in path.name else 1e-2
+        # victims are equal; a CPU folds what it searches with, and detectors have other kernels
+        most = 0 if "seed0" in path.name else 5e-3
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[name], atol=most, rtol=0)
+    moved = {}
+    victim = load_file(here / "badnets-supervised-seed0.safetensors")
+    for folder in (here, there):
+        repaired = load_file(folder / "purified.safetensors")
+        weights = [repaired[name] - victim[name] for name in victim if name.endswith("weight")]
+        moved[folder] = torch.cat([change.flatten() for change in weights])
+    assert (moved[there] - moved[here]).norm() < 0.1 * moved[here].norm()
     for name in ("scores", "transfer"):
         assert read(here / f"{name}.json")["scores"] == read(there / f"{name}.json")["scores"]
     rows = 0

@@ -405,7 +405,7 @@ def plan_victim(
     count_steps(len(taken.labels), settings)
     classes = len(train.classes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)  # of weights that `initialize` does not draw
+        torch.default_generator.manual_seed(settings.seed)  # for what `initialize` does not draw
         architecture = architecture._replace(network=build(arch, classes=classes).network)
     if attack is not None:
         count_poisoned(taken.labels, attack, classes=classes)

@@ -359,10 +359,11 @@ def attack(
         noise=noise,
     )
     own = attack_jobs.name_files(name, out, training, settings).state
-    before = attack_jobs.name_files("clean", out, "supervised", settings).state  # a surrogate's
+    before = attack_jobs.name_files("clean", out, "supervised", settings).state
+    makes_surrogate = name == "cla" and surrogate is None
     with (
         display(f"attack {name}") as shown,
-        resumable(lambda: own if own.exists() else before),
+        resumable(lambda: before if makes_surrogate and not own.exists() else own),
     ):
         attack_jobs.make_victim(
             name,

@@ -66,13 +66,20 @@ def in_precision(network: nn.Module, precision: Precision) -> nn.Module:
     return network if precision == "fp32" else InBfloat16(network)
 
 
-def fast_layout(network: nn.Module) -> torch.memory_format:
+def fast_layout(network: nn.Module, device: torch.device | None = None) -> torch.memory_format:
     """Return the memory layout in which ``network``'s convolutions are fast: channels last.
 
-    Contiguous where a strided convolution of single pixels has few input channels, as RepVGG's
-    first one: on a CPU its weight gradient in channels last writes outside its memory (oneDNN in
-    PyTorch 2.15; seen with 3 and 5 channels, not with 12).
+    Contiguous on MPS, where batch norm's gradients in channels last were wrong
+    (pytorch/pytorch#175189), and where a strided convolution of single pixels has few input
+    channels, as RepVGG's first one: on a CPU its weight gradient in channels last writes outside
+    its memory (oneDNN in PyTorch 2.15; seen with 3 and 5 channels, not with 12).
+
+    Args:
+        device: Where it will be run; by default, where its weights are.
     """
+    device = device or next((weight.device for weight in network.parameters()), None)
+    if device is not None and device.type == "mps":
+        return torch.contiguous_format
     crashes = any(
         isinstance(layer, nn.Conv2d)
         and layer.kernel_size == (1, 1)
@@ -150,7 +157,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def global_generator(device: torch.device) -> torch.Generator:
-    """Return what dropout draws from."""
+    """Return what dropout draws from on a CPU or a GPU; MPS's own generator cannot be had."""
     if device.type != "cuda":
         return torch.default_generator
     number = torch.cuda.current_device() if device.index is None else device.index
@@ -184,7 +191,8 @@ def matrix_limit(device: torch.device, precision: Precision, *, size: int | None
     size = size or (8192 if device.type == "cuda" else 1536)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # random, for a GPU multiplies equal numbers faster than others
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    draws = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=draws, device=device).to(dtype) for _ in range(2))
 
     def seconds() -> float:
         wait_for(device)

@@ -70,7 +70,7 @@ def train_supervised(
         DivergedError: If the loss is no longer finite.
     """
     per_epoch = count_steps(len(images), settings)
-    layout = _layout(network, settings)
+    layout = _layout(network, settings, images.device)
 
     def loss_of(rows: Tensor, step: int, generator: torch.Generator) -> Scalar:
         batch, truth = images[rows], labels[rows]
@@ -135,7 +135,7 @@ def train_simclr(
     head = nn.Sequential(first, nn.ReLU(), last)
     network = nn.ModuleDict({"backbone": backbone, "projection": head.to(images.device)})
     run = in_precision(backbone, precision)
-    layout = _layout(backbone, settings)
+    layout = _layout(backbone, settings, images.device)
 
     def loss_of(rows: Tensor, step: int, generator: torch.Generator) -> Scalar:
         plain = images[rows].float() / 255
@@ -198,7 +198,7 @@ def _train(
     """Minimize ``loss_of(rows, step, generator)`` over shuffled batches of rows."""
     generator = torch.Generator(device).manual_seed(settings.seed)
     network.to(device).train()
-    network.to(memory_format=_layout(network, settings))
+    network.to(memory_format=_layout(network, settings, device))
     optimizer = _optimizer(network, settings)
     history: tuple[Epoch, ...] = ()
     if state is not None:
@@ -264,8 +264,10 @@ def count_steps(images: int, settings: VictimSettings) -> int:
     return steps
 
 
-def _layout(network: nn.Module, settings: VictimSettings) -> torch.memory_format:
-    return fast_layout(network) if settings.channels_last else torch.contiguous_format
+def _layout(
+    network: nn.Module, settings: VictimSettings, device: torch.device
+) -> torch.memory_format:
+    return fast_layout(network, device) if settings.channels_last else torch.contiguous_format
 
 
 def _state(

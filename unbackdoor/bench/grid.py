@@ -1,4 +1,4 @@
-"""A grid file: which rows a table has, and so which cells. No torch.
+"""A grid file: which rows a table has, and so which cells.
 
 ::
 
@@ -163,8 +163,9 @@ class Grid:
     def compares(self) -> bool:
         """Whether the paper's numbers, of ResNet-18, may stand beside these results."""
         images = IMAGENET100 if self.table in ("4", "5", "6") else "cifar10"
-        detection = self.detection is None or self.detection.data.endswith("VOC2007")
-        alike = self.arch.endswith("/resnet18") and data_name(self.data) == images and detection
+        alike = self.arch.endswith("/resnet18") and data_name(self.data) == images
+        if self.detection is not None:
+            alike = alike and Path(self.detection.data.rpartition(":")[2]).name == "VOC2007"
         return self.tier in ("paper", "h200") and alike
 
 

@@ -9,15 +9,17 @@ from unbackdoor.bench.backends import run_local, run_ray
 from unbackdoor.bench.cells import Cell
 from unbackdoor.bench.detection import check_detectors
 from unbackdoor.bench.grid import (
+    IMAGENET100,
     Entry,
     Grid,
+    data_name,
     drawn_entries,
     entries,
     is_own,
     read_grid,
     unique_cells,
 )
-from unbackdoor.bench.obtain import Place, surrogate_of
+from unbackdoor.bench.obtain import Place, check_imagenet100, surrogate_of
 from unbackdoor.bench.report import Part, report_of
 from unbackdoor.bench.run import draw_cells, drop_unneeded, pending
 from unbackdoor.bench.status import as_lines, status_of
@@ -33,6 +35,7 @@ from unbackdoor.bench.tables import all_tables, as_markdown
 from unbackdoor.checkpoint import write_text
 from unbackdoor.data import check_there
 from unbackdoor.errors import DataError, SettingsError, unknown
+from unbackdoor.settings import at_home
 
 Say = Callable[[str], None]
 
@@ -179,6 +182,12 @@ def _check_images(grid: Grid) -> None:
         check_there(grid.data)
     except DataError as error:
         raise DataError(f"{grid.name}: {error}; pass --data, where the images are") from error
+    folder = at_home(grid.data) / "train"
+    if data_name(grid.data) == IMAGENET100 and folder.is_dir():
+        inside = [path.name for path in folder.iterdir() if path.is_dir()]
+        classes = [name for name in inside if not name.startswith(".")]
+        if classes:  # of shards, only reading tells
+            check_imagenet100(grid.data, classes)
 
 
 def draw_grids(

@@ -144,6 +144,8 @@ def curves(grid: Grid, rows: Sequence[Line]) -> list[Picture]:
     pictures = []
     for row in dict.fromkeys(line.row for line in rows):
         drawn = [line for line in rows if line.row == row and line.records]
+        if row.startswith(CLEAN_ROW):
+            drawn = drawn[:1]  # one repair, which is scored under every attack
         drawn = [line for line in drawn if line.records[0]["history"]]  # a baseline has none
         panels = []
         for line in drawn:

@@ -121,7 +121,8 @@ def run_cells(
                 continue
 
             step = _beating(store, on_step)
-            done = _run_group(victim, group, store, place, load=load, say=say, on_step=step)
+            _run_group(victim, group, store, place, load=load, say=say, on_step=step)
+            done = sum(store.is_done(cell.key) for cell in group)
             left = len(pending(group, store))  # that others hold
             failed = len(group) - done - left
             tally = Tally(tally.done + done, tally.failed + failed, tally.left + left)
@@ -224,13 +225,12 @@ def _run_group(
     load: Callable[[str, int], Sets],
     say: Say,
     on_step: OnStep,
-) -> int:
-    """Run the cells of one victim; returns how many have a record now."""
-    shared, done = Shared(load, cache(score_victim), {}), 0
+) -> None:
+    """Run the cells of one victim."""
+    shared = Shared(load, cache(score_victim), {})
     for cell in cells:
         with claimed(store, cell.key) as mine:
             if not mine or not pending([cell], store):
-                done += store.is_done(cell.key)
                 continue
             say(describe(cell))
             try:
@@ -248,9 +248,6 @@ def _run_group(
                     store.state_path(repair_key(cell)).unlink(missing_ok=True)
             except Exception as error:  # a failed cell must not stop the others
                 _fail(cell, error, store, say)
-                continue
-            done += 1
-    return done
 
 
 def _fail(cell: Cell, error: Exception, store: Store, say: Say) -> None:

@@ -138,8 +138,8 @@ def durability_table(grid: Grid, rows: Sequence[Line]) -> Table:
     body = []
     for line in rows:
         cells: list[Any] = [label(line)]
-        for read in figures.values():
-            cells += mean_and_spread([read(record) for record in line.records])
+        for figure in figures.values():
+            cells += mean_and_spread([figure(record) for record in line.records])
         body.append((*cells, len(line.records)))
     return Table(
         f"{heading(grid)}: does it last?",
