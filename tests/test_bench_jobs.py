@@ -117,6 +117,14 @@ def test_a_run_without_images_records_nothing(tmp_path, capsys):
     assert not any((tmp_path / "failed").iterdir())
 
 
+def test_an_imagenet100_of_other_classes_is_refused_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "imagenet100/train/n99999999").mkdir(parents=True)
+    command = ["bench", "run", SMOKE.replace("smoke", "table4-h200"), "--results", str(tmp_path / "r")]
+    assert main([*command, "--data", str(tmp_path / "imagenet100")]) == 2
+    assert "has 1 classes, and lacks 100 of ImageNet-100's" in capsys.readouterr().err
+    assert not list((tmp_path / "r").rglob("*.json"))
+
+
 def test_retry_forgets_what_failed_and_nothing_else_does(tmp_path):
     store = open_store(tmp_path)
     key = plan_grids([Path(SMOKE)], data="cifar10:nowhere")[0].cells[0].key

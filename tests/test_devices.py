@@ -164,9 +164,9 @@ def test_every_job_writes_on_another_device_what_it_writes_on_the_cpu(tmp_path):
     for path in here.rglob("*.safetensors"):
         ours, theirs = load_file(path), load_file(there / path.relative_to(here))
         # victims are equal; a CPU folds what it searches with, and detectors have other kernels
-        most = 0 if "seed0" in path.name else 5e-3
+        atol, rtol = (0, 0) if "seed0" in path.name else (5e-3, 1e-2)
         for name, tensor in ours.items():
-            torch.testing.assert_close(tensor, theirs[name], atol=most, rtol=0)
+            torch.testing.assert_close(tensor, theirs[name], atol=atol, rtol=rtol)
     moved = {}
     victim = load_file(here / "badnets-supervised-seed0.safetensors")
     for folder in (here, there):
