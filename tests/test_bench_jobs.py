@@ -119,8 +119,9 @@ def test_a_run_without_images_records_nothing(tmp_path, capsys):
 
 def test_an_imagenet100_of_other_classes_is_refused_before_anything_runs(tmp_path, capsys):
     (tmp_path / "imagenet100/train/n99999999").mkdir(parents=True)
-    command = ["bench", "run", SMOKE.replace("smoke", "table4-h200"), "--results", str(tmp_path / "r")]
-    assert main([*command, "--data", str(tmp_path / "imagenet100")]) == 2
+    grid, images = SMOKE.replace("smoke", "table4-h200"), tmp_path / "imagenet100"
+    command = ["bench", "run", grid, "--results", str(tmp_path / "r"), "--data", str(images)]
+    assert main(command) == 2
     assert "has 1 classes, and lacks 100 of ImageNet-100's" in capsys.readouterr().err
     assert not list((tmp_path / "r").rglob("*.json"))
 
