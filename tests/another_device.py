@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import write_shades, write_voc
+from conftest import GRID_HEAD, write_shades, write_voc
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -223,17 +223,9 @@ VICTIMS = [
     ("cla", "supervised"),
     ("blend", "simclr"),
 ]
-GRID = """
-table = "1"
-tier = "smoke"
-data = "{data}"
-arch = "cifar/wrn16_1"
-size = 8
-target = 1
-preset = "cpu"
-victims = "{victims}"
-attacks = ["badnets"]
-seeds = [0]
+GRID = (
+    GRID_HEAD
+    + """victims = "{victims}"
 features = ["ours"]
 
 [victim]
@@ -245,6 +237,7 @@ preset = "cifar10"
 epochs = 1
 batch_size = 8
 """
+)
 ROW = """
 [[rows]]
 name = "{name}"

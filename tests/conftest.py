@@ -8,6 +8,17 @@ import torch
 from PIL import Image
 
 BEGAN = time.monotonic()
+GRID_HEAD = """
+table = "1"
+tier = "smoke"
+data = "{data}"
+arch = "cifar/wrn16_1"
+size = 8
+target = 1
+preset = "cpu"
+attacks = ["badnets"]
+seeds = [0]
+"""  # how a grid on images of 8 pixels begins
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 torch.set_num_threads(1)  # tiny convolutions run ten times slower on two contended threads

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import GRID_HEAD
 
 from unbackdoor.bench.backends import run_local, run_ray, work
 from unbackdoor.bench.cells import Cell
@@ -17,17 +18,9 @@ from unbackdoor.bench.run import repair_key
 from unbackdoor.bench.store import is_running, look_at, open_store
 from unbackdoor.errors import SettingsError
 
-GRID = """
-table = "1"
-tier = "smoke"
-data = "{data}"
-arch = "cifar/wrn16_1"
-size = 8
-target = 1
-preset = "cpu"
-attacks = ["badnets"]
-seeds = [0]
-
+GRID = (
+    GRID_HEAD
+    + """
 [victim]
 epochs = 2
 batch_size = 50
@@ -46,6 +39,7 @@ defense = "none"
 name = "CBD"
 defense = "cbd"
 """
+)
 HAS_RAY = importlib.util.find_spec("ray") is not None
 
 

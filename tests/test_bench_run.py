@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_shades
+from conftest import GRID_HEAD, write_shades
 
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.attacks.triggers import BadNets
@@ -44,17 +44,9 @@ from unbackdoor.metrics import Reading, Scores
 
 PACKAGE = Path(__file__).resolve().parents[1] / "unbackdoor"
 GRIDS = Path(__file__).resolve().parents[1] / "grids"
-GRID = """
-table = "1"
-tier = "smoke"
-data = "{data}"
-arch = "cifar/wrn16_1"
-size = 8
-target = 1
-preset = "cpu"
-victims = "{victims}"
-attacks = ["badnets"]
-seeds = [0]
+GRID = (
+    GRID_HEAD
+    + """victims = "{victims}"
 
 [victim]
 epochs = 2
@@ -85,6 +77,7 @@ settings = {{ batch_size = 4096 }}
 name = "CBD"
 defense = "cbd"
 """
+)
 
 
 class Killed(BaseException):

@@ -143,10 +143,10 @@ def curves(grid: Grid, rows: Sequence[Line]) -> list[Picture]:
     """Draw the losses of each row of the method, attack by attack, of its first seed."""
     pictures = []
     for row in dict.fromkeys(line.row for line in rows):
-        drawn = [line for line in rows if line.row == row and line.records]
+        done = [line for line in rows if line.row == row and line.records]
+        drawn = [line for line in done if line.records[0]["history"]]  # a baseline has none
         if row.startswith(CLEAN_ROW):
             drawn = drawn[:1]  # one repair, which is scored under every attack
-        drawn = [line for line in drawn if line.records[0]["history"]]  # a baseline has none
         panels = []
         for line in drawn:
             (panel,) = losses_picture(line.records[0]["history"]).panels
