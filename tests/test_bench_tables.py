@@ -269,6 +269,11 @@ def test_the_twin_tells_removed_from_masked(grid):
         "±",
     )
     assert {row[-3] for row in later.rows} >= {70.0}
+    for record in records.values():
+        record["scores"]["after"]["head_fine_tuned"] = scores(0.8, 0.6, 0.3)
+    latest = durability_table(grid(), lines(grid(), found, records))
+    assert latest.columns[-3:-1] == ("own head: ASR fine-tuned", "±")
+    assert {row[-3] for row in latest.rows} >= {60.0}
     row = dict(zip(table.columns, table.rows[1], strict=True))
     assert row["ASR delivered"] == pytest.approx(5)
     assert row["ASR re-estimated"] == pytest.approx(75)

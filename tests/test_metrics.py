@@ -145,8 +145,9 @@ def test_a_durable_reading_sees_a_backdoor_that_hides_behind_the_statistics(two_
     assert own.head.asr in (0, 1)
     assert own.head.acc < 0.6 < 0.8 < own.head_reestimated.acc
     assert own.head_reestimated.asr > 0.8
+    assert min(own.head_fine_tuned.acc, own.head_fine_tuned.asr) > 0.8
     reading = read(masked, None, labeled, test, plain=labeled.images[:60])
-    assert reading.head is reading.head_reestimated is None
+    assert reading.head is reading.head_reestimated is reading.head_fine_tuned is None
     assert reading.probe.acc < 0.6
     assert reading.reestimated.acc > 0.9
     assert reading.reestimated.asr > 0.9

@@ -374,6 +374,7 @@ NAMES = {
     "reestimated": "probe, statistics re-estimated",
     "fine_tuned": "probe, fine-tuned on clean images",
     "head_reestimated": "own head, statistics re-estimated",
+    "head_fine_tuned": "own head, fine-tuned on clean images",
 }
 
 

@@ -65,7 +65,7 @@ class Reading(NamedTuple):
     """One backbone's scores, by who reads its features, and whether the probe's last.
 
     What a user does to a backbone anyway can bring a backdoor back that was only masked, so the
-    probe reads three times: as delivered, and twice after that. The own head reads twice.
+    probe and the own head each read three times: as delivered, and twice after that.
     """
 
     head: Scores | None  # the backbone's own head, where it has one
@@ -74,6 +74,7 @@ class Reading(NamedTuple):
     reestimated: Scores | None = None  # batch-norm statistics re-estimated on plain clean images
     fine_tuned: Scores | None = None  # after a short clean fine-tuning
     head_reestimated: Scores | None = None  # the own head, statistics re-estimated
+    head_fine_tuned: Scores | None = None  # the own head, fine-tuned with the backbone
 
     @property
     def durable(self) -> dict[str, Scores]:
@@ -197,12 +198,19 @@ def read(
     renewed_probe = linear_probe(features, labeled.labels, classes=classes)
     own = {"head": readers["head"]} if head is not None else {}
     later = score(renewed, {"probe": renewed_probe, **own}, test)
-    tuned, tuned_probe = fine_tune(backbone, probe, labeled.images, labeled.labels)
     return reading._replace(
         reestimated=later["probe"],
-        fine_tuned=score(tuned, {"probe": tuned_probe.cpu()}, test)["probe"],
+        fine_tuned=_fine_tuned(backbone, probe, labeled, test),
         head_reestimated=later.get("head"),
+        head_fine_tuned=None if head is None else _fine_tuned(backbone, head, labeled, test),
     )
+
+
+def _fine_tuned(
+    backbone: nn.Module, classifier: nn.Module, labeled: LabeledImages, test: TestSet
+) -> Scores:
+    tuned, tuned_classifier = fine_tune(backbone, classifier, labeled.images, labeled.labels)
+    return score(tuned, {"fine-tuned": tuned_classifier.cpu()}, test)["fine-tuned"]
 
 
 def reestimated(backbone: nn.Module, images: RawImages) -> nn.Module:

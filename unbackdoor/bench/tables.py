@@ -21,6 +21,8 @@ Record = Mapping[str, Any]
 SEEDS = 3  # of rows with fewer, the note below a table tells
 WHAT = ("acc", "asr", "pa")
 DURABLE = {"probe": "delivered", "reestimated": "re-estimated", "fine_tuned": "fine-tuned"}
+# Older records have none of these, or the first alone
+OWN_HEAD_LATER = {"head_reestimated": "re-estimated", "head_fine_tuned": "fine-tuned"}
 PAPER_ROWS = {CLEAN_ROW: "Clean Model"}  # the paper's name, where it has another
 READERS: Mapping[Reader, str] = {
     "paper": "the paper's reading: the own head, but a linear probe after CBD and without a head",
@@ -129,12 +131,17 @@ def durability_table(grid: Grid, rows: Sequence[Line]) -> Table:
         **{f"PA {words}": partial(_score, reader=r, what="pa") for r, words in DURABLE.items()},
         **{f"ACC {words}": partial(_score, reader=r, what="acc") for r, words in DURABLE.items()},
     }
-    own = partial(_score, reader="head_reestimated", what="asr")  # older records do not have it
-    if any(own(record) is not None for line in rows for record in line.records):
-        figures |= {
-            "own head: ASR delivered": partial(_score, reader="head", what="asr"),
-            "own head: ASR re-estimated": own,
-        }
+    own = {
+        f"own head: ASR {words}": partial(_score, reader=reader, what="asr")
+        for reader, words in OWN_HEAD_LATER.items()
+    }
+    there = {
+        name: figure
+        for name, figure in own.items()
+        if any(figure(record) is not None for line in rows for record in line.records)
+    }
+    if there:
+        figures |= {"own head: ASR delivered": partial(_score, reader="head", what="asr"), **there}
     body = []
     for line in rows:
         cells: list[Any] = [label(line)]
