@@ -12,14 +12,13 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from unbackdoor.bench.grid import changed
 from unbackdoor.bench.obtain import Found, open_victim
 from unbackdoor.cbd import purify
 from unbackdoor.data import load_labeled
+from unbackdoor.defense_jobs import settings_from
 from unbackdoor.devices import pick_precision
 from unbackdoor.evaluation import divide, find_attack, own_head, reading_record
 from unbackdoor.jobs import versions
@@ -27,25 +26,6 @@ from unbackdoor.metrics import make_test_set, read
 from unbackdoor.settings import PRESETS, PurifySettings, flatten, purify_preset
 
 FIRST_SEED = 100
-
-
-def as_table(given: list[str]) -> dict[str, Any]:
-    """Return nested tables of what follows ``--set``; values are JSON, or else texts.
-
-    They are set together: ``pull`` without ``distill`` would be refused.
-    """
-    table: dict[str, Any] = {}
-    for word in given:
-        name, _, text = word.partition("=")
-        *outer, last = name.split(".")
-        place = table
-        for part in outer:
-            place = place.setdefault(part, {})
-        try:
-            place[last] = json.loads(text)
-        except json.JSONDecodeError:
-            place[last] = text
-    return table
 
 
 def main() -> None:
@@ -60,7 +40,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=2_500, help="unlabeled images")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     given = parser.parse_args()
-    settings = changed(purify_preset(given.preset), as_table(given.set), "--set")
+    settings = settings_from(purify_preset(given.preset), given.set)
     defaults = dict(flatten(asdict(PurifySettings())))
     differs = {k: v for k, v in flatten(asdict(settings)) if v != defaults[k]}
     for path in sorted(given.victims.glob(f"{given.only}-supervised-seed*.json")):

@@ -52,10 +52,18 @@ def test_options_of_attack_and_trigger_are_replaced_and_read_as_what_they_are():
     [
         ("badnet", {}, "attack 'badnet' is unknown; did you mean 'badnets'?"),
         ("zzz", {}, "there are badnets, blend, sig, wanet, cla"),
-        ("blend", {"ration": "1"}, "Blend has no option 'ration'; did you mean trigger.ratio?"),
-        ("wanet", {"qq": "1"}, "it has points, strength, seed"),
-        ("badnets", {"size": "2.5"}, "trigger.size is int, got '2.5'"),
-        ("badnets", {"position": "left"}, "trigger.position is top-left or center, got 'left'"),
+        (
+            "blend",
+            {"ration": "1"},
+            "Blend: setting 'trigger.ration' is unknown; did you mean 'trigger.ratio'?",
+        ),
+        ("wanet", {"qq": "1"}, "there are trigger.points, trigger.strength, trigger.seed"),
+        ("badnets", {"size": "2.5"}, "BadNets: trigger.size is a whole number, got '2.5'"),
+        (
+            "badnets",
+            {"position": "left"},
+            "trigger.position 'left' is unknown; did you mean 'top-left'?",
+        ),
     ],
 )
 def test_unknown_names_and_wrong_values_are_refused(name, trigger, message):

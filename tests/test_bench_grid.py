@@ -1,8 +1,7 @@
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
@@ -10,7 +9,6 @@ from unbackdoor.attacks.named import ATTACKS
 from unbackdoor.bench.cells import ATTACK_NAMES, Detection
 from unbackdoor.bench.grid import (
     CLEAN_ROW,
-    changed,
     data_name,
     describe_schedule,
     entries,
@@ -244,7 +242,7 @@ def test_seeds_may_share_one_victim(write):
         ("voc:../bccd", "voc:..", "data is voc:DIR, a folder by its name, got 'voc:"),
         ("epochs = 6", "epoch = 6", "[detection]: key 'epoch' is unknown; did you mean 'epochs'"),
         ("epochs = 6", "epochs = 0", "[detection]: epochs must be"),
-        ("epochs = 6", "epochs = 0.5", "epochs is of type int, got 0.5"),
+        ("epochs = 6", "epochs = 0.5", "epochs is a whole number, got 0.5"),
         ("epochs = 6", "seed = 6", "key 'seed' is unknown"),
         ("epochs = 6", "tests = 'val'", "key 'tests' is unknown; did you mean 'test'"),
         ('["block2", "relu"]', '"block2"', "stages is a list, got 'block2'"),
@@ -337,7 +335,11 @@ def test_a_file_moved_elsewhere_is_the_same_cell(write, own, tmp_path):
         ("mine/own.py:shrin", "", "row 'ANP': .*own.py has no function 'shrin'; it has .*shrink"),
         ("mine/own.py", "", "defense 'mine/own.py' is unknown; .*path/to/file.py:function"),
         ("mine/own.py:shrink", "facto = 2", "setting 'facto' is unknown; did you mean 'factor'"),
-        ("mine/own.py:shrink", "factor = true", "row 'ANP': factor is of type float, got True"),
+        (
+            "mine/own.py:shrink",
+            "factor = true",
+            "factor is a number or a ratio, got True",
+        ),
         ("mine/own.py:shrink", "factor = -1", "row 'ANP': factor is at least 0"),
         ("mine/own.py:plain", "factor = 1", "setting 'factor' is unknown"),
     ],
@@ -368,7 +370,7 @@ def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
         ('"badnets"', '"badnet"', "attack 'badnet' is unknown; did you mean 'badnets'"),
         ('defense = "anp"', 'defense = "amp"', "defense 'amp' is unknown; did you mean 'anp'"),
         ("iterations = 50", "iteration = 50", "setting 'iteration' is unknown; did you mean 'iter"),
-        ("iterations = 50", "iterations = 0.5", "iterations is of type int, got 0.5"),
+        ("iterations = 50", "iterations = 0.5", "iterations is a whole number, got 0.5"),
         (
             '"anp"\nsettings = {',
             '"bcu"\nsettings = { shares = [0, "x"],',
@@ -376,7 +378,11 @@ def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
         ),
         ('"1/4"', '"1/x"', "epsilon is a number or a ratio, got '1/x'"),
         ('"2/255"', "2", "for 8 grey levels pass 8/255"),
-        ("steps = 8", "stesp = 8", "setting 'stesp' is unknown; did you mean 'steps'"),
+        (
+            "steps = 8",
+            "stesp = 8",
+            "setting 'search.stesp' is unknown; did you mean 'sear",
+        ),
         ('arch = "', 'arch = "mine.py:net" # "', "a network in a file cannot be in a grid"),
         ('tier = "cpu"', 'tier = "gpu"', "tier 'gpu' is unknown; did you mean 'cpu'"),
         ('preset = "cpu"', 'preset = "cpus"', "did you mean 'cpu'"),
@@ -386,12 +392,16 @@ def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
         ('defense = "anp"', 'defense = "anp"\nlabels = "none"', "ANP needs labels"),
         ("[0, 1]", "[]", "seeds are different whole numbers"),
         ("[0, 1]", "[0, 0]", "seeds are different whole numbers"),
-        ("[0, 1]", "[true]", "seeds is a whole number, got True"),
+        ("[0, 1]", "[true]", "seeds[0] is a whole number, got True"),
         ('table = "1"', "table = 1", "table is a text, got 1"),
         ('defense = "anp"', 'defense = "anp"\nlabels = "some"', "labels .some. is unknown"),
         ('defense = "anp"', 'defense = "anp"\nshare = 0', "share is above 0 and at most 1, got 0"),
         ('defense = "anp"', 'defense = "anp"\nshare = 5', "ANP: share is above 0 .*, got 5"),
-        ('defense = "anp"', 'defense = "anp"\nshare = "5%"', "share is a number, got '5%'"),
+        (
+            'defense = "anp"',
+            'defense = "anp"\nshare = "5%"',
+            "share is a number .*, got '5%'",
+        ),
     ],
 )
 def test_what_a_grid_cannot_hold_is_refused_with_the_nearest_name(write, old, new, message):
@@ -422,40 +432,6 @@ def test_the_schedule_tells_how_long_each_victim_is_trained(write):
     assert "preset cpu of 12 epochs of 5,000 images (wanet: 60)" in words
     demo = write('preset = "cpu"', 'preset = "demo"', text=TEXT.replace("epochs = 3", ""))
     assert "victims: preset demo;" in describe_schedule(read_grid(demo))
-
-
-def test_changed_refuses_a_value_where_a_table_belongs():
-    with pytest.raises(SettingsError, match="search is a table of settings, got 3"):
-        changed(PurifySettings(), {"search": 3}, "here")
-
-
-@dataclass(frozen=True)
-class Odd:
-    """Settings of somebody's own, of kinds that ours are not of."""
-
-    maybe: float | None = None
-    factor: float = 1
-    pair: tuple[int, float] = (1, 2.0)
-    either: int | str = 1
-    mode: Literal[1, 2] = 1
-
-
-def test_a_setting_is_read_as_its_type_and_not_as_its_default():
-    asked = {"maybe": 0.5, "factor": 0.5, "pair": [3, "1/2"], "either": "x"}
-    given = changed(Odd(), asked, "here")
-    assert given == Odd(0.5, 0.5, (3, 0.5), "x")
-    assert changed(given, {"maybe": "none"}, "here").maybe is None
-    assert changed(Odd(), {"factor": 2, "mode": 2}, "here") == Odd(factor=2.0, mode=2)
-    for table, message in (
-        ({"maybe": "x"}, "maybe is a number or a ratio, got 'x'"),
-        ({"factor": True}, "factor is of type float, got True"),
-        ({"pair": [3]}, "pair is a list of 2, got"),
-        ({"pair": [0.5, 1]}, r"pair\[0\] is of type int, got 0.5"),
-        ({"either": 0.5}, "either is of type int, got 0.5"),
-        ({"mode": 3}, "mode is one of 1, 2, got 3"),
-    ):
-        with pytest.raises(SettingsError, match=f"here: {message}"):
-            changed(Odd(), table, "here")
 
 
 def test_the_names_of_attacks_are_those_that_can_be_made():

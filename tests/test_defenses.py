@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from unbackdoor.backbones import Backbone, build, network_state
-from unbackdoor.bench.grid import changed, entries, read_grid, settings_of
+from unbackdoor.bench.grid import entries, read_grid, settings_of
 from unbackdoor.bench.run import defender_images
 from unbackdoor.data import LabeledImages, load_labeled
 from unbackdoor.defenses import DEFENSES, settings
@@ -21,6 +21,7 @@ from unbackdoor.errors import ArchitectureError, DataError
 from unbackdoor.evaluation import divide, find_attack
 from unbackdoor.jobs import Source, open_source
 from unbackdoor.metrics import make_test_set, read
+from unbackdoor.values import changed
 
 ARCHITECTURES = {
     "timm/test_resnet": 64,

@@ -1,7 +1,6 @@
 """Run a defense on a checkpoint file: everything around it, from the file to the report."""
 
 import copy
-import difflib
 import importlib
 import inspect
 import json
@@ -9,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
 
@@ -45,6 +43,7 @@ from unbackdoor.resume import check_identity
 from unbackdoor.roles import defender_rows
 from unbackdoor.settings import SHARES, LabelKind, PurifySettings, check_seed, flatten
 from unbackdoor.types import Labels, RawImages
+from unbackdoor.values import changed, nested
 
 SHOWN = 300  # characters of a value in the report
 
@@ -217,24 +216,17 @@ def settings_from(defaults: Any, values: Sequence[str]) -> Any:
         SettingsError: If a name is unknown, or a value of another kind or out of range.
     """
     names = [name for name, _ in flatten(asdict(defaults))]
-    changes: dict[str, Any] = {}
+    leaves = []
     for text in values:
         written, sign, value = text.partition("=")
         name = written.strip().replace("-", "_")
         if not sign:
             raise SettingsError(f"--set takes name=value, got {text!r}")
         if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1)
-            hint = (
-                f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(names) or None}"
-            )
-            raise SettingsError(f"{type(defaults).__name__} has no setting {name!r}; {hint}")
-        *outer, last = name.split(".")
-        inner, place = defaults, changes
-        for part in outer:
-            inner, place = getattr(inner, part), place.setdefault(part, {})
-        place[last] = _value(inner, last, value.strip(), whole=name)
-    return _with(defaults, changes)
+            none = "" if names else "none"
+            raise SettingsError(unknown("--set", name, names, others=none))
+        leaves.append((name, value.strip()))
+    return changed(defaults, nested(leaves), "--set", texts=True)
 
 
 def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, seed: int) -> Owned:
@@ -389,53 +381,3 @@ def _own_settings(function: Callable[..., Any], name: str) -> Callable[[], Any]:
         if item.default is MISSING and item.default_factory is MISSING:
             raise SettingsError(f"{name}: the setting {item.name!r} has no default; give it one")
     return kind
-
-
-def _with(settings: Any, changes: Mapping[str, Any]) -> Any:
-    """Return ``settings`` with all changes at once, for some may only be right together."""
-    values = {
-        name: _with(getattr(settings, name), value) if isinstance(value, Mapping) else value
-        for name, value in changes.items()
-    }
-    return replace(settings, **values)
-
-
-def _value(settings: Any, name: str, value: str, *, whole: str) -> Any:
-    """Read ``value`` as what ``settings`` hold at ``name``, which errors call ``whole``."""
-    kind = get_type_hints(type(settings))[name]
-    if isinstance(kind, UnionType) or get_origin(kind) is Union:
-        kinds = [each for each in get_args(kind) if each is not NoneType]
-        if value.lower() == "none" and len(kinds) < len(get_args(kind)):
-            return None
-        kind = kinds[0] if len(kinds) == 1 else kind
-    if get_origin(kind) is Literal:
-        known = [str(each) for each in get_args(kind)]
-        if value not in known:
-            raise SettingsError(f"{whole} is one of {', '.join(known)}, got {value!r}")
-    try:
-        return _read(kind, value)
-    except (ValueError, KeyError, ZeroDivisionError) as error:
-        raise SettingsError(f"{whole} is of type {kind.__name__}, got {value!r}") from error
-
-
-def _read(kind: Any, value: str) -> Any:
-    """Read ``value`` as what the type ``kind`` of a setting says."""
-    if get_origin(kind) is tuple:
-        parts, kinds = value.split(","), get_args(kind)
-        if kinds[1:] == (...,):
-            kinds = kinds[:1] * len(parts)
-        return tuple(_read(each, part) for each, part in zip(kinds, parts, strict=True))
-    if kind is float:
-        above, slash, below = value.partition("/")
-        return float(above) / float(below) if slash else float(above)
-    if kind is bool:
-        return {"true": True, "false": False}[value.lower()]
-    if kind is int:
-        return int(value)
-    if kind is str:
-        return value
-    if get_origin(kind) is Literal:
-        return {str(each): each for each in get_args(kind)}[value]
-    raise SettingsError(
-        f"a setting of the type {kind} cannot be given as a text, such as {value!r}"
-    )

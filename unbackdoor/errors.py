@@ -19,12 +19,20 @@ import difflib
 from collections.abc import Iterable
 
 
-def unknown(what: str, name: object, known: Iterable[str], *, others: str = "") -> str:
-    """Return a message that a name is none of ``known``, with the nearest one, or with all."""
+def unknown(
+    what: str, name: object, known: Iterable[str], *, others: str = "", prefix: str = ""
+) -> str:
+    """Return a message that a name is none of ``known``, with the nearest one, or with all.
+
+    Args:
+        prefix: What all names are printed with.
+    """
     names = list(known)
     nearest = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names)}{others}"
-    return f"{what} {name!r} is unknown; {hint}"
+    shown = f"{prefix}{name}" if isinstance(name, str) else name
+    there = f"there are {', '.join(f'{prefix}{each}' for each in names)}{others}"
+    hint = f"did you mean {prefix + nearest[0]!r}?" if nearest else there
+    return f"{what} {shown!r} is unknown; {hint}"
 
 
 class UnbackdoorError(Exception):

@@ -4,18 +4,19 @@ A new attack is one line in ``ATTACKS`` here, its printed name in ``bench.cells`
 trains otherwise than others, its part of ``settings.victim_preset``.
 """
 
-import difflib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from unbackdoor import patterns
 from unbackdoor.attacks.poisoning import PGD_EPSILON, PGD_STEPS, Attack
 from unbackdoor.attacks.triggers import TRIGGERS, BadNets, Blend, Sig, WaNet
 from unbackdoor.errors import SettingsError, unknown
+from unbackdoor.values import changed, made
 
 Training = Literal["supervised", "simclr"]
+NO_ATTACK = "this record holds no attack that is known here"
 SMALL = 64  # pixels: up to here, patches and noise are those that the paper has at 32
 
 
@@ -71,7 +72,10 @@ def named_attack(
             raise SettingsError(f"{name} needs labels and has no SimCLR form; badnets needs none")
         attack = replace(attack, **CLEAN_LABEL)
     if trigger:
-        attack = replace(attack, trigger=_changed(attack.trigger, trigger))
+        before: Any = attack.trigger
+        where = type(before).__name__
+        after = changed(before, trigger, where, texts=True, prefix="trigger.")
+        attack = replace(attack, trigger=after)
     return replace(attack, **(options or {}))
 
 
@@ -98,12 +102,12 @@ def attack_from_record(record: Mapping[str, Any]) -> Attack:
     try:
         values = {name: value for name, value in record.items() if name not in ("name", "pgd")}
         described = dict(record["trigger"])
-        cls = TRIGGERS[described.pop("name")]
+        cls: Any = TRIGGERS[described.pop("name")]
         digest = described.pop("sha256", None) if cls is Blend else None
-        trigger = cls(**_checked(cls, described))
-        attack = Attack(**_checked(Attack, {**values, "trigger": trigger}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SettingsError(f"this record holds no attack that is known here: {error}") from error
+        raise SettingsError(f"{NO_ATTACK}: {error}") from error
+    trigger = made(cls, described, NO_ATTACK)
+    attack: Attack = made(Attack, {**values, "trigger": trigger}, NO_ATTACK)
     if digest is not None and digest != _digest(trigger):
         raise SettingsError(
             f"{trigger} has other pixels here than the victim was trained with; score it with the "
@@ -115,37 +119,3 @@ def attack_from_record(record: Mapping[str, Any]) -> Attack:
 def _digest(trigger: Blend) -> str:
     pixels = patterns.gaussian_image(trigger.height, trigger.width, seed=trigger.seed)
     return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
-
-
-def _checked(cls: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``values``, which come from a file, if they are of the types of ``cls``'s fields."""
-    for item in fields(cls):
-        kind: Any = item.type
-        choices = get_args(kind) if get_origin(kind) is Literal else ()
-        if item.name not in values or not (choices or kind in (int, float, bool)):
-            continue
-        value = values[item.name]
-        kinds = (int, float) if kind is float else (kind,)
-        if (value not in choices) if choices else (type(value) not in kinds):
-            raise ValueError(f"{item.name} is {value!r}")
-    return values
-
-
-def _changed(trigger: Any, options: Mapping[str, str]) -> Any:
-    kinds: dict[str, Any] = {item.name: item.type for item in fields(trigger)}
-    values = {}
-    for name, value in options.items():
-        if name not in kinds:
-            nearest = difflib.get_close_matches(name, kinds, n=1)
-            hint = (
-                f"did you mean trigger.{nearest[0]}?" if nearest else f"it has {', '.join(kinds)}"
-            )
-            raise SettingsError(f"{type(trigger).__name__} has no option {name!r}; {hint}")
-        if (choices := get_args(kinds[name])) and value not in choices:
-            raise SettingsError(f"trigger.{name} is {' or '.join(choices)}, got {value!r}")
-        kind = kinds[name] if isinstance(kinds[name], type) else str
-        try:
-            values[name] = kind(value)
-        except ValueError as error:
-            raise SettingsError(f"trigger.{name} is {kind.__name__}, got {value!r}") from error
-    return replace(trigger, **values)

@@ -36,11 +36,10 @@
 import hashlib
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 from unbackdoor.bench.cells import (
     ATTACK_NAMES,
@@ -68,6 +67,7 @@ from unbackdoor.settings import (
     purify_preset,
     victim_preset,
 )
+from unbackdoor.values import changed, made, nested
 
 Tier = Literal["paper", "h200", "cpu", "smoke"]
 CLEAN_ROW = "Clean victim"
@@ -191,16 +191,16 @@ def read_grid(path: Path) -> Grid:
     rows = table.pop("rows", [])
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise SettingsError(f"{path}: has no rows; a row is a table [[rows]]")
-    made: tuple[Row, ...] = tuple(_make(Row, row, f"{path.name}, a row") for row in rows)
-    made = tuple(
+    read: tuple[Row, ...] = tuple(made(Row, row, f"{path.name}, a row") for row in rows)
+    read = tuple(
         replace(row, defense=str((path.parent / row.defense).resolve()))
         if is_own(row.defense)
         else row
-        for row in made
+        for row in read
     )
     if "detection" in table:
         table["detection"] = _task(path, table["detection"])
-    grid: Grid = _make(Grid, {**table, "name": path.stem, "rows": made}, path.name)
+    grid: Grid = made(Grid, {**table, "name": path.stem, "rows": read}, path.name)
     grid = replace(
         grid,
         data=_beside(path, grid.data),
@@ -374,42 +374,7 @@ def settings_of(cell: Cell, defaults: Any = None) -> Any:
         defaults = PurifySettings() if cell.defense == CBD else DEFENSES[cell.defense].settings()
     if cell.defense == "bcu":  # see make_cell
         defaults = replace(defaults, spread="pytorch")
-    table: dict[str, Any] = {}
-    for name, value in cell.settings:
-        *outer, last = name.split(".")
-        place = table
-        for part in outer:
-            place = place.setdefault(part, {})
-        place[last] = value
-    return changed(defaults, table, cell.defense)
-
-
-def changed(defaults: Any, table: Mapping[str, Any], where: str) -> Any:
-    """Return a settings dataclass with the values of ``table`` in place of its defaults.
-
-    Args:
-        table: Nested as the dataclass; a number may be a ratio such as ``"8/255"``.
-        where: What errors name first.
-
-    Raises:
-        SettingsError: If a name is unknown, or a value of another kind or out of range.
-    """
-    hints = get_type_hints(type(defaults))
-    values = {}
-    for name, value in table.items():
-        if name not in hints:
-            raise SettingsError(f"{where}: {unknown('setting', name, hints)}")
-        before = getattr(defaults, name)
-        if is_dataclass(before):
-            if not isinstance(value, Mapping):
-                raise SettingsError(f"{where}: {name} is a table of settings, got {value!r}")
-            values[name] = changed(before, value, where)
-        else:
-            values[name] = _read(hints[name], value, f"{where}: {name}")
-    try:
-        return replace(defaults, **values)
-    except SettingsError as error:
-        raise SettingsError(f"{where}: {error}") from error
+    return changed(defaults, nested(cell.settings), cell.defense)
 
 
 def data_name(data: str) -> str:
@@ -466,24 +431,6 @@ def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _make(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
-    """Return a dataclass made of a TOML table."""
-    hints = get_type_hints(kind)
-    needed = {
-        item.name
-        for item in fields(kind)
-        if item.default is MISSING and item.default_factory is MISSING
-    }
-    if missing := sorted(needed - table.keys()):
-        raise SettingsError(f"{where}: lacks {', '.join(missing)}")
-    values = {}
-    for name, value in table.items():
-        if name not in hints:
-            raise SettingsError(f"{where}: {unknown('key', name, hints)}")
-        values[name] = _key(hints[name], value, name, where)
-    return kind(**values)
-
-
 def _task(path: Path, table: Any) -> DetectionTask:
     """Return the table ``[detection]`` of a grid file."""
     where = f"{path.name}, [detection]"
@@ -496,33 +443,8 @@ def _task(path: Path, table: Any) -> DetectionTask:
             raise SettingsError(f"{where}: {unknown('key', name, own + settings)}")
     values = {name: table[name] for name in own if name in table}
     differing = {name: value for name, value in table.items() if name in settings}
-    task: DetectionTask = _make(DetectionTask, {**values, "settings": differing}, where)
+    task: DetectionTask = made(DetectionTask, {**values, "settings": differing}, where)
     return replace(task, data=_beside(path, task.data))
-
-
-def _key(hint: Any, value: Any, name: str, where: str) -> Any:
-    """Return the value of a key of a grid or a row, after its type has been checked."""
-    if get_origin(hint) is UnionType or get_origin(hint) is Union:
-        hint = get_args(hint)[0]
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise SettingsError(f"{where}: {unknown(name, value, get_args(hint))}")
-        return value
-    if get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(_key(get_args(hint)[0], item, name, where) for item in value)
-    if hint is float and type(value) is int:
-        return float(value)
-    kind = get_origin(hint) or hint
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        words = {
-            str: "a text",
-            int: "a whole number",
-            float: "a number",
-            bool: "true or false",
-            tuple: "a list",
-        }
-        raise SettingsError(f"{where}: {name} is {words.get(kind, 'a table')}, got {value!r}")
-    return value
 
 
 def _check(grid: Grid) -> None:
@@ -590,38 +512,3 @@ def _beside(path: Path, place: str) -> str:
     if not rest or place in SCHEMES or at_home(rest).is_absolute():
         return place
     return f"{scheme}{colon}{path.parent / rest}"
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """Return ``value`` as the type ``kind`` of a setting; ``"none"`` in a file is None."""
-    if isinstance(kind, UnionType) or get_origin(kind) is Union:
-        kinds = [each for each in get_args(kind) if each is not NoneType]
-        if value in (None, "none") and len(kinds) < len(get_args(kind)):
-            return None
-        kind = next((each for each in kinds if type(value) is each), kinds[0])
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        known = ", ".join(map(str, get_args(kind)))
-        raise SettingsError(f"{where} is one of {known}, got {value!r}")
-    if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        kinds = list(get_args(kind))
-        if kinds[1:] == [...]:
-            kinds = kinds[:1] * len(value)
-        if len(value) != len(kinds):
-            raise SettingsError(f"{where} is a list of {len(kinds)}, got {value!r}")
-        return tuple(
-            _read(each, part, f"{where}[{i}]")
-            for i, (each, part) in enumerate(zip(kinds, value, strict=True))
-        )
-    if kind is float and isinstance(value, str):
-        above, slash, below = value.partition("/")
-        try:
-            return float(above) / float(below) if slash else float(above)
-        except (ValueError, ZeroDivisionError) as error:
-            raise SettingsError(f"{where} is a number or a ratio, got {value!r}") from error
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not (get_origin(kind) or kind):
-        raise SettingsError(f"{where} is of type {kind.__name__}, got {value!r}")
-    return value
