@@ -29,27 +29,6 @@ from unbackdoor.settings import (
     victim_preset,
 )
 
-NO_SETTINGS = {  # arguments that belong on the command line, and our own commands
-    *("purify", "demo", "attack", "evaluate", "checkpoint", "config", "preset", "arch", "images"),
-    *("out", "nesting", "prefix", "head", "mean", "std", "size", "limit", "max_broken"),
-    *(
-        "device",
-        "precision",
-        "compile",
-        "resume",
-        "force",
-        "dry_run",
-        "name",
-        "data",
-        "simclr",
-        "show",
-        "target",
-    ),
-    *("share", "share_of_target", "all_to_all", "noise", "trigger", "surrogate", "start"),
-    "durable",
-    *("defend", "labels", "set", "bench"),
-    *("detect", "transfer", "backbone", "classes", "stages", "measure", "report"),
-}
 Precision = Literal["auto", "fp32", "bf16"]
 Switch = Annotated[bool, Parameter(negative="")]
 Levels = Annotated[tuple[float, float, float] | None, Parameter(negative="")]
@@ -146,7 +125,7 @@ def take_config(
 def check_config(path: Path, defaults: Any) -> None:
     """Refuse what is no setting in a TOML file, and fractions where a whole number belongs.
 
-    The nearest name of an unknown key is cyclopts' to give.
+    The nearest name of an unknown key in a table is cyclopts' to give.
 
     Args:
         defaults: A settings dataclass.
@@ -158,11 +137,14 @@ def check_config(path: Path, defaults: Any) -> None:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"--config {path}: {error}") from error
-    names = NO_SETTINGS - asdict(defaults).keys()
-    flags = [key for key in table if key.replace("-", "_") in names]
-    if flags:
-        raise SettingsError(f"--config {path}: {flags[0]!r} is no setting; pass it as a flag")
-    whole = {name for name, value in flatten(asdict(defaults)) if type(value) is int}
+    known = asdict(defaults)
+    for key in table:
+        if key.replace("-", "_") not in known:
+            raise SettingsError(
+                f"--config {path}: {unknown('setting', key, known)}; flags that are no settings "
+                "stay on the command line"
+            )
+    whole = {name for name, value in flatten(known) if type(value) is int}
     for name, value in flatten(table):
         if name in whole and type(value) is not int:
             raise SettingsError(f"--config {path}: {name} is a whole number, got {value!r}")
