@@ -7,9 +7,9 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.argument import ArgumentCollection
@@ -28,6 +28,9 @@ from unbackdoor.settings import (
     flatten,
     victim_preset,
 )
+
+if TYPE_CHECKING:
+    from unbackdoor.jobs import Source
 
 Precision = Literal["auto", "fp32", "bf16"]
 Switch = Annotated[bool, Parameter(negative="")]
@@ -54,17 +57,68 @@ Std = Annotated[Levels, Parameter(help="Standard deviation of the pixels, likewi
 Size = Annotated[
     Whole | None, Parameter(help="Side of the images in pixels; the architecture's by default.")
 ]
-Head = Annotated[
-    str | None, Parameter(help='Name of the module that turns features into logits, or "none".')
-]
-Nesting = Annotated[
-    str | None, Parameter(help="Dotted place of the state dict in the file, where several fit.")
-]
-Prefix = Annotated[str | None, Parameter(help="Prefix of its keys, where several fit.")]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], Parameter(help="Where to compute.")]
 Results = Annotated[Path, Parameter(help="Folder of the records.")]
+Grids = Annotated[
+    tuple[Path, ...],
+    Parameter(name="grids", negative="", help="Grid files, such as grids/table1-cpu.toml."),
+]
 Words = Annotated[tuple[str, ...], Parameter(negative="", consume_multiple=True)]
-Seeds = Annotated[tuple[Whole, ...], Parameter(negative="", consume_multiple=True)]
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a checkpoint is read: the options of every command that opens one."""
+
+    arch: Arch
+    mean: Mean = None
+    std: Std = None
+    size: Size = None
+    head: Annotated[
+        str | None,
+        Parameter(help='Name of the module that turns features into logits, or "none".'),
+    ] = None
+    nesting: Annotated[
+        str | None,
+        Parameter(help="Dotted place of the state dict in the file, where several fit."),
+    ] = None
+    prefix: Annotated[str | None, Parameter(help="Prefix of its keys, where several fit.")] = None
+
+    def of(self, checkpoint: Path) -> "Source":
+        """Return ``checkpoint`` with how it is read."""
+        from unbackdoor.jobs import Source  # imports torch, so not before it is needed
+
+        return Source(checkpoint, *astuple(self))
+
+
+@dataclass(frozen=True)
+class Where:
+    """What lies somewhere else than grid files say."""
+
+    data: Annotated[
+        str | None, Parameter(help="Where the images are, in place of what the grid files say.")
+    ] = None
+    detection_data: Annotated[
+        str | None, Parameter(help="The same for the data of detectors: voc:DIR.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Part(Where):
+    """Which cells of grid files."""
+
+    rows: Annotated[Words, Parameter(help="These rows alone, named as in the tables.")] = ()
+    attacks: Annotated[
+        Words,
+        Parameter(
+            help="Victims of these attacks alone, named as in the grid files; clean for clean ones."
+        ),
+    ] = ()
+    seeds: Annotated[
+        tuple[Whole, ...],
+        Parameter(negative="", consume_multiple=True, help="These seeds alone."),
+    ] = ()
+
 
 app = App(
     name="unbackdoor",
@@ -154,18 +208,12 @@ def check_config(path: Path, defaults: Any) -> None:
 def purify(
     checkpoint: Checkpoint,
     *,
-    arch: Arch,
+    network: Annotated[Network, Parameter(name="*")],
     images: str,
     out: Path,
     preset: str | None = None,
     config: Path | None = None,
     settings: Annotated[PurifySettings, Parameter(name="*")] = PurifySettings(),
-    mean: Mean = None,
-    std: Std = None,
-    size: Size = None,
-    head: Head = None,
-    nesting: Nesting = None,
-    prefix: Prefix = None,
     limit: Whole | None = None,
     max_broken: float = 0.01,
     device: Device = "auto",
@@ -208,7 +256,7 @@ def purify(
     """
     from unbackdoor import jobs  # imports torch, so not before it is needed
 
-    source = jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix)
+    source = network.of(checkpoint)
     options: dict[str, Any] = {
         "limit": limit,
         "max_broken": max_broken,
@@ -374,7 +422,7 @@ def attack(
 def evaluate(
     checkpoint: Checkpoint,
     *,
-    arch: Arch,
+    network: Annotated[Network, Parameter(name="*")],
     data: str,
     attack: str,
     durable: Switch = False,
@@ -382,12 +430,6 @@ def evaluate(
     out: Path | None = None,
     simclr: Switch = False,
     target: Whole | None = None,
-    mean: Mean = None,
-    std: Std = None,
-    size: Size = None,
-    head: Head = None,
-    nesting: Nesting = None,
-    prefix: Prefix = None,
     device: Device = "auto",
     force: Switch = False,
 ) -> None:
@@ -413,10 +455,10 @@ def evaluate(
     force
         Replace an existing OUT.
     """
-    from unbackdoor import evaluation, jobs  # import torch, so not before they are needed
+    from unbackdoor import evaluation  # import torch, so not before they are needed
 
     evaluation.evaluate_file(
-        jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix),
+        network.of(checkpoint),
         data,
         attack,
         seed=seed,
@@ -433,19 +475,13 @@ def evaluate(
 def transfer(
     checkpoint: Checkpoint,
     *,
-    arch: Arch,
+    network: Annotated[Network, Parameter(name="*")],
     data: str,
     attack: str,
     labels: Whole = 5_000,
     seed: Whole = 0,
     out: Path | None = None,
     simclr: Switch = False,
-    mean: Mean = None,
-    std: Std = None,
-    size: Size = None,
-    head: Head = None,
-    nesting: Nesting = None,
-    prefix: Prefix = None,
     device: Device = "auto",
     force: Switch = False,
 ) -> None:
@@ -470,10 +506,10 @@ def transfer(
     force
         Replace an existing OUT.
     """
-    from unbackdoor import jobs, transfer  # import torch, so not before they are needed
+    from unbackdoor import transfer  # import torch, so not before they are needed
 
     transfer.transfer_file(
-        jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix),
+        network.of(checkpoint),
         data,
         attack,
         labels=labels,
@@ -490,19 +526,13 @@ def defend(
     name: str,
     checkpoint: Checkpoint,
     *,
-    arch: Arch,
+    network: Annotated[Network, Parameter(name="*")],
     data: str,
     out: Path,
     labels: Literal["given", "pseudo", "none"] | None = None,
     share: Ratio | None = None,
     values: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     seed: Whole = 0,
-    mean: Mean = None,
-    std: Std = None,
-    size: Size = None,
-    head: Head = None,
-    nesting: Nesting = None,
-    prefix: Prefix = None,
     device: Device = "auto",
     force: Switch = False,
     resume: Switch = False,
@@ -539,7 +569,7 @@ def defend(
     ):
         defense_jobs.defend_file(
             name,
-            jobs.Source(checkpoint, arch, mean, std, size, head, nesting, prefix),
+            network.of(checkpoint),
             data,
             out,
             values=values,
@@ -589,7 +619,7 @@ app.command(detect)
 def detect_train(
     *,
     backbone: Path,
-    arch: Arch,
+    network: Annotated[Network, Parameter(name="*")],
     data: str,
     out: Path,
     split: Annotated[str, Parameter(name="--set")] = "trainval",
@@ -597,12 +627,6 @@ def detect_train(
     stages: Words = (),
     config: Path | None = None,
     settings: Annotated[DetectionSettings, Parameter(name="*")] = DetectionSettings(),
-    mean: Mean = None,
-    std: Std = None,
-    size: Whole | None = None,
-    head: Head = None,
-    nesting: Nesting = None,
-    prefix: Prefix = None,
     device: Device = "auto",
     precision: Precision = "auto",
     resume: Switch = False,
@@ -628,8 +652,6 @@ def detect_train(
         Modules whose outputs are the maps, fine to coarse; known for ResNets and ConvNeXts.
     config
         A TOML file with settings; flags go before it.
-    size
-        Side of the images that the backbone was trained on; the architecture's by default.
     precision
         bf16 runs backbone and pyramid in bfloat16; auto does where the device computes it.
     resume
@@ -637,7 +659,6 @@ def detect_train(
     force
         Replace existing files.
     """
-    from unbackdoor import jobs
     from unbackdoor.detection import jobs as detection_jobs
 
     with (
@@ -645,7 +666,7 @@ def detect_train(
         display("detect train") as shown,
     ):
         detection_jobs.train_file(
-            jobs.Source(backbone, arch, mean, std, size, head, nesting, prefix),
+            network.of(backbone),
             data,
             out,
             settings,
@@ -731,18 +752,14 @@ app.command(bench)
 
 @bench.command(name="run")
 def bench_run(
-    grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
+    grids: Grids,
     /,
     *,
     results: Results = Path("results/bench"),
     backend: Literal["local", "ray"] = "local",
     workers: Whole = 1,
     limit: Whole | None = None,
-    rows: Words = (),
-    attacks: Words = (),
-    seeds: Seeds = (),
-    data: str | None = None,
-    detection_data: str | None = None,
+    part: Annotated[Part, Parameter(name="*")] = Part(),
     retry: Switch = False,
     drop_victims: Switch = False,
     address: str | None = None,
@@ -754,24 +771,12 @@ def bench_run(
 
     Parameters
     ----------
-    grids
-        Grid files, such as grids/table1-cpu.toml.
     backend
         Processes of this machine, or a Ray cluster.
     workers
         Processes; with Ray, processors a victim and its cells take.
     limit
         Run at most this many cells.
-    rows
-        Run these rows alone, named as in the tables.
-    attacks
-        Run victims of these attacks alone, named as in the grid files; clean for clean victims.
-    seeds
-        Run these seeds alone.
-    data
-        Where the images are, in place of what the grid file says.
-    detection_data
-        The same for the data of detectors: voc:DIR.
     retry
         Run cells that failed again.
     drop_victims
@@ -794,11 +799,7 @@ def bench_run(
             backend=backend,
             workers=workers,
             limit=limit,
-            rows=rows,
-            attacks=attacks,
-            seeds=seeds,
-            data=data,
-            detection_data=detection_data,
+            **asdict(part),
             retry=retry,
             drop_victims=drop_victims,
             address=address,
@@ -815,25 +816,20 @@ def bench_run(
 
 @bench.command(name="draw")
 def bench_draw(
-    grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
+    grids: Grids,
     /,
     *,
     results: Results = Path("results/bench"),
-    data: str | None = None,
-    detection_data: str | None = None,
+    where: Annotated[Where, Parameter(name="*")] = Where(),
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
     """Repair again what has a record, but whose features, which the report draws, were not kept.
 
+    The key features of a grid file names the rows.
+
     Parameters
     ----------
-    grids
-        Grid files; their key features names the rows.
-    data
-        Where the images are, in place of what the grid file says.
-    detection_data
-        The same for the data of detectors, whose name is part of what a record is found by.
     precision
         Of the method; bf16 where auto finds it.
     """
@@ -843,8 +839,7 @@ def bench_draw(
         jobs.draw_grids(
             grids,
             results,
-            data=data,
-            detection_data=detection_data,
+            **asdict(where),
             device=device,
             precision=precision,
             say=shown.say,
@@ -854,55 +849,25 @@ def bench_draw(
 
 @bench.command(name="status")
 def bench_status(
-    grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
+    grids: Grids,
     /,
     *,
     results: Results = Path("results/bench"),
-    rows: Words = (),
-    attacks: Words = (),
-    seeds: Seeds = (),
-    data: str | None = None,
-    detection_data: str | None = None,
+    part: Annotated[Part, Parameter(name="*")] = Part(),
 ) -> None:
-    """Show what is done, running, failed and left, and an estimate of the time.
-
-    Parameters
-    ----------
-    grids
-        Grid files.
-    rows
-        Count these rows alone, named as in the tables.
-    attacks
-        Count victims of these attacks alone, named as in the grid files; clean for clean victims.
-    seeds
-        Count these seeds alone.
-    data
-        The images, if they were not those that the grid files name.
-    detection_data
-        The same for the data of detectors.
-    """
+    """Show what is done, running, failed and left, and an estimate of the time."""
     from unbackdoor.bench import jobs
 
-    lines = jobs.grids_status(
-        grids,
-        results,
-        rows=rows,
-        attacks=attacks,
-        seeds=seeds,
-        data=data,
-        detection_data=detection_data,
-    )
-    print("\n".join(lines))
+    print("\n".join(jobs.grids_status(grids, results, **asdict(part))))
 
 
 @bench.command(name="table")
 def bench_table(
-    grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
+    grids: Grids,
     /,
     *,
     results: Results = Path("results/bench"),
-    data: str | None = None,
-    detection_data: str | None = None,
+    where: Annotated[Where, Parameter(name="*")] = Where(),
     out: Path | None = None,
     force: Switch = False,
 ) -> None:
@@ -910,12 +875,6 @@ def bench_table(
 
     Parameters
     ----------
-    grids
-        Grid files.
-    data
-        The images, if they were not those that the grid files name.
-    detection_data
-        The same for the data of detectors.
     out
         A file to write to instead.
     force
@@ -924,8 +883,7 @@ def bench_table(
     from unbackdoor.bench import jobs
     from unbackdoor.checkpoint import write_text
 
-    where = {"data": data, "detection_data": detection_data}
-    text = jobs.grids_tables(grids, results, **where)
+    text = jobs.grids_tables(grids, results, **asdict(where))
     if out is None:
         print(text)
     else:
@@ -934,12 +892,11 @@ def bench_table(
 
 @bench.command(name="report")
 def bench_report(
-    grids: Annotated[tuple[Path, ...], Parameter(name="grids", negative="")],
+    grids: Grids,
     /,
     *,
     results: Results = Path("results/bench"),
-    data: str | None = None,
-    detection_data: str | None = None,
+    where: Annotated[Where, Parameter(name="*")] = Where(),
     out: Path = Path("bench.html"),
     force: Switch = False,
 ) -> None:
@@ -947,12 +904,6 @@ def bench_report(
 
     Parameters
     ----------
-    grids
-        Grid files.
-    data
-        The images, if they were not those that the grid files name.
-    detection_data
-        The same for the data of detectors.
     out
         The file.
     force
@@ -960,8 +911,7 @@ def bench_report(
     """
     from unbackdoor.bench import jobs
 
-    where = {"data": data, "detection_data": detection_data}
-    jobs.write_report(grids, results, out, overwrite=force, **where)
+    jobs.write_report(grids, results, out, overwrite=force, **asdict(where))
     print(f"wrote {out}")
 
 
