@@ -288,6 +288,47 @@ def test_a_place_on_one_machine_and_a_package_registry_are_found(tmp_path):
     assert [line[:9] for line in lines_bound_to_a_machine([bad])] == ["bad.txt:2", "bad.txt:3"]
 
 
+def anchors_of(page: Path) -> set[str]:
+    """Return what a link to a heading of a Markdown page may name, as code hosts make it."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
+
+
+def broken_links(pages: Iterable[Path]) -> list[str]:
+    """Return the links to files and headings of the same tree that lead nowhere."""
+    found = []
+    for page in pages:
+        text = re.sub(
+            r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+        )
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            place, _, anchor = target.partition("#")
+            if re.match(r"[a-z]+:", place):
+                continue
+            to = page.parent / place if place else page
+            if not to.exists() or (anchor and anchor not in anchors_of(to)):
+                found.append(f"{page.name}: {target}")
+    return found
+
+
+def test_each_link_of_the_documentation_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    assert len(pages) > 20
+    assert broken_links(pages) == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path):
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    other.write_text("# One heading: `--two`, [three](page.md)\n")
+    page.write_text(
+        "[a](other.md) [b](other.md#one-heading---two-three) [c](none.md) [d](#none)\n"
+        "[e](https://example.org/x) [f](other.md#none)\n```\n[g](none.md)\n```\n"
+    )
+    wrong = ["page.md: none.md", "page.md: #none", "page.md: other.md#none"]
+    assert broken_links([page, other]) == wrong
+
+
 def orphans_among(tests: Path, package: Path) -> list[str]:
     modules = modules_of(package)
     known = {name.replace(".", "_") for name in modules} | {name.split(".")[-1] for name in modules}
