@@ -100,7 +100,8 @@ def test_an_image_smaller_than_the_patch_is_refused():
 @pytest.mark.parametrize(
     ("trigger", "options", "message"),
     [
-        (BadNets, {"size": 0}, "trigger.size and trigger.cell are at least 1 pixel, got 0, 1"),
+        (BadNets, {"size": 0}, "trigger.size and trigger.cell are 1 to 4096 pixels, got 0, 1"),
+        (BadNets, {"cell": 10**30}, "trigger.size and trigger.cell are 1 to 4096 pixels, got 3, 1"),
         (Blend, {"ratio": 20}, r"trigger.ratio is a share in \(0, 1\], got 20"),
         (Blend, {"width": 0}, "are 1 to 4096 pixels, got 32, 0"),
         (Sig, {"amplitude": float("nan")}, "trigger.amplitude must be a number, got nan"),

@@ -315,6 +315,16 @@ def test_an_unusual_network_is_folded_all_the_same(images):
     torch.testing.assert_close(twin(images.clone()), network(images.clone()))
 
 
+def test_tf32_does_not_count_while_folding_is_tried(images, monkeypatch):
+    seen = []
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert fold(network, images) == 1
+    assert seen.count(False) == 2
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_weights_that_a_hook_computes_are_followed(images):
     with warnings.catch_warnings(category=FutureWarning, action="ignore"):
         conv = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))  # the old one; checkpoints have it

@@ -366,6 +366,9 @@ def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
     ("old", "new", "message"),
     [
         ("attacks =", "atacks =", "lacks attacks"),
+        ("epochs = 3", "epochs = 3\nseed = 7", "[victim]: seed is no setting here; the grid's"),
+        ("epochs = 4", "epochs = 4\nseed = 7", "row 'CBD': seed is no setting here"),
+        ("iterations = 50", "iterations = 50, seed = 7", "row 'ANP': seed is no setting here"),
         ("seeds = [0, 1]", "seeds = [0, 1]\nsede = 1", "key 'sede' is unknown; did you mean 'see"),
         ('"badnets"', '"badnet"', "attack 'badnet' is unknown; did you mean 'badnets'"),
         ('defense = "anp"', 'defense = "amp"', "defense 'amp' is unknown; did you mean 'anp'"),

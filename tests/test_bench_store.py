@@ -11,7 +11,6 @@ import pytest
 from unbackdoor.bench.store import (
     SCHEMA,
     SILENT,
-    beat,
     claimed,
     drop_victim,
     forget_failures,
@@ -22,7 +21,6 @@ from unbackdoor.bench.store import (
     read_record,
     read_records,
     release,
-    release_dead,
     write_failure,
     write_record,
 )
@@ -125,8 +123,6 @@ def test_another_hosts_claim_is_void_after_a_long_silence(store):
     silent = path.stat().st_mtime - SILENT - 1
     os.utime(path, (silent, silent))
     assert not is_running(store, "a")
-    beat(store)  # holds nothing, so it is no sign of life of others
-    assert not is_running(store, "a")
 
 
 def test_the_claims_of_an_owner_who_is_known_to_be_dead_are_given_back(store):
@@ -142,17 +138,24 @@ def test_the_claims_of_an_owner_who_is_known_to_be_dead_are_given_back(store):
         assert is_running(store, "c")
 
 
-def test_a_sign_of_life_is_one_for_all_that_is_held(store):
+def test_a_claim_gives_signs_of_life_whatever_takes_long_and_then_no_more(store, monkeypatch):
+    monkeypatch.setattr("unbackdoor.bench.store.BEAT", 0.01)
+    paths = [store.folder / "running" / f"{key}.json" for key in ("a", "b", "c")]
+    paths[2].write_text("{}")  # somebody else's
     with claimed(store, "a"), claimed(store, "b"):
-        paths = [store.folder / "running" / f"{key}.json" for key in ("a", "b")]
-        paths[0].with_name("c.json").write_text("{}")
-        for path in (*paths, paths[0].with_name("c.json")):
+        paths[1].unlink()  # by somebody who took it for dead
+        for path in (paths[0], paths[2]):
             os.utime(path, (0, 0))
-        beat(store)
-        assert min(path.stat().st_mtime for path in paths) > time.time() - 60
-        assert paths[0].with_name("c.json").stat().st_mtime == 0
-        paths[0].unlink()
-        beat(store)
+        until = time.monotonic() + 10
+        while paths[0].stat().st_mtime == 0 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert paths[0].stat().st_mtime > time.time() - 60
+        assert paths[2].stat().st_mtime == 0
+    assert [path.exists() for path in paths] == [False, False, True]
+    paths[0].write_text("{}")
+    os.utime(paths[0], (0, 0))
+    time.sleep(0.1)
+    assert paths[0].stat().st_mtime == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
@@ -162,15 +165,10 @@ def test_a_number_that_another_process_has_by_now_is_no_sign_of_life(store):
         claim = json.loads(path.read_text())
     path.write_text(json.dumps({**claim, "owner": "x"}))
     assert is_running(store, "a")  # this very process
-    assert release_dead(store) == set()
     path.write_text(json.dumps({**claim, "owner": "x", "began": "another boot 1"}))
     assert not is_running(store, "a")
     with claimed(store, "a") as mine:
         assert mine
-        assert release_dead(store) == set()
-    path.write_text(json.dumps({**claim, "owner": "x", "began": "another boot 1"}))
-    assert release_dead(store) == {"a"}
-    assert not path.exists()
 
 
 def test_a_claim_that_somebody_took_over_is_left_to_them(store):

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from unbackdoor.backbones import Backbone
 from unbackdoor.defenses.anp import (
     Noise,
+    _stepped,
     masked_loss,
     neuron_layers,
     prune_by_masks,
@@ -19,6 +20,18 @@ from unbackdoor.defenses.anp import (
 )
 from unbackdoor.defenses.common import copy_of, split_off
 from unbackdoor.defenses.settings import AnpSettings
+
+
+def test_each_step_of_the_noise_goes_its_share_and_no_further_than_the_radius():
+    settings = replace(SETTINGS, epsilon=0.4, attack_steps=4)
+    gradient = torch.tensor([2.0, -0.5, 0.0])
+    torch.testing.assert_close(
+        _stepped(torch.tensor([0.0, -0.35, 0.2]), gradient, settings),
+        torch.tensor([0.1, -0.4, 0.2]),
+    )
+    change = torch.tensor([0.3])
+    assert _stepped(change, None, settings) == change
+
 
 SETTINGS = AnpSettings(
     iterations=4, batch_size=6, batch_norm="running", learning_rate=0.5, augment="none"

@@ -110,9 +110,11 @@ def test_every_group_has_its_share():
 
 
 def test_soft_labels_grow_softer_by_the_epoch():
-    """In the only epoch of one, the temperature is 1 + 3."""
+    """In the two epochs of two, the temperature is 1 + 3 / 2 and 1 + 3."""
     backbone, data = make_backbone("cifar/wrn16_1"), make_data(16)
-    settings = BcuSettings(match="logits", tuning=ONE)
+    two = replace(ONE, epochs=2)
+    settings = BcuSettings(match="logits", tuning=two)
+    temperatures = iter((2.5, 2.5, 4.0, 4.0))  # two batches an epoch
     teacher, student = copy_of(backbone, "cpu"), copy_of(backbone, "cpu")
     generator = torch.Generator().manual_seed(0)
     groups = [*layer_groups(student, data.images), [*student.heads]]
@@ -123,9 +125,9 @@ def test_soft_labels_grow_softer_by_the_epoch():
     def loss_of(images, _):
         with torch.no_grad():
             wanted = teacher.logits(images)
-        return soft_label_distance(student.logits(images), wanted, temperature=4.0)
+        return soft_label_distance(student.logits(images), wanted, temperature=next(temperatures))
 
-    tune(student, data.images, torch.zeros(8, dtype=torch.int64), ONE, seed=0, loss_of=loss_of)
+    tune(student, data.images, torch.zeros(8, dtype=torch.int64), two, seed=0, loss_of=loss_of)
     found = cleanse(backbone, data, settings).backbone
     torch.testing.assert_close(network_state(found), network_state(student))
 

@@ -90,6 +90,7 @@ OUTSIDE = '<!DOCTYPE a SYSTEM "file:///etc/hostname"><annotation/>'
         ("<annotation/>", "size/width is no number, but ''"),
         (voc_annotation([("red", "9 9 20 30")])[:-9], "this XML is broken .*line 1"),
         ("", "this XML is broken"),
+        ('<?xml version="1.0" encoding="foo"?><annotation/>', "this XML is broken .unknown enc"),
         (BOMB, "declares a document type"),
         (BOMB.encode("utf-16").decode("latin-1"), "declares a document type"),
         (OUTSIDE, "declares a document type"),

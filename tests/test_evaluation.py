@@ -15,6 +15,7 @@ from unbackdoor.evaluation import (
     LOST,
     TOOK,
     Known,
+    broken_by_tuning,
     divide,
     doubts,
     evaluate_file,
@@ -195,6 +196,25 @@ def test_doubts_are_said():
     some = doubts(Known(to_all, "x", True, 0.71, None, 0.8), many, probe)
     assert "the victim's own ASR was 71.0 %, below 72 %" in some[0]
     assert "three seeds" in weak[-1]
+
+
+def test_a_fine_tuning_that_breaks_the_network_is_doubted():
+    def reading(**values):
+        return Reading(*(Scores(0.8, 0.9, 0.1, 900, 900),) * 3, **values)
+
+    later, fell = Scores(0.7, 0.1, 0.6, 900, 900), Scores(0.6, 0.1, 0.5, 900, 900)
+    assert broken_by_tuning(reading()) == []
+    assert (
+        broken_by_tuning(reading(reestimated=fell, fine_tuned=later, head_fine_tuned=later)) == []
+    )
+    probe = "fine-tuned with the probe its accuracy falls from 80.0 to 60.0 %"
+    (found,) = broken_by_tuning(reading(reestimated=later, fine_tuned=fell, head_fine_tuned=later))
+    assert found.startswith(probe)
+    found = broken_by_tuning(reading(reestimated=later, fine_tuned=fell, head_fine_tuned=None))
+    assert found[1:] == ["fine-tuned with the own head it ends in NaN: there is no such reading"]
+    headless = reading(reestimated=later, fine_tuned=fell)._replace(head=None)
+    labeled = LabeledImages(torch.zeros(3, 3, 8, 8).byte(), torch.arange(3), ("a", "b", "c"))
+    assert doubts(Known(ATTACK, "x", True, 0.95), headless, labeled)[0].startswith(probe)
 
 
 def test_classes_without_a_labeled_image_are_doubted():

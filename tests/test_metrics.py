@@ -124,7 +124,9 @@ def test_fine_tuning_with_dropout_is_the_same_whatever_else_draws(two_kinds):
     network, (images, labels, _) = two_kinds
     network = nn.Sequential(network, nn.Dropout(0.5))
     head = nn.Linear(8, 2)
-    one, other = (fine_tune(network, head, images, labels)[0].state_dict() for _ in range(2))
+    one = fine_tune(network, head, images, labels)[0].state_dict()
+    torch.rand(7)
+    other = fine_tune(network, head, images, labels)[0].state_dict()
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
@@ -153,6 +155,26 @@ def test_a_durable_reading_sees_a_backdoor_that_hides_behind_the_statistics(two_
     assert reading.reestimated.asr > 0.9
     assert reading.fine_tuned.acc > 0.9
     assert reading.fine_tuned.asr > 0.9
+
+
+def test_a_fine_tuning_that_ends_in_nan_leaves_the_other_readings(two_kinds):
+    network, labeled = two_kinds
+
+    def trigger(raw):
+        return (raw.int() + 120).clamp(max=255).to(torch.uint8)
+
+    test = make_test_set(labeled.images, labeled.labels, Attack(trigger, target=1), classes=2)
+    reestimate(network, [labeled.images.float() / 255])
+    head = linear_probe(extract(network, labeled.images), labeled.labels, classes=2)
+    with torch.no_grad():
+        head.weight.mul_(1e30)
+        head.bias.mul_(1e30)
+    wrong = labeled.labels.clone()
+    wrong[0] = 1 - wrong[0]  # or else there is no loss
+    some_wrong = LabeledImages(labeled.images, wrong, labeled.classes)
+    reading = read(network, head, some_wrong, test, plain=labeled.images[:60])
+    assert reading.head_fine_tuned is None
+    assert min(reading.head.acc, reading.head_reestimated.acc, reading.fine_tuned.acc) > 0.8
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unbackdoor.cbd import EpochLosses, PurifyState
-from unbackdoor.errors import CheckpointError, OutputError
+from unbackdoor.errors import OutputError, StateError
 from unbackdoor.resume import identity, load_state, save_state
 from unbackdoor.settings import PurifySettings, ViewSettings
 
@@ -55,5 +55,5 @@ def test_nothing_to_resume_and_damage_are_said(state, tmp_path):
         load_state(path, of())
     save_state(path, state, of())
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(CheckpointError, match="this state is damaged"):
+    with pytest.raises(StateError, match="this state is damaged"):
         load_state(path, of())

@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,6 +86,8 @@ def test_a_value_is_read_as_its_type_and_not_as_its_default(native, text, value)
         ({"maybe": "1/0"}, True, "maybe is a number or a ratio, got '1/0'"),
         ({"factor": True}, False, "factor is a number or a ratio, got True"),
         ({"factor": "none"}, False, "factor is a number or a ratio, got 'none'"),
+        ({"factor": math.inf}, False, "factor is a number or a ratio, got inf"),
+        ({"maybe": math.nan}, False, "maybe is a number or a ratio, got nan"),
         ({"count": 0.5}, False, "count is a whole number, got 0.5"),
         ({"count": "3"}, False, "count is a whole number, got '3'"),
         ({"count": True}, False, "count is a whole number, got True"),

@@ -152,7 +152,8 @@ def fold(network: nn.Module, images: Images) -> int:
         The number of batch norms that do nothing any more; 0 where features would change.
     """
     pairs = _convolutions_before_batch_norms(network, images)
-    before = network(images.clone())
+    with _full_float32():
+        before = network(images.clone())
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {
         norm: partial(_normalize, norm)
         for norm in batch_norms(network)
@@ -163,11 +164,24 @@ def fold(network: nn.Module, images: Images) -> int:
     for layer, forward in forwards.items():
         # The layers stay: others may ask for their weights, and hooks may compute them.
         layer.forward = forward
-    if not (network(images.clone()) - before).abs().max() <= SAME_FEATURES * before.abs().max():
+    with _full_float32():
+        after = network(images.clone())
+    if not (after - before).abs().max() <= SAME_FEATURES * before.abs().max():
         for layer in forwards:
             del layer.forward  # the class's is back
         return 0
     return len(pairs)
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Do without TF32, whose rounding would look like features that change."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _convolve_and_normalize(conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor) -> Tensor:

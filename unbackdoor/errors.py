@@ -11,6 +11,7 @@
     │   └── UnlabeledError      the source has no labels
     ├── SettingsError           an unknown option, or a value outside its range
     ├── OutputError             the output exists, or cannot be written
+    │   └── StateError          a state that cannot be gone on from
     ├── DeviceError             the device has too little memory
     └── DivergedError           training ended in NaN or in a collapsed feature space
 """
@@ -69,6 +70,10 @@ class SettingsError(UnbackdoorError):
 
 class OutputError(UnbackdoorError):
     """The output exists already, or cannot be written."""
+
+
+class StateError(OutputError):
+    """There is no state of an interrupted run, or it is damaged or of another run."""
 
 
 class DeviceError(UnbackdoorError):

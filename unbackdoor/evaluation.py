@@ -26,6 +26,7 @@ from unbackdoor.types import RawImages
 
 TOOK = 0.9  # own-head ASR from which a supervised victim counts as backdoored
 LOST = 0.15  # accuracy lost on triggered images from which a SimCLR victim does; a clean one: .11
+FELL = 0.15  # of accuracy; a fine-tuning that costs more has broken the network
 FEW = 200  # triggered images, fewer of which make ASR coarse
 DEFINITIONS = (
     "ACC: clean test images taken for their true class. ASR: triggered ones, of other classes than "
@@ -310,6 +311,25 @@ def doubts_of_seed(known: Known, reading: Reading, probe: LabeledImages) -> list
     found = not_taken(known) + without_labels(probe, target=target)
     if reading.probe.triggered < FEW:
         found.append(f"only {reading.probe.triggered} triggered images")
+    return found + broken_by_tuning(reading)
+
+
+def broken_by_tuning(reading: Reading) -> list[str]:
+    """Return a doubt where the short fine-tuning, whose rate is fixed, broke the network."""
+    found = []
+    for name, before, after in (
+        ("the probe", reading.probe, reading.fine_tuned),
+        ("the own head", reading.head, reading.head_fine_tuned),
+    ):
+        if before is None or reading.reestimated is None:  # not read, or read once
+            continue
+        if after is None:
+            found.append(f"fine-tuned with {name} it ends in NaN: there is no such reading")
+        elif after.acc < before.acc - FELL:
+            found.append(
+                f"fine-tuned with {name} its accuracy falls from {100 * before.acc:.1f} to "
+                f"{100 * after.acc:.1f} %: the ASR read after it says nothing of the backdoor"
+            )
     return found
 
 

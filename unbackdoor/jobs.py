@@ -515,7 +515,7 @@ def write_outputs(
     overwrite: bool,
     say: Say,
 ) -> None:
-    """Write record, report ``page`` and, last, tensors; then delete the state."""
+    """Write tensors, report ``page`` and, last, the record, with their hash; delete the state."""
     tree: Tree = replace_tensors(loaded.checkpoint, loaded.match, network_state(backbone))
     if outputs.tensors.suffix in FLAT:
         for apart in state_dicts_apart(loaded.match, tree):
@@ -525,9 +525,10 @@ def write_outputs(
     more = ("compiled", "processes", "defense", "labels")
     provenance = {name: record[name] for name in (*kept, *more) if name in record}
     metadata = {"format": "pt", "unbackdoor": json.dumps(provenance)}  # others ask for a format
-    write_text(outputs.record, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
-    write_text(outputs.report, page, overwrite=overwrite)
     write_tensors(outputs.tensors, tree, metadata=metadata, overwrite=overwrite)
+    record = {**record, "output_sha256": sha256_of(outputs.tensors)}
+    write_text(outputs.report, page, overwrite=overwrite)
+    write_text(outputs.record, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
     outputs.state.unlink(missing_ok=True)
     for path in outputs[:3]:
         say(f"wrote {path} (sha256 {sha256_of(path)[:16]})")

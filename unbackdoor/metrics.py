@@ -208,9 +208,12 @@ def read(
 
 def _fine_tuned(
     backbone: nn.Module, classifier: nn.Module, labeled: LabeledImages, test: TestSet
-) -> Scores:
+) -> Scores | None:
     tuned, tuned_classifier = fine_tune(backbone, classifier, labeled.images, labeled.labels)
-    return score(tuned, {"fine-tuned": tuned_classifier.cpu()}, test)["fine-tuned"]
+    try:
+        return score(tuned, {"fine-tuned": tuned_classifier.cpu()}, test)["fine-tuned"]
+    except CheckpointError:  # it ended in NaN, of which evaluation tells
+        return None
 
 
 def reestimated(backbone: nn.Module, images: RawImages) -> nn.Module:

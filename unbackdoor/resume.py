@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unbackdoor.cbd import EpochLosses, PurifyState
 from unbackdoor.checkpoint import Tree, write_tensors
-from unbackdoor.errors import CheckpointError, OutputError
+from unbackdoor.errors import OutputError, StateError
 from unbackdoor.settings import DetectionSettings, PurifySettings, VictimSettings
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -64,10 +64,14 @@ def load_state(path: Path, of: dict[str, str]) -> PurifyState:
 
 
 def find_state(path: Path, of: dict[str, str]) -> PurifyState | None:
-    """Return what :func:`save_state` wrote; None where it is damaged, of another run or absent."""
+    """Return what :func:`save_state` wrote; None where it is damaged, of another run or absent.
+
+    Raises:
+        OutputError: If the file cannot be read, and so may be good.
+    """
     try:
         return load_state(path, of)
-    except (OutputError, CheckpointError):
+    except StateError:
         return None
 
 
@@ -95,8 +99,9 @@ def read_state(path: Path, of: dict[str, str], *, groups: Sequence[str]) -> Stor
         groups: Those that it must have, and no others.
 
     Raises:
-        OutputError: If there is none, or it belongs to a run with another input or other settings.
-        CheckpointError: If the file is damaged.
+        StateError: If there is none, if it belongs to a run with another input or other settings,
+            or if it is damaged.
+        OutputError: If the file cannot be read.
     """
     check_identity(path, of)
     tensors: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
@@ -109,7 +114,9 @@ def read_state(path: Path, of: dict[str, str], *, groups: Sequence[str]) -> Stor
         history = json.loads(metadata["history"])
         if not isinstance(history, list):
             raise ValueError("its metadata are of another kind")
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+    except OSError as error:
+        raise OutputError(f"{path}: this state cannot be read: {error}") from error
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise _damaged(path, error) from error
     return StoredState(history, tensors)
 
@@ -117,24 +124,24 @@ def read_state(path: Path, of: dict[str, str], *, groups: Sequence[str]) -> Stor
 def check_identity(path: Path, of: dict[str, str]) -> None:
     """Raise unless the state in ``path`` belongs to a run of this identity.
 
-    Raises:
-        OutputError: If there is none, or it belongs to a run with another input or other settings.
-        CheckpointError: If the file is damaged.
+    Errors are those of :func:`read_state`.
     """
     if not path.exists():
-        raise OutputError(f"{path}: there is nothing to resume; run without --resume")
+        raise StateError(f"{path}: there is nothing to resume; run without --resume")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             found = dict(json.loads(file.metadata()["identity"]))
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+    except OSError as error:
+        raise OutputError(f"{path}: this state cannot be read: {error}") from error
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise _damaged(path, error) from error
     for name, wanted in of.items():
         if found.get(name) != wanted:
-            raise OutputError(
+            raise StateError(
                 f"{path}: belongs to another run: {name} was {found.get(name)}, now {wanted}; "
                 "resume as it was started, or start again with --force"
             )
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: this state is damaged ({error}); start again with --force")
+def _damaged(path: Path, error: Exception) -> StateError:
+    return StateError(f"{path}: this state is damaged ({error}); start again with --force")

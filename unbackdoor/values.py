@@ -1,6 +1,7 @@
 """Values of dataclasses out of files and command lines, checked by the types of the fields."""
 
 import contextlib
+import math
 from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
@@ -137,7 +138,8 @@ def read_value(kind: Any, value: Any, name: str, *, where: str, texts: bool = Fa
             value = _from_text(kind, value)  # or else the message below
     elif kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not wanted:
+    finite = texts or not isinstance(value, float) or math.isfinite(value)
+    if type(value) is not wanted or not finite:
         words = WORDS.get(wanted, f"of type {getattr(wanted, '__name__', wanted)}")
         raise SettingsError(f"{where}: {name} is {words}, got {value!r}")
     return value

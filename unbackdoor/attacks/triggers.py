@@ -46,9 +46,10 @@ class BadNets:
     position: Literal["top-left", "center"] = "top-left"
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.cell < 1:
+        if not 1 <= min(self.size, self.cell) <= max(self.size, self.cell) <= LARGEST:
             raise SettingsError(
-                f"trigger.size and trigger.cell are at least 1 pixel, got {self.size}, {self.cell}"
+                f"trigger.size and trigger.cell are 1 to {LARGEST} pixels, got {self.size}, "
+                f"{self.cell}"
             )
 
     def __call__(self, images: RawImages) -> RawImages:

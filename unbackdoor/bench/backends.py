@@ -20,7 +20,7 @@ import torch
 from unbackdoor.bench.cells import Cell, describe
 from unbackdoor.bench.obtain import Place, for_any_folder
 from unbackdoor.bench.run import Tally, by_victim, pending, run_cells
-from unbackdoor.bench.store import Store, open_store, release, release_dead, write_failure
+from unbackdoor.bench.store import Store, open_store, release, write_failure
 from unbackdoor.errors import SettingsError
 
 TRIES = 3  # of a cell at which workers die
@@ -50,9 +50,14 @@ def run_local(
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
 
+    owners: dict[BaseProcess, str] = {}
+
     def start() -> BaseProcess:
-        process = context.Process(target=work, args=(wanted, results, place, threads))
+        owner = os.urandom(8).hex()
+        arguments = wanted, results, place, threads
+        process = context.Process(target=work, args=arguments, kwargs={"owner": owner})
         process.start()
+        owners[process] = owner
         return process
 
     processes, deaths = [start() for _ in range(workers)], Counter[str]()
@@ -62,17 +67,17 @@ def run_local(
             connection.wait([process.sentinel for process in processes])
             ended = [process for process in processes if process.exitcode is not None]
             processes = [process for process in processes if process not in ended]
-            for _ in filter(lambda process: process.exitcode != 0, ended):
+            for died in filter(lambda process: process.exitcode != 0, ended):
                 left = {cell.key: cell for cell in _wanted(wanted, results)}
                 say(f"a worker died; {len(left)} cells are left")
-                died_at = [left[key] for key in release_dead(store) if key in left]
+                died_at = [left[key] for key in release(store, owners[died]) if key in left]
                 deaths.update([cell.key for cell in died_at] or [NOWHERE])
                 for cell in died_at:
                     if deaths[cell.key] == TRIES:
                         _record_death(cell, store, say)
                 if deaths[NOWHERE] < TRIES and _wanted(wanted, results):
                     processes.append(start())
-    except KeyboardInterrupt:
+    except BaseException:  # also an error here: nobody would replace them
         for process in processes:
             process.terminate()
         raise

@@ -16,7 +16,7 @@ from unbackdoor.detection.precision import coco_metric
 from unbackdoor.detection.scores import detection_pictures, score_detector
 from unbackdoor.detection.voc import load_voc
 from unbackdoor.devices import pick_device, pick_precision
-from unbackdoor.errors import CheckpointError, DataError, OutputError
+from unbackdoor.errors import DataError, StateError
 from unbackdoor.evaluation import Known
 from unbackdoor.jobs import Source
 from unbackdoor.report import Picture
@@ -155,10 +155,10 @@ def _train(
 
     if files.record.exists() and _is_of(files.record, source.checkpoint):
         return files
-    if files.state.exists():
+    if files.state.exists() and not files.record.exists():
         try:
             return train(resume=True)
-        except (OutputError, CheckpointError) as error:  # of another device, or damaged
+        except StateError as error:  # of another device, or damaged
             say(f"starting again: {error}")
     return train(resume=False)
 

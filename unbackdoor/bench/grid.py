@@ -255,7 +255,8 @@ def make_victim(grid: Grid, attack: str, seed: int) -> Victim:
     if grid.preset != DEMO:
         preset = victim_preset(grid.preset, training=grid.training, attack=attack)
         settings = changed(VictimSettings(), preset, "preset")
-        settings = changed(settings, grid.victim, f"{grid.name}, [victim]")
+        where = f"{grid.name}, [victim]"
+        settings = changed(settings, _without_seed(grid.victim, where), where)
         settings = replace(settings, seed=seed)
     return Victim(
         attack=attack,
@@ -314,6 +315,12 @@ def make_detection(grid: Grid, seed: int) -> Detection | None:
     )
 
 
+def _without_seed(table: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    if "seed" in table:
+        raise SettingsError(f"{where}: seed is no setting here; the grid's seeds say which run")
+    return table
+
+
 def row_settings(grid: Grid, row: Row, seed: int) -> Any:
     """Return the settings dataclass of a row's defense; ``None`` without a defense."""
     where = f"{grid.name}, row {row.name!r}"
@@ -327,10 +334,11 @@ def row_settings(grid: Grid, row: Row, seed: int) -> Any:
         preset = table.pop("preset", "default")
         if preset not in PRESETS:
             raise SettingsError(f"{where}: {unknown('preset', preset, PRESETS)}")
-        return replace(changed(purify_preset(preset), table, where), seed=seed)
+        settings = changed(purify_preset(preset), _without_seed(table, where), where)
+        return replace(settings, seed=seed)
     own = is_own(row.defense)
     defaults = _own_defaults(row.defense, where) if own else DEFENSES[row.defense].settings()
-    settings = changed(defaults, row.settings, where)
+    settings = changed(defaults, _without_seed(row.settings, where), where)
     has_seed = any(item.name == "seed" for item in fields(settings))
     return replace(settings, seed=seed) if has_seed else settings
 

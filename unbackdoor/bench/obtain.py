@@ -17,11 +17,11 @@ from unbackdoor.attacks.named import attack_record, named_attack
 from unbackdoor.backbones import Loaded, build
 from unbackdoor.bench.cells import CLEAN, DEMO, Victim
 from unbackdoor.bench.grid import IMAGENET100, data_name, file_hash
-from unbackdoor.bench.store import Store, beat, claimed
+from unbackdoor.bench.store import Store, claimed
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.data import Sets, draw_rows, from_tensor, load_both, load_labeled
 from unbackdoor.detection.training import SECONDS_BETWEEN_STATES
-from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
+from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError, StateError
 from unbackdoor.evaluation import read_record
 from unbackdoor.jobs import Source, open_source
 from unbackdoor.settings import SCHEMES, at_home
@@ -132,11 +132,13 @@ def obtain_victim(
     Raises:
         UnbackdoorError: If it cannot be trained.
     """
-    while (found := find_victim(victim, store, place, load=load, say=say)) is None:
+    found = find_victim(victim, store, place, load=load, say=say)
+    trained_here = place._replace(victims="")  # what is given has been looked at
+    while found is None:
         with claimed(store, victim.key) as mine:
             if not mine:
-                beat(store)
                 time.sleep(WAIT)
+                found = find_victim(victim, store, trained_here, load=load, say=say)
                 continue
             surrogate = None
             if clean := surrogate_of(victim):
@@ -145,7 +147,8 @@ def obtain_victim(
                 ).tensors
             sets = load(place.data, victim.size or _own_size(victim.arch))
             _train(victim, store, place, sets, surrogate=surrogate, say=say, on_step=on_step)
-            if find_victim(victim, store, place, load=load, say=say) is None:
+            found = find_victim(victim, store, trained_here, load=load, say=say)
+            if found is None:
                 raise OutputError(f"{victim.stem}: its training left no victim of this grid")
     return found
 
@@ -278,10 +281,10 @@ def _train(
             on_step=on_step,
         )
 
-    if state.exists():
+    if state.exists() and not state.with_name(f"{victim.stem}.json").exists():
         try:
             return train(resume=True)
-        except (OutputError, CheckpointError) as error:  # of another device, or damaged
+        except StateError as error:  # of another device, or damaged
             say(f"starting again: {error}")
     return train(resume=False)
 

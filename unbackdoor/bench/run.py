@@ -35,7 +35,6 @@ from unbackdoor.bench.store import (
     SCHEMA,
     SCORING,
     Store,
-    beat,
     claimed,
     drop_victim,
     write_failure,
@@ -120,7 +119,7 @@ def run_cells(
                 tally = tally._replace(left=tally.left + len(group))
                 continue
 
-            step = _beating(store, on_step)
+            step = on_step or _silent
             _run_group(victim, group, store, place, load=load, say=say, on_step=step)
             done = sum(store.is_done(cell.key) for cell in group)
             left = len(pending(group, store))  # that others hold
@@ -145,7 +144,7 @@ def draw_cells(
     Raises:
         UnbackdoorError: See ``errors``.
     """
-    load, step, drawn = cache(load_sets), _beating(store, on_step), 0
+    load, step, drawn = cache(load_sets), on_step or _silent, 0
     for cell in cells:
         path, images = store.features_path(cell.key), store.images_path(cell.key)
         has_all = path.is_file() and images.is_file()
@@ -171,15 +170,8 @@ def draw_cells(
     return drawn
 
 
-def _beating(store: Store, on_step: OnStep | None) -> OnStep:
-    """Return what gives a sign of life with every step."""
-
-    def step(done: int, steps: int) -> None:
-        beat(store)
-        if on_step is not None:
-            on_step(done, steps)
-
-    return step
+def _silent(done: int, steps: int) -> None:
+    pass
 
 
 def drop_unneeded(store: Store, needed: Iterable[tuple[str, Sequence[str]]]) -> None:

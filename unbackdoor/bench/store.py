@@ -18,10 +18,11 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,10 @@ class Store:
         folder: On storage that all machines at work share.
         owner: Who claims: a second claim by the same owner succeeds, so that work that a scheduler
             starts again after a crash goes on.
-        held: Keys that are claimed through this object now.
     """
 
     folder: Path
     owner: str
-    held: set[str] = field(default_factory=set, compare=False)
 
     def record_path(self, key: str) -> Path:
         """Of a finished cell."""
@@ -206,21 +205,25 @@ def forget_failures(store: Store, keys: Iterable[str]) -> None:
 def drop_victim(store: Store, key: str) -> None:
     """Delete the weights of a victim that was trained here; its record stays."""
     for path in store.victim_folder(key).glob("*.safetensors"):
-        path.unlink()
+        path.unlink(missing_ok=True)  # others may drop it as well
 
 
 @contextmanager
 def claimed(store: Store, key: str) -> Iterator[bool]:
-    """Claim a cell or a victim while inside; yields whether nobody else has it."""
+    """Claim a cell or a victim while inside; yields whether nobody else has it.
+
+    A thread gives a sign of life every ``BEAT`` seconds, whatever takes long inside.
+    """
     path = store.folder / "running" / f"{key}.json"
     if not _claim(store, path):
         yield False
         return
-    store.held.add(key)
+    ended = threading.Event()
+    threading.Thread(target=_beat, args=(path, ended, BEAT), daemon=True).start()
     try:
         yield True
     finally:
-        store.held.discard(key)
+        ended.set()
         if (_read_claim(path) or {}).get("owner") == store.owner:  # nobody took it for dead
             path.unlink(missing_ok=True)
 
@@ -239,23 +242,10 @@ def release(store: Store, owner: str) -> set[str]:
     return {path.stem for path in of_owner}
 
 
-def release_dead(store: Store) -> set[str]:
-    """Give back all claims of those who are no longer alive; returns their keys."""
-    dead = [path for path in (store.folder / "running").glob("*.json") if _alive(path) is None]
-    for path in dead:
-        path.unlink(missing_ok=True)
-    return {path.stem for path in dead}
-
-
-def beat(store: Store) -> None:
-    """Give a sign of life for all that ``store`` holds, at most every ``BEAT`` seconds."""
-    for key in store.held:
-        path = store.folder / "running" / f"{key}.json"
-        try:
-            if time.time() - path.stat().st_mtime > BEAT:
-                os.utime(path)
-        except FileNotFoundError:
-            continue
+def _beat(path: Path, ended: threading.Event, seconds: float) -> None:
+    while not ended.wait(seconds):
+        with suppress(OSError):  # it was taken for dead, or the storage is away
+            os.utime(path)
 
 
 def _claim(store: Store, path: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.errors import CheckpointError, OutputError
+from unbackdoor.errors import StateError
 from unbackdoor.resume import read_state, write_state
 
 SECONDS = 10.0  # between two states
@@ -34,7 +34,7 @@ class Keeper:
         self._tensors: dict[str, Tensor] = {}
         try:
             stored = read_state(self.path, self.of, groups=("loops",))
-        except (OutputError, CheckpointError):  # there is none, or it is of another run
+        except StateError:  # there is none, or it is of another run
             return
         self._reached, self._tensors = stored.history, stored.groups["loops"]
 

@@ -280,7 +280,7 @@ def _parse(path: Path) -> Element:
         return builder.close()
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such annotation") from error
-    except (expat.ExpatError, OSError, ValueError) as error:
+    except (expat.ExpatError, OSError, ValueError, LookupError) as error:  # of an encoding, too
         raise DataError(f"{path}: this XML is broken ({error})") from error
 
 
