@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unbackdoor.backbones import CIFAR10_MEAN, CIFAR10_STD, build, network_state
+from unbackdoor.checkpoint import sha256_of
 from unbackdoor.data import load_images
 from unbackdoor.diagnostics import measure
 from unbackdoor.errors import (
@@ -91,6 +92,11 @@ def test_a_safetensors_output_is_flat_and_tells_where_it_comes_from(victim, phot
     with safetensors.safe_open(outputs.tensors, framework="pt") as file:
         metadata = file.metadata()
     record = json.loads(outputs.record.read_text())
+    assert record["output_sha256"] == sha256_of(outputs.tensors)
+    written = [
+        path.stat().st_mtime_ns for path in (outputs.tensors, outputs.report, outputs.record)
+    ]
+    assert written == sorted(written)  # the record last: it says that all is there
     provenance = json.loads(metadata["unbackdoor"])
     assert provenance["input"] == record["input"]
     assert provenance["settings"]["changes"]["steps"] == 1
