@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--group", type=int, default=1, help="classes that become one")
     given = parser.parse_args()
+    if given.group < 1:
+        parser.error(f"--group is 1 or more, got {given.group}")
+    given.folder.mkdir(parents=True)
     names = ImageNetInfo("imagenet-1k").label_names()
     for row in pq.read_table(given.parquet).to_pylist():
         name = names[row["label"] // given.group * given.group]

@@ -90,6 +90,8 @@ def main() -> None:
         words = [f"{path.stem} {differs}"]
         for name in ("head", "probe", "reestimated", "fine_tuned"):
             values = scores["after"][name]
+            if values is None:  # no head, or a fine-tuning that ended in NaN
+                continue
             words.append(
                 f"{name} " + " / ".join(f"{100 * values[k]:.1f}" for k in ("acc", "asr", "pa"))
             )

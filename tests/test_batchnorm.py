@@ -315,14 +315,18 @@ def test_an_unusual_network_is_folded_all_the_same(images):
     torch.testing.assert_close(twin(images.clone()), network(images.clone()))
 
 
-def test_tf32_does_not_count_while_folding_is_tried(images, monkeypatch):
-    seen = []
+def test_tf32_does_not_count_while_folding_is_tried(images):
+    convolutions, seen = torch.backends.cudnn.conv, []
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert fold(network, images) == 1
-    assert seen.count(False) == 2
-    assert torch.backends.cudnn.allow_tf32
+    network.register_forward_hook(lambda *_: seen.append(convolutions.fp32_precision))
+    before = convolutions.fp32_precision
+    try:
+        convolutions.fp32_precision = "tf32"
+        assert fold(network, images) == 1
+        assert seen.count("ieee") == 2
+        assert convolutions.fp32_precision == "tf32"
+    finally:
+        convolutions.fp32_precision = before
 
 
 def test_weights_that_a_hook_computes_are_followed(images):

@@ -211,8 +211,10 @@ def test_an_unknown_name_in_a_config_is_answered_with_the_nearest(inputs, tmp_pa
     ("text", "message"),
     [
         ("epochs = 2.5", "epochs is a whole number, got 2.5"),
-        ('preset = "cifar10"', "setting 'preset' is unknown; there are"),
-        ("force = true", "flags that are no settings stay on the command line"),
+        ('preset = "cifar10"', "'preset' is no setting; pass it as a flag"),
+        ('arch = "x"', "'arch' is no setting; pass it as a flag"),
+        ("force = true", "'force' is no setting"),
+        ("dry_run = true", "'dry_run' is no setting"),
         ("[purify]\nepochs = 2", "setting 'purify' is unknown"),
         ("epoch = 2", "setting 'epoch' is unknown; did you mean 'epochs'?"),
         ("epochs 2", "c.toml: "),

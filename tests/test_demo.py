@@ -68,8 +68,7 @@ def test_the_printed_command_is_the_repair_that_the_demo_runs(tmp_path):
     _, bound, _ = app.parse_args(words[1:], exit_on_error=False, print_error=False)
     given = bound.arguments
     assert given["settings"] == SETTINGS
-    assert (given["checkpoint"], given["arch"]) == (source.checkpoint, source.arch)
-    assert (given["mean"], given["std"], given["size"]) == (source.mean, source.std, 28)
+    assert given["network"].of(given["checkpoint"]) == source
     assert (given["images"], given["limit"], given["device"]) == ("fashion-mnist", 2500, "cpu")
 
 

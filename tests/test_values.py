@@ -33,6 +33,7 @@ class Odd:
     pair: tuple[int, float] = (1, 2.0)
     many: tuple[float, ...] = ()
     either: int | str = 1
+    number: int | float = 1
     mode: Literal[1, 2] = 1
     labels: Literal["given", "none"] | None = None
     modes: tuple[Literal["a", "b"], ...] = ()
@@ -63,11 +64,12 @@ class Needed:
         ({"pair": [3, "1/2"]}, {"pair": "3,1/2"}, {"pair": (3, 0.5)}),
         ({"many": [1, 2, 3]}, {"many": "1,2,3"}, {"many": (1.0, 2.0, 3.0)}),
         ({"either": "x"}, {"either": "x"}, {"either": "x"}),
-        ({"either": 3}, {"either": 3}, {"either": 3}),
+        ({"either": 3}, {"either": "3"}, {"either": 3}),
+        ({"number": 2.5}, {"number": "2.5"}, {"number": 2.5}),
+        ({"number": 2}, {"number": "2"}, {"number": 2}),
         ({"mode": 2}, {"mode": "2"}, {"mode": 2}),
         ({"labels": "none"}, {"labels": "none"}, {"labels": "none"}),
         ({"modes": ["a", "b"]}, {"modes": "a,b"}, {"modes": ("a", "b")}),
-        ({"table": {"a": 1}}, {"table": {"a": 1}}, {"table": {"a": 1}}),
     ],
 )
 def test_a_value_is_read_as_its_type_and_not_as_its_default(native, text, value):
@@ -100,8 +102,12 @@ def test_a_value_is_read_as_its_type_and_not_as_its_default(native, text, value)
         ({"pair": "3,1"}, False, "pair is a list, got '3,1'"),
         ({"pair": [0.5, 1]}, False, r"pair\[0\] is a whole number, got 0.5"),
         ({"either": 0.5}, False, "either is a whole number, got 0.5"),
+        ({"number": "x"}, True, "number is of another kind, got 'x'"),
+        ({"factor": 10**400}, False, "factor is a number or a ratio, got 1000"),
+        ({"mode": "2"}, False, "mode is one of 1, 2, got '2'"),
+        ({"table": {"a": "1"}}, True, "table is a table, which no text can be"),
         ({"mode": 3}, False, "mode 3 is unknown; there are 1, 2"),
-        ({"mode": 2}, True, "mode 2 is unknown"),
+        ({"mode": 2}, True, "mode is one of 1, 2, got 2"),
         ({"mode": [1]}, False, r"mode \[1\] is unknown"),
         ({"table": 3}, False, "table is a table, got 3"),
         ({"odd": "1"}, True, "odd is of type set, got '1'"),
@@ -115,6 +121,11 @@ def test_a_value_is_read_as_its_type_and_not_as_its_default(native, text, value)
 def test_what_a_value_should_have_been_is_told(table, texts, message):
     with pytest.raises(SettingsError, match=f"^here: .*{message}"):
         changed(Odd(), table, "here", texts=texts)
+
+
+def test_a_table_is_taken_as_it_is_and_none_in_any_case():
+    assert changed(Odd(), {"table": {"a": 1}}, "here").table == {"a": 1}
+    assert changed(Odd(maybe=1.0), {"maybe": "None"}, "here", texts=True).maybe is None
 
 
 def test_values_are_put_in_all_at_once():

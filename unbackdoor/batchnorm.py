@@ -176,12 +176,14 @@ def fold(network: nn.Module, images: Images) -> int:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """Do without TF32, whose rounding would look like features that change."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    backend: Any = torch.backends.cudnn
+    convolutions = backend.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        convolutions.fp32_precision = before
 
 
 def _convolve_and_normalize(conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor) -> Tensor:

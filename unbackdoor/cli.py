@@ -55,7 +55,8 @@ Mean = Annotated[
 ]
 Std = Annotated[Levels, Parameter(help="Standard deviation of the pixels, likewise.")]
 Size = Annotated[
-    Whole | None, Parameter(help="Side of the images in pixels; the architecture's by default.")
+    Whole | None,
+    Parameter(help="Side of the network's images in pixels; the architecture's by default."),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], Parameter(help="Where to compute.")]
 Results = Annotated[Path, Parameter(help="Folder of the records.")]
@@ -172,17 +173,19 @@ def take_config(
     if path := given.get("--config"):
         if not Path(path).is_file():
             raise SettingsError(f"--config {path}: no such file")
-        check_config(Path(path), defaults)
+        flags = [argument.name.removeprefix("--") for argument in arguments]
+        check_config(Path(path), defaults, flags=flags)
         Toml(path, use_commands_as_keys=False)(app, (), arguments)
 
 
-def check_config(path: Path, defaults: Any) -> None:
+def check_config(path: Path, defaults: Any, *, flags: Sequence[str]) -> None:
     """Refuse what is no setting in a TOML file, and fractions where a whole number belongs.
 
     The nearest name of an unknown key in a table is cyclopts' to give.
 
     Args:
         defaults: A settings dataclass.
+        flags: All that the command has, also those that are no settings.
 
     Raises:
         SettingsError: If the file is not TOML, or holds something else than settings.
@@ -193,11 +196,11 @@ def check_config(path: Path, defaults: Any) -> None:
         raise SettingsError(f"--config {path}: {error}") from error
     known = asdict(defaults)
     for key in table:
-        if key.replace("-", "_") not in known:
-            raise SettingsError(
-                f"--config {path}: {unknown('setting', key, known)}; flags that are no settings "
-                "stay on the command line"
-            )
+        if key.partition(".")[0].replace("-", "_") in known:
+            continue
+        if key.replace("_", "-") in flags:
+            raise SettingsError(f"--config {path}: {key!r} is no setting; pass it as a flag")
+        raise SettingsError(f"--config {path}: {unknown('setting', key, known)}")
     whole = {name for name, value in flatten(known) if type(value) is int}
     for name, value in flatten(table):
         if name in whole and type(value) is not int:

@@ -194,8 +194,9 @@ def durability_table(result: DemoResult) -> Table:
         "Does it last? ASR, percent",
         ("backbone", "as delivered", "statistics re-estimated", "fine-tuned on clean images"),
         tuple(
-            (name, *(100 * scores.asr for scores in reading.durable.values()))
+            (name, *(None if scores is None else 100 * scores.asr for scores in readings))
             for name, reading in rows
+            for readings in [(reading.probe, reading.reestimated, reading.fine_tuned)]
         ),
         decimals=1,
         note="Batch-norm statistics are re-estimated on the unlabeled images; the fine-tuning has "

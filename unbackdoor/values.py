@@ -107,7 +107,7 @@ def read_value(kind: Any, value: Any, name: str, *, where: str, texts: bool = Fa
 
     Args:
         kind: Of the field. Of a union that is not of None, a value is of its own type or else the
-            first.
+            first; a text is the first that it can be, and itself at last.
         name: Of the field, for errors.
         where: What errors name first.
         texts: Whether a text may stand for a number, for true or false, and, with commas, for a
@@ -119,14 +119,20 @@ def read_value(kind: Any, value: Any, name: str, *, where: str, texts: bool = Fa
     if get_origin(kind) in (Union, UnionType):
         kinds = [each for each in get_args(kind) if each is not NoneType]
         is_a_choice = any(value in get_args(each) for each in kinds if get_origin(each) is Literal)
-        if value in (None, "none") and len(kinds) < len(get_args(kind)) and not is_a_choice:
+        written = value.lower() if texts and isinstance(value, str) else value
+        if written in (None, "none") and len(kinds) < len(get_args(kind)) and not is_a_choice:
             return None
+        if texts and len(kinds) > 1:
+            return _read_first(kinds, value, name, where=where)
         kind = next((each for each in kinds if type(value) is each), kinds[0])
     if get_origin(kind) is Literal:
         known = {str(each) if texts else each: each for each in get_args(kind)}
         if isinstance(value, abc.Hashable) and value in known:
             return known[value]
-        raise SettingsError(f"{where}: {unknown(name, value, map(str, known))}")
+        choices = [str(each) for each in known]
+        if str(value) in choices:  # a text for a number, say
+            raise SettingsError(f"{where}: {name} is one of {', '.join(choices)}, got {value!r}")
+        raise SettingsError(f"{where}: {unknown(name, value, choices)}")
     wanted = get_origin(kind) or kind
     wanted = dict if wanted is abc.Mapping else wanted
     if wanted is tuple:
@@ -137,12 +143,22 @@ def read_value(kind: Any, value: Any, name: str, *, where: str, texts: bool = Fa
         with contextlib.suppress(ValueError, KeyError, ZeroDivisionError):
             value = _from_text(kind, value)  # or else the message below
     elif kind is float and type(value) is int:
-        value = float(value)
+        with contextlib.suppress(OverflowError):
+            value = float(value)
+    elif wanted is dict and texts:
+        raise SettingsError(f"{where}: {name} is a table, which no text can be")
     finite = texts or not isinstance(value, float) or math.isfinite(value)
     if type(value) is not wanted or not finite:
         words = WORDS.get(wanted, f"of type {getattr(wanted, '__name__', wanted)}")
         raise SettingsError(f"{where}: {name} is {words}, got {value!r}")
     return value
+
+
+def _read_first(kinds: list[Any], value: Any, name: str, *, where: str) -> Any:
+    for kind in sorted(kinds, key=lambda kind: kind is str):
+        with contextlib.suppress(SettingsError):
+            return read_value(kind, value, name, where=where, texts=True)
+    raise SettingsError(f"{where}: {name} is of another kind, got {value!r}")
 
 
 def _read_list(

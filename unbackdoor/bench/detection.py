@@ -155,7 +155,8 @@ def _train(
 
     if files.record.exists() and _is_of(files.record, source.checkpoint):
         return files
-    if files.state.exists() and not files.record.exists():
+    files.record.unlink(missing_ok=True)  # of a detector on another backbone
+    if files.state.exists():
         try:
             return train(resume=True)
         except StateError as error:  # of another device, or damaged

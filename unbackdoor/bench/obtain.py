@@ -281,7 +281,8 @@ def _train(
             on_step=on_step,
         )
 
-    if state.exists() and not state.with_name(f"{victim.stem}.json").exists():
+    (folder / f"{victim.stem}.json").unlink(missing_ok=True)  # of weights that are no longer there
+    if state.exists():
         try:
             return train(resume=True)
         except StateError as error:  # of another device, or damaged
