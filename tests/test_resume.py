@@ -5,7 +5,7 @@ import torch
 
 from unbackdoor.cbd import EpochLosses, PurifyState
 from unbackdoor.errors import OutputError, StateError
-from unbackdoor.resume import identity, load_state, save_state
+from unbackdoor.resume import find_state, identity, load_state, save_state
 from unbackdoor.settings import PurifySettings, ViewSettings
 
 
@@ -57,3 +57,10 @@ def test_nothing_to_resume_and_damage_are_said(state, tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(StateError, match="this state is damaged"):
         load_state(path, of())
+
+
+def test_what_cannot_be_read_is_not_taken_for_none(tmp_path):
+    (tmp_path / "s.safetensors").mkdir()  # an error of the system, as a lost disk is
+    with pytest.raises(OutputError, match="this state cannot be read") as refused:
+        find_state(tmp_path / "s.safetensors", of())
+    assert not isinstance(refused.value, StateError)
