@@ -24,7 +24,7 @@ def made(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
     """Return a dataclass made of a table as JSON and TOML have them.
 
     Args:
-        table: By field; a value that is a dataclass is taken as it is.
+        table: By field.
         where: What errors name first.
 
     Raises:
@@ -42,8 +42,7 @@ def made(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
     for name, value in table.items():
         if name not in hints:
             raise SettingsError(f"{where}: {unknown('key', name, hints)}")
-        ready = is_dataclass(value)
-        values[name] = value if ready else read_value(hints[name], value, name, where=where)
+        values[name] = read_value(hints[name], value, name, where=where)
     return kind(**values)
 
 
@@ -103,7 +102,7 @@ def read_value(kind: Any, value: Any, name: str, *, where: str, texts: bool = Fa
     """Return ``value`` as the type of a field.
 
     A number may be a ratio, such as ``"8/255"``; ``"none"`` is None where that may be, unless it is
-    one of the choices of a field.
+    one of the choices of a field. A dataclass is taken as it is.
 
     Args:
         kind: Of the field. Of a union that is not of None, a value is of its own type or else the
@@ -116,6 +115,8 @@ def read_value(kind: Any, value: Any, name: str, *, where: str, texts: bool = Fa
     Raises:
         SettingsError: If it is of another kind.
     """
+    if is_dataclass(value):
+        return value
     if get_origin(kind) in (Union, UnionType):
         kinds = [each for each in get_args(kind) if each is not NoneType]
         is_a_choice = any(value in get_args(each) for each in kinds if get_origin(each) is Literal)
@@ -169,9 +170,7 @@ def _read_list(
     if len(parts) != len(kinds):
         raise SettingsError(f"{where}: {name} is a list of {len(kinds)}, got {parts!r}")
     return tuple(
-        part
-        if is_dataclass(part)
-        else read_value(kind, part, f"{name}[{i}]", where=where, texts=texts)
+        read_value(kind, part, f"{name}[{i}]", where=where, texts=texts)
         for i, (kind, part) in enumerate(zip(kinds, parts, strict=True))
     )
 
