@@ -136,20 +136,20 @@ def obtain_victim(
     trained_here = place._replace(victims="")  # what is given has been looked at
     while found is None:
         with claimed(store, victim.key) as mine:
-            if not mine:
-                time.sleep(WAIT)
+            found = find_victim(victim, store, trained_here, load=load, say=say)  # by others
+            if mine and found is None:
+                surrogate = None
+                if clean := surrogate_of(victim):
+                    surrogate = obtain_victim(
+                        clean, store, place, load=load, say=say, on_step=on_step
+                    ).tensors
+                sets = load(place.data, victim.size or _own_size(victim.arch))
+                _train(victim, store, place, sets, surrogate=surrogate, say=say, on_step=on_step)
                 found = find_victim(victim, store, trained_here, load=load, say=say)
-                continue
-            surrogate = None
-            if clean := surrogate_of(victim):
-                surrogate = obtain_victim(
-                    clean, store, place, load=load, say=say, on_step=on_step
-                ).tensors
-            sets = load(place.data, victim.size or _own_size(victim.arch))
-            _train(victim, store, place, sets, surrogate=surrogate, say=say, on_step=on_step)
-            found = find_victim(victim, store, trained_here, load=load, say=say)
-            if found is None:
-                raise OutputError(f"{victim.stem}: its training left no victim of this grid")
+                if found is None:
+                    raise OutputError(f"{victim.stem}: its training left no victim of this grid")
+        if found is None:
+            time.sleep(WAIT)
     return found
 
 
