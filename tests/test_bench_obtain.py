@@ -1,12 +1,15 @@
+import shutil
+import threading
 from functools import cache
 
 import pytest
 from conftest import GRID_HEAD
 
 from unbackdoor import attack_jobs
+from unbackdoor.bench import obtain as obtaining
 from unbackdoor.bench.grid import entries, read_grid
 from unbackdoor.bench.obtain import Place, load_sets, obtain_victim
-from unbackdoor.bench.store import open_store
+from unbackdoor.bench.store import claimed, open_store
 from unbackdoor.errors import OutputError
 
 GRID = (
@@ -73,3 +76,20 @@ def test_a_state_that_is_damaged_is_started_again(obtain):
     said, _ = obtain()
     assert any("starting again: " in line and "this state is damaged" in line for line in said)
     assert not any("resuming" in line for line in said)
+
+
+def test_a_victim_that_somebody_else_trains_is_waited_for(victim, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(obtaining, "WAIT", 0.01)
+    said = []
+    options = {"load": cache(load_sets), "say": said.append, "on_step": lambda *_: None}
+    place = Place(data, device="cpu")
+    elsewhere = open_store(tmp_path / "elsewhere")
+    trained = obtain_victim(victim, elsewhere, place, **options)
+    said.clear()
+    store, other = (open_store(tmp_path / "results", owner=owner) for owner in ("me", "other"))
+    folder = store.victim_folder(victim.key)
+    with claimed(other, victim.key):
+        threading.Timer(0.3, shutil.copytree, (trained.tensors.parent, folder)).start()
+        found = obtain_victim(victim, store, place, **options)
+    assert found.tensors == folder / trained.tensors.name
+    assert not any("epoch" in line for line in said)
