@@ -28,8 +28,8 @@ from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import LabeledImages, load_labeled
 from unbackdoor.evaluation import Split, divide, own_head, reading_record
-from unbackdoor.jobs import versions
 from unbackdoor.metrics import make_test_set, read
+from unbackdoor.outputs import versions
 from unbackdoor.settings import ChangeSettings, VictimSettings, victim_preset
 from unbackdoor.victims import augmented, train_supervised
 

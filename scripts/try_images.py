@@ -23,8 +23,8 @@ from unbackdoor.bench.obtain import Found, open_victim
 from unbackdoor.cbd import purify
 from unbackdoor.data import from_tensor, load_images
 from unbackdoor.evaluation import Split, find_attack, load_split, own_head, reading_record
-from unbackdoor.jobs import versions
 from unbackdoor.metrics import make_test_set, read
+from unbackdoor.outputs import versions
 from unbackdoor.settings import PurifySettings, flatten
 from unbackdoor.types import RawImages
 

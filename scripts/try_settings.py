@@ -21,8 +21,8 @@ from unbackdoor.data import load_labeled
 from unbackdoor.defense_jobs import settings_from
 from unbackdoor.devices import pick_precision
 from unbackdoor.evaluation import divide, find_attack, own_head, reading_record
-from unbackdoor.jobs import versions
 from unbackdoor.metrics import make_test_set, read
+from unbackdoor.outputs import versions
 from unbackdoor.settings import PRESETS, PurifySettings, flatten, purify_preset
 
 FIRST_SEED = 100

@@ -30,7 +30,8 @@ from unbackdoor.bench.jobs import run_grids
 from unbackdoor.detection.jobs import train_file
 from unbackdoor.detection.scores import evaluate_detector
 from unbackdoor.evaluation import evaluate_file
-from unbackdoor.jobs import Source, purify_file
+from unbackdoor.inputs import Source
+from unbackdoor.jobs import purify_file
 from unbackdoor.settings import (
     ChangeSettings,
     DetectionSettings,

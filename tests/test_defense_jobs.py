@@ -30,7 +30,7 @@ from unbackdoor.errors import (
     SettingsError,
     UnlabeledError,
 )
-from unbackdoor.jobs import Source
+from unbackdoor.inputs import Source
 from unbackdoor.roles import defender_rows, divide_rows
 from unbackdoor.settings import ChangeSettings, PurifySettings
 

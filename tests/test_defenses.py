@@ -19,7 +19,7 @@ from unbackdoor.defenses.anp import prune_by_masks
 from unbackdoor.defenses.common import DefenseData, Split, copy_of, predict
 from unbackdoor.errors import ArchitectureError, DataError
 from unbackdoor.evaluation import divide, find_attack
-from unbackdoor.jobs import Source, open_source
+from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import make_test_set, read
 from unbackdoor.values import changed
 

@@ -13,7 +13,7 @@ from unbackdoor.defenses.common import DefenseData
 from unbackdoor.defenses.settings import ClpSettings
 from unbackdoor.demo import CLASSES, split_images
 from unbackdoor.evaluation import find_attack
-from unbackdoor.jobs import Source, open_source
+from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import make_test_set, read
 
 

@@ -13,7 +13,7 @@ from unbackdoor.data import LabeledImages, load_images
 from unbackdoor.demo import SETTINGS, UNLABELED, command_line, run_demo, split_images
 from unbackdoor.errors import OutputError
 from unbackdoor.evaluation import Split, find_attack
-from unbackdoor.jobs import Source, open_source
+from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import make_test_set, score
 
 

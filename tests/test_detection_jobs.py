@@ -17,7 +17,7 @@ from unbackdoor.errors import (
     OutputError,
     SettingsError,
 )
-from unbackdoor.jobs import Source
+from unbackdoor.inputs import Source
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import DetectionSettings
 

@@ -18,7 +18,7 @@ from unbackdoor.detection.scores import (
 )
 from unbackdoor.detection.voc import load_voc
 from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
-from unbackdoor.jobs import Source
+from unbackdoor.inputs import Source
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import DetectionSettings
 

@@ -27,7 +27,7 @@ from unbackdoor.evaluation import (
     own_head,
     unread_head,
 )
-from unbackdoor.jobs import Source
+from unbackdoor.inputs import Source
 from unbackdoor.metrics import Reading, Scores, make_test_set, score
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.probe import extract, linear_probe

@@ -18,17 +18,10 @@ from unbackdoor.errors import (
     DeviceError,
     DivergedError,
     OutputError,
-    SettingsError,
 )
-from unbackdoor.jobs import (
-    Source,
-    dry_run,
-    open_source,
-    plan_outputs,
-    purify_file,
-    report_of,
-    round_as_written,
-)
+from unbackdoor.inputs import Source, open_source
+from unbackdoor.jobs import dry_run, purify_file
+from unbackdoor.outputs import report_of
 from unbackdoor.ranks import Ranks
 from unbackdoor.settings import ChangeSettings, PurifySettings
 
@@ -166,19 +159,6 @@ def test_half_precision_files_stay_half_precision(photos, tmp_path):
         assert said[name] == pytest.approx(getattr(again, name), rel=1e-6, abs=1e-9), name
 
 
-def test_what_is_measured_is_rounded_as_it_is_written(tmp_path):
-    tensors = build("cifar/wrn16_1").network.half().state_dict()
-    save_file(tensors, tmp_path / "half.safetensors")
-    loaded = open_source(Source(tmp_path / "half.safetensors", "cifar/wrn16_1", size=16))
-    weight = loaded.backbone.body.conv1.weight
-    with torch.no_grad():
-        weight.add_(1e-5)
-    kept = weight.detach().clone()
-    round_as_written(loaded, loaded.backbone)
-    assert weight.equal(kept.half().float())
-    assert not weight.equal(kept)
-
-
 def test_an_output_that_could_not_hold_the_tensors_is_refused_first(victim, photos, tmp_path):
     content = torch.load(victim, weights_only=True)
     content["state_dict"]["__metadata__"] = torch.ones(1)
@@ -295,36 +275,6 @@ def test_a_dry_run_takes_what_a_run_takes(victim, photos, tmp_path):
     assert purify_file(source, photos, out, asked, **told).record.exists()
     with pytest.raises(DataError, match="3 images do not fill one batch of 8"):
         dry_run(source, photos, out, replace(asked, last_batch="drop"), **told)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("clean.onnx", r"end it in .safetensors, .pt, .pth, .bin"),
-        ("nowhere/clean.pt", "there is no folder"),
-        ("victim.pth", "would change the input .*, which never happens; pass another file"),
-        ("folder.pt", "is a folder; pass a file"),
-        ("old.pt", "exists already; pass --force"),
-    ],
-)
-def test_an_output_that_cannot_be_is_refused_first(name, message, victim, tmp_path):
-    (tmp_path / "old.pt").touch()
-    (tmp_path / "folder.pt").mkdir()
-    with pytest.raises(OutputError, match=message):
-        plan_outputs(victim, tmp_path / name, overwrite=name != "old.pt", resume=False)
-
-
-@pytest.mark.parametrize("name", ["in/model.safetensors", "in/config.pt", "state.safetensors"])
-def test_no_output_may_replace_the_input_or_a_part_of_it(name, tmp_path):
-    (tmp_path / "in").mkdir()
-    given = tmp_path / ("in" if "/" in name else "state.state.safetensors")
-    with pytest.raises(OutputError, match="would change the input"):
-        plan_outputs(given, tmp_path / name, overwrite=True, resume=False)
-
-
-def test_starting_again_and_going_on_contradict(victim, tmp_path):
-    with pytest.raises(SettingsError, match="pass one of them"):
-        plan_outputs(victim, tmp_path / "clean.pt", overwrite=True, resume=True)
 
 
 def test_a_state_of_another_network_is_refused(victim, photos, tmp_path):

@@ -9,7 +9,7 @@ from unbackdoor.attacks.triggers import BadNets
 from unbackdoor.cli import main
 from unbackdoor.data import LabeledImages
 from unbackdoor.errors import DataError, OutputError, SettingsError
-from unbackdoor.jobs import Source
+from unbackdoor.inputs import Source
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.transfer import all_triggered, load_parts, transfer_file
 

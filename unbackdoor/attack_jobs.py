@@ -54,6 +54,7 @@ from unbackdoor.devices import (
     peak_memory,
     pick_device,
     pick_precision,
+    told_of_memory,
 )
 from unbackdoor.errors import (
     ArchitectureError,
@@ -76,8 +77,9 @@ from unbackdoor.evaluation import (
     scores_table,
     unread_head,
 )
-from unbackdoor.jobs import Source, open_source, refuse_existing, told_of_memory, versions
+from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import Reading, find_goals
+from unbackdoor.outputs import refuse_existing, versions
 from unbackdoor.report import (
     Picture,
     amplified_difference,

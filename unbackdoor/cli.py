@@ -30,7 +30,7 @@ from unbackdoor.settings import (
 )
 
 if TYPE_CHECKING:
-    from unbackdoor.jobs import Source
+    from unbackdoor.inputs import Source
 
 Precision = Literal["auto", "fp32", "bf16"]
 Switch = Annotated[bool, Parameter(negative="")]
@@ -87,7 +87,7 @@ class Network:
 
     def of(self, checkpoint: Path) -> "Source":
         """Return ``checkpoint`` with how it is read."""
-        from unbackdoor.jobs import Source  # imports torch, so not before it is needed
+        from unbackdoor.inputs import Source  # imports torch, so not before it is needed
 
         return Source(checkpoint, *astuple(self))
 
@@ -257,7 +257,7 @@ def purify(
     force
         Replace existing outputs.
     """
-    from unbackdoor import jobs  # imports torch, so not before it is needed
+    from unbackdoor import jobs, outputs  # import torch, so not before they are needed
 
     source = network.of(checkpoint)
     options: dict[str, Any] = {
@@ -268,7 +268,7 @@ def purify(
         "compiled": compiled,
     }
     with (
-        resumable(lambda: jobs.name_outputs(out).state),
+        resumable(lambda: outputs.name_outputs(out).state),
         jobs.all_ranks(device) as ranks,
         display("purify", quiet=ranks.rank > 0) as shown,
     ):
@@ -564,10 +564,10 @@ def defend(
     resume
         Go on where an interrupted run of the same command was.
     """
-    from unbackdoor import defense_jobs, jobs  # import torch, so not before they are needed
+    from unbackdoor import defense_jobs, outputs  # import torch, so not before they are needed
 
     with (
-        resumable(lambda: jobs.name_outputs(out).state),
+        resumable(lambda: outputs.name_outputs(out).state),
         display(f"defend {name}") as shown,
     ):
         defense_jobs.defend_file(

@@ -17,25 +17,19 @@ from unbackdoor.data import even_rows, from_tensor, load_images, load_labeled
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import Defended, DefenseData, predict
 from unbackdoor.defenses.keeping import Keeper
-from unbackdoor.devices import pick_device
+from unbackdoor.devices import pick_device, told_of_memory
+from unbackdoor.diagnostics import MEASURED, measure_both
 from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError, unknown
-from unbackdoor.jobs import (
-    MEASURED,
+from unbackdoor.inputs import Say, Source, describe_input, describe_network, open_source
+from unbackdoor.outputs import (
     Outputs,
-    Say,
-    Source,
     account_tables,
     check_writable,
-    describe_input,
-    describe_network,
     evidence_table,
     make_record,
-    measure_both,
     movement_picture,
-    open_source,
     plan_outputs,
     round_as_written,
-    told_of_memory,
     write_outputs,
 )
 from unbackdoor.report import Table, render_report
@@ -147,7 +141,7 @@ def defend_file(
     say("measuring what changed")
     sample = pool.images[even_rows(len(pool.images), MEASURED)]
     options = PurifySettings(seed=seed)
-    evidence = measure_both(loaded, result.backbone, sample, options, device=where)
+    evidence = measure_both(result.backbone, loaded.backbone, sample, options)
     record = make_record(
         source, loaded, data, photos, chosen.settings, (), evidence, broken=pool.broken
     )

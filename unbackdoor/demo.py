@@ -22,15 +22,10 @@ from unbackdoor.data import LabeledImages, load_labeled, split_rows
 from unbackdoor.devices import laid_out
 from unbackdoor.errors import OutputError
 from unbackdoor.evaluation import Split, find_attack, percent, reading_record
-from unbackdoor.jobs import (
-    Outputs,
-    Source,
-    losses_picture,
-    open_source,
-    purify_file,
-    versions,
-)
+from unbackdoor.inputs import Source, open_source
+from unbackdoor.jobs import purify_file
 from unbackdoor.metrics import Reading, Scores, TestSet, fine_tune, make_test_set, read
+from unbackdoor.outputs import Outputs, losses_picture, versions
 from unbackdoor.probe import extract
 from unbackdoor.report import (
     Picture,

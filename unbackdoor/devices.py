@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unbackdoor.errors import SettingsError
+from unbackdoor.errors import DeviceError, SettingsError
 from unbackdoor.types import Images
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
@@ -210,3 +210,18 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+@contextlib.contextmanager
+def told_of_memory(device: torch.device) -> Iterator[None]:
+    """Turn what PyTorch raises when ``device`` has no memory left into a DeviceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        on_cpu = "DefaultCPUAllocator" in str(error)  # has no class of its own
+        if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        raise DeviceError(
+            f"{device} is out of memory; pass a smaller --batch-size (to purify by default, also a "
+            "smaller --changes.group; to defend, --set tuning.batch_size or batch_size)"
+        ) from error

@@ -12,11 +12,13 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor.cbd import search
 from unbackdoor.changes import concentration, learn_changes
+from unbackdoor.devices import told_of_memory
 from unbackdoor.probe import extract
 from unbackdoor.settings import PurifySettings
 from unbackdoor.types import Features, Images, RawImages
 from unbackdoor.views import random_views
 
+MEASURED = 256  # images that a job measures the evidence on
 NEIGHBOURS = 10
 FEWEST = 8  # images in which a concentration can be told from chance
 
@@ -49,6 +51,19 @@ class Evidence:
     noise: float
     concentration: float | None
     noise_concentration: float | None
+
+
+def measure_both(
+    backbone: nn.Module, original: nn.Module, images: RawImages, settings: PurifySettings
+) -> dict[str, Evidence]:
+    """Return what :func:`measure` finds before and after; ``original`` goes to the same device."""
+    device = next(backbone.parameters()).device
+    original.to(device)
+    with told_of_memory(device):
+        return {
+            "before": measure(original, original, images, settings),
+            "after": measure(backbone, original, images, settings),
+        }
 
 
 def measure(

@@ -15,10 +15,11 @@ from unbackdoor.attacks.triggers import LARGEST
 from unbackdoor.backbones import Backbone, public_name
 from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, load_both
-from unbackdoor.devices import laid_out, pick_device
+from unbackdoor.devices import laid_out, pick_device, told_of_memory
 from unbackdoor.errors import CheckpointError, DataError, SettingsError
-from unbackdoor.jobs import Source, open_source, told_of_memory, versions
+from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import Reading, Scores, make_test_set, read
+from unbackdoor.outputs import versions
 from unbackdoor.report import Table, as_text
 from unbackdoor.roles import divide_rows
 from unbackdoor.settings import check_seed

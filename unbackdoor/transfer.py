@@ -18,7 +18,7 @@ from unbackdoor.attacks.triggers import Trigger
 from unbackdoor.backbones import public_name
 from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, draw_rows, load_labeled
-from unbackdoor.devices import laid_out, pick_device
+from unbackdoor.devices import laid_out, pick_device, told_of_memory
 from unbackdoor.errors import DataError
 from unbackdoor.evaluation import (
     FEW,
@@ -28,8 +28,9 @@ from unbackdoor.evaluation import (
     not_taken,
     without_labels,
 )
-from unbackdoor.jobs import Source, open_source, told_of_memory, versions
+from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import Scores, TestSet, read
+from unbackdoor.outputs import versions
 from unbackdoor.report import Table, as_text
 from unbackdoor.settings import check_seed, in_range
 

@@ -18,7 +18,7 @@ from unbackdoor.detection.voc import load_voc
 from unbackdoor.devices import pick_device, pick_precision
 from unbackdoor.errors import DataError, StateError
 from unbackdoor.evaluation import Known
-from unbackdoor.jobs import Source
+from unbackdoor.inputs import Source
 from unbackdoor.report import Picture
 
 SHOWN = 2  # images of a cell in the report

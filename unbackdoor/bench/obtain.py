@@ -23,7 +23,7 @@ from unbackdoor.data import Sets, draw_rows, from_tensor, load_both, load_labele
 from unbackdoor.detection.training import SECONDS_BETWEEN_STATES
 from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError, StateError
 from unbackdoor.evaluation import read_record
-from unbackdoor.jobs import Source, open_source
+from unbackdoor.inputs import Source, open_source
 from unbackdoor.settings import SCHEMES, at_home
 
 EMBEDDED_TRAIN, EMBEDDED_TEST = 4_000, 200  # of the 5,000 that come with the package

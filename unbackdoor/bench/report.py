@@ -22,7 +22,7 @@ from unbackdoor.bench.tables import (
     read,
     readers_of,
 )
-from unbackdoor.jobs import losses_picture
+from unbackdoor.outputs import losses_picture
 from unbackdoor.report import (
     Note,
     Panel,

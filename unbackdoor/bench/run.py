@@ -57,8 +57,8 @@ from unbackdoor.evaluation import (
     read_split,
     reading_record,
 )
-from unbackdoor.jobs import versions
 from unbackdoor.metrics import Reading
+from unbackdoor.outputs import versions
 from unbackdoor.resume import find_state, identity, save_state
 from unbackdoor.roles import defender_rows
 

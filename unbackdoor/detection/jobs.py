@@ -27,7 +27,7 @@ from unbackdoor.detection.training import (
     train_detector,
 )
 from unbackdoor.detection.voc import VocImages, check_classes, load_voc
-from unbackdoor.devices import Precision, peak_memory, pick_device, pick_precision
+from unbackdoor.devices import Precision, peak_memory, pick_device, pick_precision, told_of_memory
 from unbackdoor.errors import (
     ArchitectureError,
     CheckpointError,
@@ -37,14 +37,8 @@ from unbackdoor.errors import (
     OutputError,
     SettingsError,
 )
-from unbackdoor.jobs import (
-    Source,
-    describe_network,
-    open_source,
-    refuse_existing,
-    told_of_memory,
-    versions,
-)
+from unbackdoor.inputs import Source, describe_network, open_source
+from unbackdoor.outputs import refuse_existing, versions
 from unbackdoor.resume import as_texts, read_state, write_state
 from unbackdoor.settings import DetectionSettings
 

@@ -23,10 +23,9 @@ from unbackdoor.detection.precision import (
 )
 from unbackdoor.detection.voc import VocImages, load_voc
 from unbackdoor.devices import Precision as ComputedIn
-from unbackdoor.devices import pick_device, pick_precision
+from unbackdoor.devices import pick_device, pick_precision, told_of_memory
 from unbackdoor.errors import CheckpointError, OutputError
 from unbackdoor.evaluation import Known, find_attack, is_record, not_taken, read_record
-from unbackdoor.jobs import told_of_memory
 from unbackdoor.report import BoxedImage, Picture, Table, as_text, boxes_picture, render_report
 from unbackdoor.settings import DetectionSettings
 from unbackdoor.types import RawImages
