@@ -39,7 +39,8 @@ from unbackdoor.bench.store import look_at, read_records
 from unbackdoor.bench.tables import as_markdown, detection_table, mean_and_spread
 from unbackdoor.bench.tables import lines as collected
 from unbackdoor.defenses import DEFENSES
-from unbackdoor.settings import PurifySettings, flatten
+from unbackdoor.settings import PurifySettings
+from unbackdoor.values import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = {

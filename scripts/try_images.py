@@ -25,8 +25,9 @@ from unbackdoor.data import from_tensor, load_images
 from unbackdoor.evaluation import Split, find_attack, load_split, own_head, reading_record
 from unbackdoor.metrics import make_test_set, read
 from unbackdoor.outputs import versions
-from unbackdoor.settings import PurifySettings, flatten
+from unbackdoor.settings import PurifySettings
 from unbackdoor.types import RawImages
+from unbackdoor.values import flatten
 
 TRIGGERED = 0.05
 OTHERS = 1_000

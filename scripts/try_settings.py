@@ -18,12 +18,12 @@ import torch
 from unbackdoor.bench.obtain import Found, open_victim
 from unbackdoor.cbd import purify
 from unbackdoor.data import load_labeled
-from unbackdoor.defense_jobs import settings_from
 from unbackdoor.devices import pick_precision
 from unbackdoor.evaluation import divide, find_attack, own_head, reading_record
 from unbackdoor.metrics import make_test_set, read
 from unbackdoor.outputs import versions
-from unbackdoor.settings import PRESETS, PurifySettings, flatten, purify_preset
+from unbackdoor.settings import PRESETS, PurifySettings, purify_preset
+from unbackdoor.values import flatten, settings_from
 
 FIRST_SEED = 100
 

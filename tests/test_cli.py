@@ -17,7 +17,8 @@ from PIL import Image
 from unbackdoor.cli import app, main
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.progress import display
-from unbackdoor.settings import PurifySettings, VictimSettings, flatten
+from unbackdoor.settings import PurifySettings, VictimSettings
+from unbackdoor.values import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "unbackdoor"]

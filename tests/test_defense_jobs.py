@@ -19,9 +19,8 @@ from unbackdoor import defense_jobs
 from unbackdoor.backbones import build
 from unbackdoor.cli import main
 from unbackdoor.data import load_labeled, split_rows
-from unbackdoor.defense_jobs import defend_file, find_defense, load_pool, settings_from
+from unbackdoor.defense_jobs import defend_file, find_defense, load_pool
 from unbackdoor.defenses import keeping
-from unbackdoor.defenses.settings import AdversarialSettings, BcuSettings, FineTuningSettings
 from unbackdoor.errors import (
     ArchitectureError,
     DataError,
@@ -373,17 +372,6 @@ def test_infinite_weights_are_never_written(victim, photos, own, tmp_path):
 def test_an_unknown_defense_or_setting_is_one_message(name, values, error, message):
     with pytest.raises(error, match=message):
         find_defense(name, values)
-
-
-def test_settings_are_read_as_what_they_are():
-    changed = settings_from(FineTuningSettings(), ["tuning.learning-rate=1/50", "seed=3"])
-    assert (changed.tuning.learning_rate, changed.seed) == (0.02, 3)
-    assert changed.tuning.epochs == 10
-    shares = settings_from(BcuSettings(), ["shares=0,0,0,0,0,1/2"]).shares
-    assert shares == (0, 0, 0, 0, 0, 0.5)
-    assert settings_from(AdversarialSettings(), ["epsilon=8/255"]).epsilon == 8 / 255
-    together = settings_from(PurifySettings(), ["pull=.5", "distill=.25", "align=.25"])
-    assert (together.pull, together.distill, together.align) == (0.5, 0.25, 0.25)
 
 
 def test_the_seed_is_the_defenses_too_unless_it_is_set():

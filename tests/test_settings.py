@@ -9,7 +9,6 @@ from unbackdoor.settings import (
     PurifySettings,
     SearchSettings,
     ViewSettings,
-    flatten,
     purify_preset,
 )
 
@@ -66,11 +65,3 @@ def test_values_out_of_range_are_refused_by_name(make, message):
 
 def test_l2_may_exceed_one():
     assert SearchSettings(norm="l2", epsilon=1024 / 255).epsilon > 4
-
-
-def test_flatten_gives_dotted_names():
-    assert flatten({"a": 1, "b": {"c": [2], "d": {"e": None}}}) == [
-        ("a", 1),
-        ("b.c", [2]),
-        ("b.d.e", None),
-    ]

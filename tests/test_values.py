@@ -4,9 +4,10 @@ from typing import Any, Literal
 
 import pytest
 
+from unbackdoor.defenses.settings import AdversarialSettings, BcuSettings, FineTuningSettings
 from unbackdoor.errors import SettingsError
-from unbackdoor.settings import flatten
-from unbackdoor.values import changed, made, nested
+from unbackdoor.settings import PurifySettings
+from unbackdoor.values import changed, flatten, made, nested, settings_from
 
 
 @dataclass(frozen=True)
@@ -163,3 +164,14 @@ def test_a_dataclass_is_made_of_a_table_and_of_parts_that_are_ready():
 def test_a_dataclass_is_not_made_of_something_else(table, message):
     with pytest.raises(SettingsError, match=f"^here: {message}"):
         made(Needed, table, "here")
+
+
+def test_settings_are_read_as_what_they_are():
+    changed = settings_from(FineTuningSettings(), ["tuning.learning-rate=1/50", "seed=3"])
+    assert (changed.tuning.learning_rate, changed.seed) == (0.02, 3)
+    assert changed.tuning.epochs == 10
+    shares = settings_from(BcuSettings(), ["shares=0,0,0,0,0,1/2"]).shares
+    assert shares == (0, 0, 0, 0, 0, 0.5)
+    assert settings_from(AdversarialSettings(), ["epsilon=8/255"]).epsilon == 8 / 255
+    together = settings_from(PurifySettings(), ["pull=.5", "distill=.25", "align=.25"])
+    assert (together.pull, together.distill, together.align) == (0.5, 0.25, 0.25)

@@ -25,9 +25,9 @@ from unbackdoor.settings import (
     Ratio,
     VictimSettings,
     Whole,
-    flatten,
     victim_preset,
 )
+from unbackdoor.values import flatten
 
 if TYPE_CHECKING:
     from unbackdoor.inputs import Source

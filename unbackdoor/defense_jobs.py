@@ -35,9 +35,9 @@ from unbackdoor.outputs import (
 from unbackdoor.report import Table, render_report
 from unbackdoor.resume import check_identity
 from unbackdoor.roles import defender_rows
-from unbackdoor.settings import SHARES, LabelKind, PurifySettings, check_seed, flatten
+from unbackdoor.settings import SHARES, LabelKind, PurifySettings, check_seed
 from unbackdoor.types import Labels, RawImages
-from unbackdoor.values import changed, nested
+from unbackdoor.values import flatten, settings_from
 
 SHOWN = 300  # characters of a value in the report
 
@@ -197,30 +197,6 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{name}: its settings must be what JSON can hold: {error}") from error
     return Chosen(name, function, settings, needs_labels)
-
-
-def settings_from(defaults: Any, values: Sequence[str]) -> Any:
-    """Return a settings dataclass with ``values`` in place of its defaults.
-
-    Args:
-        values: ``name=value``; a name inside another has a dot, as ``tuning.epochs=5``; a ratio
-            such as ``8/255`` is a number, numbers with commas between them are a tuple.
-
-    Raises:
-        SettingsError: If a name is unknown, or a value of another kind or out of range.
-    """
-    names = [name for name, _ in flatten(asdict(defaults))]
-    leaves = []
-    for text in values:
-        written, sign, value = text.partition("=")
-        name = written.strip().replace("-", "_")
-        if not sign:
-            raise SettingsError(f"--set takes name=value, got {text!r}")
-        if name not in names:
-            none = "" if names else "none"
-            raise SettingsError(unknown("--set", name, names, others=none))
-        leaves.append((name, value.strip()))
-    return changed(defaults, nested(leaves), "--set", texts=True)
 
 
 def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, seed: int) -> Owned:

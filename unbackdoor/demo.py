@@ -36,8 +36,9 @@ from unbackdoor.report import (
     render_report,
     tsne_picture,
 )
-from unbackdoor.settings import PurifySettings, flatten
+from unbackdoor.settings import PurifySettings
 from unbackdoor.types import Features
+from unbackdoor.values import flatten
 
 UNLABELED, PROBE = 2_500, 500  # of 5,000; the rest are test images
 SHOWN = 8  # images in the report

@@ -28,7 +28,7 @@ from unbackdoor.errors import OutputError, SettingsError
 from unbackdoor.inputs import Say, Source
 from unbackdoor.matching import flat_tree, matched_tensors, replace_tensors, state_dicts_apart
 from unbackdoor.report import Picture, Table, bars_picture, curves_picture, render_report
-from unbackdoor.settings import flatten
+from unbackdoor.values import flatten
 
 FLAT = (".safetensors",)
 EVIDENCE_ROWS = (

@@ -498,17 +498,6 @@ class DetectionSettings:
         check_seed(self.seed)
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the leaves of nested tables with dotted names."""
-    leaves: list[tuple[str, Any]] = []
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            leaves += flatten(value, f"{prefix}{name}.")
-        else:
-            leaves.append((f"{prefix}{name}", value))
-    return leaves
-
-
 LabelKind = Literal["given", "pseudo", "none"]  # what a defense is told
 SHARES: Mapping[LabelKind, float] = {  # of the training images that it has: the CBD paper's
     "given": 0.01,

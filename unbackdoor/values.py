@@ -3,8 +3,8 @@
 import contextlib
 import math
 from collections import abc
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -86,8 +86,32 @@ def changed(
         raise SettingsError(f"{where}: {error}") from error
 
 
+def settings_from(defaults: Any, values: Sequence[str]) -> Any:
+    """Return a settings dataclass with ``values`` in place of its defaults.
+
+    Args:
+        values: ``name=value``; a name inside another has a dot, as ``tuning.epochs=5``; a ratio
+            such as ``8/255`` is a number, numbers with commas between them are a tuple.
+
+    Raises:
+        SettingsError: If a name is unknown, or a value of another kind or out of range.
+    """
+    names = [name for name, _ in flatten(asdict(defaults))]
+    leaves = []
+    for text in values:
+        written, sign, value = text.partition("=")
+        name = written.strip().replace("-", "_")
+        if not sign:
+            raise SettingsError(f"--set takes name=value, got {text!r}")
+        if name not in names:
+            none = "" if names else "none"
+            raise SettingsError(unknown("--set", name, names, others=none))
+        leaves.append((name, value.strip()))
+    return changed(defaults, nested(leaves), "--set", texts=True)
+
+
 def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return values with dotted names as nested tables: what ``flatten`` undoes."""
+    """Return values with dotted names as nested tables."""
     table: dict[str, Any] = {}
     for name, value in leaves:
         *outer, last = name.split(".")
@@ -96,6 +120,17 @@ def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             place = place.setdefault(part, {})
         place[last] = value
     return table
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the leaves of nested tables with dotted names: what :func:`nested` undoes."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            leaves += flatten(value, f"{prefix}{name}.")
+        else:
+            leaves.append((f"{prefix}{name}", value))
+    return leaves
 
 
 def read_value(kind: Any, value: Any, name: str, *, where: str, texts: bool = False) -> Any:

@@ -63,11 +63,10 @@ from unbackdoor.settings import (
     PurifySettings,
     VictimSettings,
     at_home,
-    flatten,
     purify_preset,
     victim_preset,
 )
-from unbackdoor.values import changed, made, nested
+from unbackdoor.values import changed, flatten, made, nested
 
 Tier = Literal["paper", "h200", "cpu", "smoke"]
 CLEAN_ROW = "Clean victim"
