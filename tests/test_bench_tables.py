@@ -5,6 +5,7 @@ import pytest
 from unbackdoor.bench.cells import ATTACK_NAMES
 from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid
 from unbackdoor.bench.tables import (
+    JPEG_CIFAR10,
     all_tables,
     as_markdown,
     durability_table,
@@ -321,6 +322,15 @@ def test_an_oracle_choice_is_flagged(grid):
     found = entries(made)
     row = scores_table(made, lines(made, found, made_up(found)), "probe").rows[1]
     assert row[1].flag == "an oracle choice: by test ASR; the attack did not take"
+
+
+def test_the_note_tells_of_cifar10_from_jpeg_files(grid):
+    made = grid("paper")
+    found = entries(made)
+    for data, told in (("b", False), (JPEG_CIFAR10, True)):
+        records = {entry.cell.key: record(entry, (0.8, 0.1, 0.8), data=data) for entry in found}
+        note = scores_table(made, lines(made, found, records), "probe").note
+        assert ("JPEG files of quality 75" in note) == told
 
 
 def test_the_note_tells_of_few_seeds_and_of_different_images(grid):

@@ -109,7 +109,8 @@ def blur(
 ) -> Images:
     """Blur some images with a Gaussian of 0.1 to 2 pixels at 224, in proportion at other sizes.
 
-    Below 56 pixels it is as at 56: smaller ones would change nothing.
+    Below 56 pixels it is as at 56: smaller ones would change nothing. Differs from SimCLR, whose
+    sigma is in pixels at every size: 2 pixels would erase a trigger of 3×3.
     """
     n, channels, height, width = images.shape
     radius = max(1, round(0.05 * min(height, width)))  # SimCLR: a kernel of a tenth of the side

@@ -20,6 +20,8 @@ Record = Mapping[str, Any]
 
 SEEDS = 3  # of rows with fewer, the note below a table tells
 WHAT = ("acc", "asr", "pa")
+# Hash of the training images in ``../shared/data/cifar10``.
+JPEG_CIFAR10 = "3953450bcd69b7d27e41ccbbb2814331ccf2d956677d6a203f1a26f964f6ef26"
 DURABLE = {"probe": "delivered", "reestimated": "re-estimated", "fine_tuned": "fine-tuned"}
 # Older records have none of these, or the first alone
 OWN_HEAD_LATER = {"head_reestimated": "re-estimated", "head_fine_tuned": "fine-tuned"}
@@ -334,6 +336,11 @@ def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
         parts.append(f"Some rows have fewer than {SEEDS} seeds.")
     if len({record.get("scoring", 1) for record in records}) > 1:
         parts.append("The records are of several scorings; docs/benchmark.md compares them.")
+    if any(r["data"]["train_sha256"] == JPEG_CIFAR10 for r in records):
+        parts.append(
+            "These CIFAR-10 images are JPEG files of quality 75: some points of accuracy below the "
+            "lossless ones that the paper has."
+        )
     if len({(r["data"]["train_sha256"], r["data"]["test_sha256"]) for r in records}) > 1:
         parts.append("The records are of different images.")
     for what in ("device", "precision", "revision"):
