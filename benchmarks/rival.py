@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from unbackdoor.backbones import Classifier, open_backbone
+from unbackdoor.backbones import Classifier, Source, open_backbone
 
 
 def art(network: nn.Module, images: Tensor, labels: Tensor, job: dict[str, Any]) -> Callable:
@@ -58,7 +58,7 @@ def main(job: dict[str, Any]) -> None:
     """Serve searches until the input ends."""
     torch.set_num_threads(job["threads"])
     device = torch.device(job["device"])
-    loaded = open_backbone(Path(job["checkpoint"]), job["arch"])
+    loaded = open_backbone(Source(Path(job["checkpoint"]), job["arch"]))
     network = Classifier(loaded.backbone).to(device).eval()
     images = load_file(job["images"])["images"].to(device)
     with torch.no_grad():

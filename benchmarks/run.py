@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from unbackdoor import cbd
-from unbackdoor.backbones import Backbone, Classifier, build, open_backbone
+from unbackdoor.backbones import Backbone, Classifier, build, load_backbone
 from unbackdoor.batchnorm import fold
 from unbackdoor.data import load_images
 from unbackdoor.devices import (
@@ -415,7 +415,7 @@ def compare_rivals(bench: Bench, arch: str, checkpoint: Path, folder: Path) -> N
     device, options = bench.device, bench.settings.search
     pixels = bench.images[: bench.settings.batch_size].to(device).float() / 255
     save_file({"images": pixels.cpu()}, folder / "images.safetensors")
-    network = Classifier(open_backbone(checkpoint, arch).backbone).to(device).eval()
+    network = Classifier(load_backbone(checkpoint, arch)).to(device).eval()
     network.requires_grad_(False)
     with torch.no_grad():
         logits = network(pixels)
@@ -592,7 +592,7 @@ def time_paper(bench: Bench) -> None:
 
 def new_backbone(arch: str, folder: Path) -> Backbone:
     """Return the shipped victim of an architecture, or one with random weights of seed 0."""
-    return open_backbone(checkpoint_of(arch, folder), arch).backbone
+    return load_backbone(checkpoint_of(arch, folder), arch)
 
 
 def checkpoint_of(arch: str, folder: Path) -> Path:

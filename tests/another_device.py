@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from unbackdoor.attack_jobs import make_victim
+from unbackdoor.backbones import Source
 from unbackdoor.bench.jobs import run_grids
 from unbackdoor.detection.jobs import train_file
 from unbackdoor.detection.scores import evaluate_detector
 from unbackdoor.evaluation import evaluate_file
-from unbackdoor.inputs import Source
 from unbackdoor.jobs import purify_file
 from unbackdoor.settings import (
     ChangeSettings,

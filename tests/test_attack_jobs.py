@@ -7,9 +7,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unbackdoor import attack_jobs
+from unbackdoor import resume
 from unbackdoor.attack_jobs import attack_options, make_victim, plan_files, show_attacks
-from unbackdoor.backbones import build, open_backbone
+from unbackdoor.backbones import build, load_backbone
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.cli import main
 from unbackdoor.data import draw_rows
@@ -53,7 +53,7 @@ def make(data, tmp_path):
 
 
 def weights(files):
-    return open_backbone(files.tensors, "cifar/wrn16_1", size=8).backbone.state_dict()
+    return load_backbone(files.tensors, "cifar/wrn16_1", size=8).state_dict()
 
 
 def test_a_victim_is_written_with_a_record_that_says_all(make, tmp_path):
@@ -136,7 +136,7 @@ def test_a_victim_may_be_trained_on_from_a_checkpoint(training, make, start):
 
 
 def test_a_training_resumes_only_from_where_it_started(make, start, monkeypatch):
-    monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_STATES", 0.0)
 
     def stop(step, steps):
         if step == 30:  # in the second epoch
@@ -155,6 +155,16 @@ def test_a_start_of_another_architecture_is_refused_before_anything_is_written(m
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_victim_is_trained_on_from_is_never_replaced(make, start, tmp_path):
+    (tmp_path / "out").mkdir()
+    own = start.rename(tmp_path / "out/badnets-supervised-seed0.safetensors")
+    before = own.read_bytes()
+    for given in ("start", "surrogate"):
+        with pytest.raises(OutputError, match="would change the input"):
+            make("badnets", overwrite=True, **{given: own})
+    assert own.read_bytes() == before
+
+
 def test_wanet_is_redrawn_in_every_batch(make):
     _, record, said = make("wanet")
     assert record["poisoned"] == {
@@ -163,6 +173,13 @@ def test_wanet_is_redrawn_in_every_batch(make):
         "redrawn": True,
     }
     assert "anew, 10.71% of those labeled as the target, and 12.00% in noise mode" in said
+
+
+@pytest.mark.slow
+def test_clas_surrogate_is_trained_on_from_where_it_is(make, start, tmp_path):
+    make("cla", start=start)
+    surrogate = json.loads((tmp_path / "out/clean-supervised-seed0.json").read_text())
+    assert surrogate["start"] == sha256_of(start)
 
 
 @pytest.mark.slow
@@ -193,6 +210,7 @@ def test_a_clean_network_of_another_kind_is_no_surrogate(make, tmp_path):
         ({"attack": {"name": "sig"}}, "attack"),
         ({"data": {"sha256": "0"}}, "data"),
         ({"sha256": "0"}, "tensors"),
+        ({"start": "0"}, "start"),
         ({"size": 9, "mean": []}, "mean, size"),
     ):
         path.write_text(json.dumps(made | changed))
@@ -202,7 +220,7 @@ def test_a_clean_network_of_another_kind_is_no_surrogate(make, tmp_path):
 
 @pytest.mark.slow
 def test_cla_resumes_in_its_surrogate_and_in_itself(make, monkeypatch, tmp_path):
-    monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_STATES", 0.0)
 
     def stop(step, steps):
         if step == 30:  # in the second epoch
@@ -241,7 +259,7 @@ def test_cla_resumes_in_its_surrogate_and_in_itself(make, monkeypatch, tmp_path)
 
 @pytest.mark.slow
 def test_force_starts_an_interrupted_surrogate_again(make, monkeypatch, tmp_path):
-    monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_STATES", 0.0)
 
     def stop(step, steps):
         if step == 30:
@@ -346,7 +364,7 @@ def test_a_surrogate_for_nobody_or_of_other_classes_is_refused(make, tmp_path):
 
 
 def test_a_killed_training_resumes_to_the_same_bits(make, monkeypatch, tmp_path):
-    monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_STATES", 0.0)
     settings = replace(QUICK, epochs=3)
     whole = weights(make("badnets", settings)[0])
     for path in (tmp_path / "out").iterdir():

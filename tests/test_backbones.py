@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,15 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from unbackdoor.backbones import Backbone, build, load_backbone, network_state, open_backbone
+from unbackdoor.backbones import (
+    Backbone,
+    Source,
+    build,
+    import_function,
+    load_backbone,
+    network_state,
+    open_backbone,
+)
 from unbackdoor.errors import ArchitectureError, CheckpointError, MismatchError, SettingsError
 from unbackdoor.networks import SMALL_NETWORKS
 
@@ -177,7 +186,7 @@ def test_body_and_heads_say_and_hold_bit_for_bit_what_the_network_did(arch, tmp_
     network, _, mean, std, size = build(arch, classes=7)
     filled(network)
     state = {key: value.clone() for key, value in network.state_dict().items()}
-    loaded = open_backbone(saved(network, tmp_path), arch)
+    loaded = open_backbone(Source(saved(network, tmp_path), arch))
 
     images = noise(size)
     channels = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
@@ -278,7 +287,7 @@ def test_a_file_with_its_authors_names_is_read_as_timm_would(tmp_path, prefix):
     assert f"{prefix}downsample_layers.1.0.weight" in published
     path = tmp_path / "published.pth"
     torch.save({"model": published}, path)
-    loaded = open_backbone(path, "test_convnext")
+    loaded = open_backbone(Source(path, "test_convnext"))
     assert loaded.match.left_over == ()
     assert set(loaded.match.keys.values()) == set(published)
     images = noise(64)
@@ -440,7 +449,7 @@ def test_nothing_is_downloaded_for_an_architecture_with_published_weights(monkey
 def test_a_users_own_network_gets_its_classes_from_the_checkpoint(own, tmp_path):
     arch = f"{own}:network"
     network = filled(build(arch, classes=3).network)
-    loaded = open_backbone(saved(network, tmp_path), arch)
+    loaded = open_backbone(Source(saved(network, tmp_path), arch))
     assert loaded.backbone.heads[0].out_features == 3
     assert (loaded.size, loaded.dimension) == (32, 8)
     torch.testing.assert_close(loaded.backbone.mean.flatten(), torch.tensor([0.5, 0.4, 0.3]))
@@ -464,7 +473,7 @@ def test_a_head_that_cannot_be_cut_off_is_refused_with_the_way_out(own, tmp_path
     path = saved(filled(build(arch).network), tmp_path)
     with pytest.raises(ArchitectureError, match=r"Fused without fc fails.* --head none takes"):
         load_backbone(path, arch)
-    assert open_backbone(path, arch, head="none").dimension == 10
+    assert open_backbone(Source(path, arch, head="none")).dimension == 10
 
 
 def test_a_network_for_grey_images_is_refused_since_all_images_are_rgb(tmp_path):
@@ -556,3 +565,15 @@ def test_logits_leave_the_backbone_as_it_was_even_after_a_failure():
     with pytest.raises(AssertionError, match="Input height"):
         backbone.logits(noise(32))
     assert list(backbone.state_dict()) == keys
+
+
+def test_two_files_of_one_name_keep_their_own_annotations(tmp_path):
+    text = "from __future__ import annotations\n{alias} = int\ndef build(width: {alias} = 1): ...\n"
+    functions = []
+    for folder, alias in (("a", "Width"), ("b", "Height")):
+        path = tmp_path / folder / "mine.py"
+        path.parent.mkdir()
+        path.write_text(text.format(alias=alias))
+        functions.append(import_function(path, "build"))
+    modules = [sys.modules[function.__module__] for function in functions]
+    assert [hasattr(module, "Width") for module in modules] == [True, False]

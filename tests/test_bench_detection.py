@@ -5,6 +5,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from unbackdoor import resume
 from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid
 from unbackdoor.bench.obtain import Place
 from unbackdoor.bench.run import Tally, run_cells
@@ -69,8 +70,10 @@ def cells(path):
 
 
 @pytest.fixture
-def run(path, tmp_path):
+def run(path, tmp_path, monkeypatch):
     """Run one cell, here or in another folder of records; returns its record and what was said."""
+
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_STATES", 0.0)
 
     def run(cell, on_step=None, results="results"):
         grid, lines = read_grid(path), []
@@ -80,7 +83,6 @@ def run(path, tmp_path):
             device="cpu",
             detection=grid.detection.data,
             pictures=(cell.key,),
-            seconds_between_states=0.0,
         )
         tally = run_cells([cell], store, place, say=lines.append, on_step=on_step)
         assert tally == Tally(done=1)

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from unbackdoor.bench.store import SCHEMA, open_store, write_failure, write_reco
 from unbackdoor.cli import main
 from unbackdoor.errors import SettingsError
 
+PACKAGE = Path(__file__).resolve().parents[1] / "unbackdoor"
 SMOKE = str(Path(__file__).resolve().parents[1] / "grids" / "smoke.toml")
 
 
@@ -18,6 +20,7 @@ SMOKE = str(Path(__file__).resolve().parents[1] / "grids" / "smoke.toml")
 def results(tmp_path):
     """A folder with made-up records of all cells of the smoke grid."""
     store = open_store(tmp_path / "results")
+    planted = json.loads((PACKAGE / "assets" / "demo_victim.json").read_text())["attack"]
     scores = {"acc": 0.8, "asr": 0.1, "pa": 0.7, "images": 200, "triggered": 180}
     readers = ("head", "probe", "neighbours", "reestimated", "fine_tuned")
     losses = {"pull": 2.0, "distill": 1.0, "align": 0.5, "total": 1.2, "seconds": 1.0}
@@ -26,7 +29,7 @@ def results(tmp_path):
             "schema": SCHEMA,
             "key": cell.key,
             "cell": as_record(cell),
-            "victim": {"key": cell.victim.key, "seconds": None},
+            "victim": {"key": cell.victim.key, "attack": planted, "seconds": None},
             "scores": {"after": dict.fromkeys(readers, scores)},
             "history": [losses] if cell.defense == "cbd" else [],
             "flags": [],
@@ -63,7 +66,21 @@ def test_status_table_and_report_are_made_of_records(results, capsys, tmp_path):
     assert "smoke: 0 done" in said
     assert "| BadNets: CBD | – |" in said
     assert "0 of 4 cells are done" in (tmp_path / "other.html").read_text()
-    assert main(["bench", "report", SMOKE, "--results", results, "--out", str(page)]) == 2
+
+
+@pytest.mark.parametrize("command", ["table", "report"])
+def test_what_cannot_be_written_is_refused_before_anything_is_read(command, capsys, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / f"{plan_grids([Path(SMOKE)])[0].cells[0].key}.json").write_text("damaged")
+    page, grid = tmp_path / "bench.html", tmp_path / "smoke.toml"
+    page.touch()
+    grid.write_bytes(Path(SMOKE).read_bytes())
+    words = ["bench", command, str(grid), "--results", str(tmp_path / "r"), "--out"]
+    assert main([*words, str(page)]) == 2
+    assert "exists already; pass --force" in capsys.readouterr().err
+    assert main([*words, str(grid), "--force"]) == 2
+    assert "would change the input" in capsys.readouterr().err
+    assert grid.read_bytes() == Path(SMOKE).read_bytes()
 
 
 @pytest.mark.slow
@@ -108,6 +125,21 @@ def test_a_failed_cell_ends_in_an_exit_code_and_a_name(tmp_path, capsys):
     assert "grid: 0 cells to run, 1 not" in said.out
     assert "grid: 1 cells failed before; --retry runs them again" in said.out
     assert "1 cells failed" in said.err
+
+
+def test_a_cell_of_grids_in_two_places_fails_once(tmp_path, capsys):
+    text = Path(SMOKE).read_text().partition("[[rows]]")[0]
+    text = text.replace("batch_size = 64", "batch_size = 4096")
+    text = f'{text}[[rows]]\nname = "CBD"\ndefense = "cbd"\n'
+    grids = [tmp_path / "here.toml", tmp_path / "there.toml"]
+    for grid, victims in zip(grids, ("here", "there"), strict=True):
+        grid.write_text(f'victims = "{victims}"\n{text}')
+    command = ["bench", "run", *map(str, grids), "--results", str(tmp_path / "r")]
+    for before in (False, True):
+        assert main([*command, "--device", "cpu"]) == 2
+        said = capsys.readouterr()
+        assert ("1 cells failed before" in said.out) == before
+        assert "error: 1 cells failed;" in said.err
 
 
 def test_a_run_without_images_records_nothing(tmp_path, capsys):

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 from conftest import GRID_HEAD
 
-from unbackdoor import attack_jobs
+from unbackdoor import resume
 from unbackdoor.bench import obtain as obtaining
 from unbackdoor.bench.grid import entries, read_grid
 from unbackdoor.bench.obtain import Place, load_sets, obtain_victim
@@ -37,7 +37,7 @@ def victim(data, tmp_path):
 @pytest.fixture
 def obtain(victim, data, tmp_path, monkeypatch):
     """Obtain the victim, until an error if one is given; returns what was said, and its state."""
-    monkeypatch.setattr(attack_jobs, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_STATES", 0.0)
     store = open_store(tmp_path / "results")
     state = store.victim_folder(victim.key) / f"{victim.stem}.state.safetensors"
 

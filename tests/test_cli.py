@@ -185,6 +185,8 @@ def test_a_whole_number_is_never_rounded(command, flag, value, capsys):
         ("cla", "none", 0.0),  # the paper's: without augmentation
         ("cla --augment shift", "shift", 0.0),  # a flag goes first
         ("badnets --simclr", "views", 0.5),
+        ("badnets --simclr=true", "views", 0.5),
+        ("badnets --simclr=false", "shift", 0.0),
         ("blend --simclr", "views", 0.0),  # the paper's: without blur
         ("blend --simclr --preset cpu", "views", 0.0),
         ("sig --preset imagenet100", "views", 0.0),

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from unbackdoor import defense_jobs
-from unbackdoor.backbones import build
+from unbackdoor.backbones import Source, build
 from unbackdoor.cli import main
 from unbackdoor.data import load_labeled, split_rows
 from unbackdoor.defense_jobs import defend_file, find_defense, load_pool
@@ -29,7 +29,6 @@ from unbackdoor.errors import (
     SettingsError,
     UnlabeledError,
 )
-from unbackdoor.inputs import Source
 from unbackdoor.roles import defender_rows, divide_rows
 from unbackdoor.settings import ChangeSettings, PurifySettings
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from unbackdoor.backbones import Backbone, build, network_state
+from unbackdoor.backbones import Backbone, Source, build, network_state, open_backbone
 from unbackdoor.bench.grid import entries, read_grid, settings_of
 from unbackdoor.bench.run import defender_images
 from unbackdoor.data import LabeledImages, load_labeled
@@ -19,7 +19,6 @@ from unbackdoor.defenses.anp import prune_by_masks
 from unbackdoor.defenses.common import DefenseData, Split, copy_of, predict
 from unbackdoor.errors import ArchitectureError, DataError
 from unbackdoor.evaluation import divide, find_attack
-from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import make_test_set, read
 from unbackdoor.values import changed
 
@@ -178,7 +177,7 @@ def ground(shared_data):
     record, file = victim.with_suffix(".json"), victim.with_suffix(".safetensors")
     made = json.loads(record.read_text())
     source = Source(file, made["arch"], tuple(made["mean"]), tuple(made["std"]), made["size"])
-    backbone = open_source(source).backbone
+    backbone = open_backbone(source).backbone
     place = f"cifar10:{shared_data / 'cifar10'}"
     train, tests = (load_labeled(place, split=part, size=32) for part in ("train", "test"))
     split = divide(train, tests, seed=0)

@@ -8,12 +8,12 @@ import torch
 from test_defenses import features, make_backbone, make_data
 from torch import nn
 
+from unbackdoor.backbones import Source, open_backbone
 from unbackdoor.defenses.clp import find_pairs, lipschitz_bounds, outliers, prune_by_lipschitz
 from unbackdoor.defenses.common import DefenseData
 from unbackdoor.defenses.settings import ClpSettings
 from unbackdoor.demo import CLASSES, split_images
 from unbackdoor.evaluation import find_attack
-from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import make_test_set, read
 
 
@@ -86,7 +86,7 @@ def test_the_shipped_victim_loses_its_backdoor_durably_and_a_control_keeps_it():
         tuple(record["std"]),
         size=size,
     )
-    victim = open_source(source).backbone
+    victim = open_backbone(source).backbone
     data = DefenseData(splits.unlabeled)
 
     def scored(deviations):

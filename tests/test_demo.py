@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from unbackdoor import demo
+from unbackdoor.backbones import Source, open_backbone
 from unbackdoor.cbd import purify
 from unbackdoor.cli import app
 from unbackdoor.data import LabeledImages, load_images
 from unbackdoor.demo import SETTINGS, UNLABELED, command_line, run_demo, split_images
 from unbackdoor.errors import OutputError
 from unbackdoor.evaluation import Split, find_attack
-from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import make_test_set, score
 
 
@@ -54,8 +54,9 @@ def test_the_same_repair_without_the_pull_term_keeps_the_backdoor():
     attack = find_attack(str(assets / "demo_victim.json"), size=images.shape[-1]).attack
     test = make_test_set(images, labels, attack, classes=10)
     with importlib.resources.as_file(assets / "demo_victim.safetensors") as checkpoint:
-        pixels = (tuple(made["mean"]), tuple(made["std"]), images.shape[-1])
-        victim = open_source(Source(checkpoint, made["arch"], *pixels)).backbone
+        assert made["size"] == images.shape[-1]
+        pixels = (tuple(made["mean"]), tuple(made["std"]), made["size"])
+        victim = open_backbone(Source(checkpoint, made["arch"], *pixels)).backbone
     control = replace(SETTINGS, pull=0.0, distill=SETTINGS.pull + SETTINGS.distill)
     repaired = purify(victim, splits.unlabeled, control).backbone
     assert score(repaired, {"head": repaired.heads[0]}, test)["head"].asr >= 0.90

@@ -7,6 +7,8 @@ import safetensors.torch
 import torch
 from conftest import write_voc
 
+from unbackdoor import resume
+from unbackdoor.backbones import Source
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.detection.jobs import name_files, open_detector, plan_files, train_file
 from unbackdoor.errors import (
@@ -17,7 +19,6 @@ from unbackdoor.errors import (
     OutputError,
     SettingsError,
 )
-from unbackdoor.inputs import Source
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import DetectionSettings
 
@@ -50,8 +51,10 @@ def train_and_kill(source, voc, out):
         if step == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        train(source, voc, out, on_step=kill, seconds_between_states=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "SECONDS_BETWEEN_STATES", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            train(source, voc, out, on_step=kill)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from unbackdoor.attacks.named import attack_record
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.attacks.triggers import BadNets
+from unbackdoor.backbones import Source
 from unbackdoor.cli import main
 from unbackdoor.detection.jobs import train_file
 from unbackdoor.detection.scores import (
@@ -18,7 +19,6 @@ from unbackdoor.detection.scores import (
 )
 from unbackdoor.detection.voc import load_voc
 from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
-from unbackdoor.inputs import Source
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import DetectionSettings
 

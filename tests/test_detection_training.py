@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from unbackdoor import resume
 from unbackdoor.backbones import Backbone, build
 from unbackdoor.batchnorm import batch_norms
 from unbackdoor.detection.network import find_levels, make_detector
@@ -59,7 +60,8 @@ def test_frozen_tensors_stay_bit_equal_and_all_others_move(images):
     assert not any("bn" in name for name in trained)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(images):
+def test_a_killed_run_goes_on_to_the_same_bits(images, monkeypatch):
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_STATES", 0.0)
     whole = tiny_detector()
     history = train_detector(whole, images, TINY, device=CPU)
     for stop in (1, 2):  # within an epoch, and at its end: it has a batch of 4 and one of 2
@@ -71,7 +73,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(images):
                 raise KeyboardInterrupt
 
         killed = tiny_detector()
-        options = {"seconds_between_states": 0.0, "on_state": states.append, "on_step": kill}
+        options = {"on_state": states.append, "on_step": kill}
         with pytest.raises(KeyboardInterrupt):
             train_detector(killed, images, TINY, device=CPU, **options)
         assert states[-1].step == stop

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unbackdoor.attacks.named import attack_record, named_attack
-from unbackdoor.backbones import open_backbone
+from unbackdoor.backbones import Source, open_backbone
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.data import LabeledImages, draw_rows, load_labeled
 from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
@@ -27,7 +27,6 @@ from unbackdoor.evaluation import (
     own_head,
     unread_head,
 )
-from unbackdoor.inputs import Source
 from unbackdoor.metrics import Reading, Scores, make_test_set, score
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.probe import extract, linear_probe
@@ -234,7 +233,7 @@ def test_classes_without_a_labeled_image_are_doubted():
 
 
 def test_a_head_of_other_classes_is_not_scored(source):
-    backbone = open_backbone(source.checkpoint, source.arch, size=16).backbone
+    backbone = open_backbone(source).backbone
     assert isinstance(own_head(backbone, classes=2), nn.Linear)
     assert own_head(backbone, classes=3) is None
     reading = Reading(None, *[Scores(1, 0, 1, 10, 900)] * 2)
@@ -274,7 +273,7 @@ def test_a_shipped_victim_is_what_its_record_says(path, cifar10):
     record = json.loads(path.read_text())
     tensors = path.with_suffix(".safetensors")
     assert sha256_of(tensors) == record["sha256"]
-    loaded = open_backbone(tensors, record["arch"])
+    loaded = open_backbone(Source(tensors, record["arch"]))
     assert loaded.backbone.mean.flatten().tolist() == pytest.approx(record["mean"])
     clean = record["attack"] is None
     attack = find_attack("badnets" if clean else str(path), size=32).attack

@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from unbackdoor.backbones import CIFAR10_MEAN, CIFAR10_STD, build, network_state
+from unbackdoor.backbones import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    Source,
+    build,
+    network_state,
+    open_backbone,
+)
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.data import load_images
 from unbackdoor.diagnostics import measure
@@ -19,7 +26,6 @@ from unbackdoor.errors import (
     DivergedError,
     OutputError,
 )
-from unbackdoor.inputs import Source, open_source
 from unbackdoor.jobs import dry_run, purify_file
 from unbackdoor.outputs import report_of
 from unbackdoor.ranks import Ranks
@@ -129,7 +135,7 @@ def test_the_output_is_read_like_the_input_and_repeats_bit_for_bit(victim, photo
     first = run(victim, photos, tmp_path / "a.safetensors").tensors
     second = run(victim, photos, tmp_path / "b.pt").tensors
     one, other = (
-        network_state(open_source(Source(path, "cifar/wrn16_1", size=16)).backbone)
+        network_state(open_backbone(Source(path, "cifar/wrn16_1", size=16)).backbone)
         for path in (first, second)
     )
     torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -150,7 +156,7 @@ def test_half_precision_files_stay_half_precision(photos, tmp_path):
     outputs = run(tmp_path / "half.safetensors", photos, tmp_path / "clean.safetensors")
     assert load_file(outputs.tensors)["conv1.weight"].dtype == torch.float16
     before, after = (
-        open_source(Source(path, "cifar/wrn16_1", size=16)).backbone
+        open_backbone(Source(path, "cifar/wrn16_1", size=16)).backbone
         for path in (tmp_path / "half.safetensors", outputs.tensors)
     )
     again = measure(after, before, load_images(photos, size=16).read(range(20)), QUICK)

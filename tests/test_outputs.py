@@ -2,9 +2,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unbackdoor.backbones import build
+from unbackdoor.backbones import Source, build, open_backbone
 from unbackdoor.errors import OutputError, SettingsError
-from unbackdoor.inputs import Source, open_source
 from unbackdoor.outputs import plan_outputs, round_as_written
 
 
@@ -42,7 +41,7 @@ def test_starting_again_and_going_on_contradict(tmp_path):
 def test_what_is_measured_is_rounded_as_it_is_written(tmp_path):
     tensors = build("cifar/wrn16_1").network.half().state_dict()
     save_file(tensors, tmp_path / "half.safetensors")
-    loaded = open_source(Source(tmp_path / "half.safetensors", "cifar/wrn16_1", size=16))
+    loaded = open_backbone(Source(tmp_path / "half.safetensors", "cifar/wrn16_1", size=16))
     weight = loaded.backbone.body.conv1.weight
     with torch.no_grad():
         weight.add_(1e-5)

@@ -5,7 +5,7 @@ import torch
 
 from unbackdoor.cbd import EpochLosses, PurifyState
 from unbackdoor.errors import OutputError, StateError
-from unbackdoor.resume import find_state, identity, load_state, save_state
+from unbackdoor.resume import find_state, go_on, identity, load_state, save_state
 from unbackdoor.settings import PurifySettings, ViewSettings
 
 
@@ -64,3 +64,21 @@ def test_what_cannot_be_read_is_not_taken_for_none(tmp_path):
     with pytest.raises(OutputError, match="this state cannot be read") as refused:
         find_state(tmp_path / "s.safetensors", of())
     assert not isinstance(refused.value, StateError)
+
+
+def test_a_state_that_is_of_no_use_is_told_and_the_run_begins(tmp_path):
+    calls, said = [], []
+
+    def run(*, resume, overwrite):
+        calls.append((resume, overwrite))
+        if resume:
+            raise StateError("of another device")
+        return "done"
+
+    state = tmp_path / "x.state.safetensors"
+    assert go_on(run, state, say=said.append) == "done"
+    assert (calls, said) == ([(False, True)], [])
+    state.touch()
+    assert go_on(run, state, say=said.append) == "done"
+    assert calls[1:] == [(True, False), (False, True)]
+    assert said == ["starting again: of another device"]

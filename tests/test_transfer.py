@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from unbackdoor.attacks.triggers import BadNets
+from unbackdoor.backbones import Source
 from unbackdoor.cli import main
 from unbackdoor.data import LabeledImages
 from unbackdoor.errors import DataError, OutputError, SettingsError
-from unbackdoor.inputs import Source
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.transfer import all_triggered, load_parts, transfer_file
 

@@ -29,14 +29,23 @@ from unbackdoor.backbones import (
     Classifier,
     Loaded,
     Pixels,
+    Source,
     build,
     network_state,
+    open_backbone,
     public_name,
     settle_pixels,
     try_features,
     try_logits,
 )
-from unbackdoor.checkpoint import Tree, check_output, sha256_of, write_tensors, write_text
+from unbackdoor.checkpoint import (
+    Tree,
+    check_output,
+    refuse_inputs,
+    sha256_of,
+    write_tensors,
+    write_text,
+)
 from unbackdoor.data import (
     LabeledImages,
     Sets,
@@ -48,6 +57,7 @@ from unbackdoor.data import (
 )
 from unbackdoor.devices import (
     Precision,
+    describe_device,
     deterministic,
     flops,
     matrix_limit,
@@ -71,15 +81,14 @@ from unbackdoor.evaluation import (
     Split,
     divide,
     doubts,
-    read_record,
     read_split,
+    read_victim,
     reading_record,
     scores_table,
     unread_head,
 )
-from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import Reading, find_goals
-from unbackdoor.outputs import refuse_existing, versions
+from unbackdoor.outputs import TrainedFiles, refuse_existing, versions
 from unbackdoor.report import (
     Picture,
     amplified_difference,
@@ -87,24 +96,15 @@ from unbackdoor.report import (
     images_picture,
     render_report,
 )
-from unbackdoor.resume import as_texts, read_state, write_state
-from unbackdoor.settings import VictimSettings, in_range
+from unbackdoor.resume import as_texts, is_due, read_state, write_state
+from unbackdoor.settings import DeviceName, PrecisionName, VictimSettings, in_range
 from unbackdoor.types import Labels, RawImages
 from unbackdoor.victims import Epoch, TrainingState, count_steps, train_simclr, train_supervised
 
 CLEAN = "clean"  # the name of a victim that is none
 SHOWN = 6  # images in a picture
-SECONDS_BETWEEN_STATES = 60.0
 
 Say = Callable[[str], None]
-
-
-class VictimFiles(NamedTuple):
-    """The files of one victim; the state is deleted when the others are there."""
-
-    tensors: Path
-    record: Path
-    state: Path
 
 
 class Speed(NamedTuple):
@@ -149,13 +149,13 @@ def make_victim(
     std: tuple[float, ...] | None = None,
     size: int | None = None,
     sets: Sets | None = None,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: DeviceName = "auto",
+    precision: PrecisionName = "auto",
     overwrite: bool = False,
     resume: bool = False,
     say: Say = print,
     on_step: Callable[[int, int], None] | None = None,
-) -> VictimFiles:
+) -> TrainedFiles:
     """Poison a training set, train a network on it, score it, and write it with its record.
 
     The files are ``NAME-TRAINING-seedN.safetensors`` and ``.json`` in ``out``, which is made if
@@ -185,6 +185,8 @@ def make_victim(
     """
     started = time.monotonic()
     files = plan_files(name, out, training, settings, overwrite=overwrite, resume=resume)
+    for path in files:
+        refuse_inputs(path, filter(None, (surrogate, start)))
     where = pick_device(device)
     how = pick_precision(precision, where)
     plan = plan_victim(
@@ -244,7 +246,9 @@ def make_victim(
             say=say,
             on_step=on_step,
         )
-    speed = measure_speed(backbone, plan, poisoned, settings, history, device=where, precision=how)
+        speed = measure_speed(
+            backbone, plan, poisoned, settings, history, device=where, precision=how
+        )
     say(
         f"{speed.images_per_second:.0f} images/s, {speed.share_of_limit:.0%} of the "
         f"{speed.matrix_limit / 1e12:.2f} TFLOP/s that this device reaches in matrix products"
@@ -336,7 +340,7 @@ def plan_files(
     *,
     overwrite: bool,
     resume: bool,
-) -> VictimFiles:
+) -> TrainedFiles:
     """Return the files to write, after all that could forbid writing them has been checked.
 
     Raises:
@@ -353,11 +357,11 @@ def plan_files(
     return files
 
 
-def name_files(name: str, out: Path, training: Training, settings: VictimSettings) -> VictimFiles:
+def name_files(name: str, out: Path, training: Training, settings: VictimSettings) -> TrainedFiles:
     """Return the names of all files of a victim."""
     stem = f"{name}-{training}-seed{settings.seed}"
     suffixes = (".safetensors", ".json", ".state.safetensors")
-    return VictimFiles(*(out / f"{stem}{suffix}" for suffix in suffixes))
+    return TrainedFiles(*(out / f"{stem}{suffix}" for suffix in suffixes))
 
 
 def plan_victim(
@@ -386,8 +390,6 @@ def plan_victim(
         DataError: See ``load_labeled``, ``divide`` and ``count_poisoned``; or if the images are too
             small for a trigger, or do not fill one batch.
     """
-    if name != CLEAN and name not in ATTACKS:
-        named_attack(name, size=32, training=training)  # says what is wrong before data are read
     architecture = build(arch)
     pixels = settle_pixels(arch, architecture, mean=mean, std=std, size=size)
     side = pixels.size
@@ -423,7 +425,7 @@ def plan_victim(
             "classifier, or pass --simclr"
         )
     _try_network(architecture, pixels, arch=arch, classes=classes, training=training)
-    begun = None if start is None else open_source(Source(start, arch, *pixels))
+    begun = None if start is None else open_backbone(Source(start, arch, *pixels))
     plan = Plan(
         name, attack, training, arch, architecture, pixels, taken, rows, split, scored, None, begun
     )
@@ -455,9 +457,9 @@ def open_surrogate(path: Path, plan: Plan) -> Loaded:
     """Return the clean classifier in ``path``.
 
     Raises:
-        UnbackdoorError: As ``open_source``; or if it is no classifier of the data's classes.
+        UnbackdoorError: As ``open_backbone``; or if it is no classifier of the data's classes.
     """
-    loaded = open_source(Source(path, plan.arch, *plan.pixels))
+    loaded = open_backbone(Source(path, plan.arch, *plan.pixels))
     backbone, classes = loaded.backbone, len(plan.data.classes)
     size = plan.pixels.size
     if not backbone.heads or try_logits(backbone, arch=plan.arch, size=size) != classes:
@@ -590,8 +592,7 @@ def train_with_state(
         history = reached.history
         loss, seconds = history[-1]
         say(f"epoch {len(history)}/{settings.epochs}  loss {loss:.3f}  {seconds:.0f} s")
-        waited = time.monotonic() - kept_at
-        if waited >= SECONDS_BETWEEN_STATES or len(history) == settings.epochs:
+        if is_due(kept_at) or len(history) == settings.epochs:
             _save(path, reached, of)
             kept_at = time.monotonic()
 
@@ -742,13 +743,6 @@ def _limit(device: torch.device, precision: Precision) -> float:
     return matrix_limit(device, precision)
 
 
-def describe_device(device: torch.device) -> str:
-    """Return the device in words, with the threads of a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device}, {torch.get_num_threads()} threads"
-
-
 def show_attacks(
     data: str,
     out: Path,
@@ -823,8 +817,8 @@ def _make_surrogate(
     out: Path,
     settings: VictimSettings,
     *,
-    device: Literal["auto", "cpu", "cuda", "mps"],
-    precision: Literal["auto", "fp32", "bf16"],
+    device: DeviceName,
+    precision: PrecisionName,
     overwrite: bool,
     resume: bool,
     say: Say,
@@ -837,8 +831,10 @@ def _make_surrogate(
     settings = replace(settings, augment=surrogate_augment(plan.pixels.size))
     tensors, record, _ = name_files(CLEAN, out, "supervised", settings)
     if record.exists():
-        made = read_record(str(record))
-        wanted = json.loads(json.dumps(describe_training(plan, settings) | {"attack": None}))
+        made = read_victim(str(record))
+        start = None if plan.start is None else plan.start.checkpoint.sha256
+        own = describe_training(plan, settings) | {"attack": None, "start": start}
+        wanted = json.loads(json.dumps(own))
         different = [name for name, value in wanted.items() if made.get(name) != value]
         if made.get("data", {}).get("sha256") != from_tensor(plan.data.images).fingerprint:
             different.append("data")
@@ -859,6 +855,7 @@ def _make_surrogate(
         out,
         settings,
         options={} if plan.attack is None else {"target": plan.attack.target},
+        start=None if plan.start is None else plan.start.checkpoint.path,
         mean=plan.pixels.mean,
         std=plan.pixels.std,
         size=plan.pixels.size,

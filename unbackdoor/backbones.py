@@ -5,11 +5,13 @@ checkpoint. The four kinds of names are listed at ``build``.
 """
 
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from unbackdoor.checkpoint import Checkpoint, read_checkpoint
 from unbackdoor.errors import ArchitectureError, CheckpointError, MismatchError, SettingsError
-from unbackdoor.matching import Match, match_keys, matched_tensors
+from unbackdoor.matching import Match, describe_match, match_keys, matched_tensors
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import in_range
 from unbackdoor.types import Features, Images
@@ -168,6 +170,32 @@ class Architecture(NamedTuple):
     size: int | None
 
 
+@dataclass(frozen=True)
+class Source:
+    """Which checkpoint to read, and how.
+
+    Attributes:
+        checkpoint: A file or a Hugging Face folder, see ``read_checkpoint``.
+        arch: See ``build``.
+        mean: Of the pixels, one number per channel, on the [0, 1] scale. By default the
+            checkpoint's own (a Hugging Face ``config.json``), then the architecture's.
+        std: Likewise.
+        size: Side of the images in pixels; by default the architecture's.
+        head: See ``build``.
+        nesting: See ``match_keys``.
+        prefix: See ``match_keys``.
+    """
+
+    checkpoint: Path
+    arch: str
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    size: int | None = None
+    head: str | None = None
+    nesting: str | None = None
+    prefix: str | None = None
+
+
 class Loaded(NamedTuple):
     """A backbone and where it came from.
 
@@ -199,45 +227,16 @@ def load_backbone(
 ) -> Backbone:
     """Return the backbone in ``checkpoint``, in eval mode, on the CPU.
 
-    Args and errors are those of ``open_backbone``.
+    Args are the attributes of ``Source``, errors those of ``open_backbone``.
     """
-    return open_backbone(
-        Path(checkpoint),
-        arch,
-        mean=mean,
-        std=std,
-        size=size,
-        head=head,
-        nesting=nesting,
-        prefix=prefix,
-    ).backbone
+    source = Source(Path(checkpoint), arch, mean, std, size, head, nesting, prefix)
+    return open_backbone(source).backbone
 
 
-def open_backbone(
-    checkpoint: Path,
-    arch: str,
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    size: int | None = None,
-    head: str | None = None,
-    nesting: str | None = None,
-    prefix: str | None = None,
-) -> Loaded:
-    """Build ``arch``, fill it with the tensors of ``checkpoint``, and try it on two noise images.
+def open_backbone(source: Source) -> Loaded:
+    """Build the network, fill it with the checkpoint's tensors, and try it on two noise images.
 
     The checkpoint decides how many classes the head has, and whether there is one.
-
-    Args:
-        checkpoint: A file or a Hugging Face folder, see ``read_checkpoint``.
-        arch: See ``build``.
-        mean: Of the pixels, one number per channel, on the [0, 1] scale. By default the
-            checkpoint's own (a Hugging Face ``config.json``), then the architecture's.
-        std: Likewise.
-        size: Side of the images in pixels; by default the architecture's.
-        head: See ``build``.
-        nesting: See ``match_keys``.
-        prefix: See ``match_keys``.
 
     Raises:
         UnsafeCheckpointError: See ``read_checkpoint``.
@@ -248,42 +247,41 @@ def open_backbone(
         SettingsError: If ``mean`` or ``std`` lies outside [0, 1] or they differ in length, or
             ``size`` is below 1 or such that two images do not fit into memory.
     """
-    if size is not None and size < 1:
-        raise SettingsError(f"size is in pixels, at least 1, got {size}")
-    source = read_checkpoint(checkpoint)
+    if source.size is not None and source.size < 1:
+        raise SettingsError(f"size is in pixels, at least 1, got {source.size}")
+    checkpoint, arch, head = read_checkpoint(source.checkpoint), source.arch, source.head
     architecture = build(arch, head=head)
-    match = _match(source, arch, architecture, nesting=nesting, prefix=prefix)
-    tensors = matched_tensors(source, match)
+    match = _match(checkpoint, arch, architecture, nesting=source.nesting, prefix=source.prefix)
+    tensors = matched_tensors(checkpoint, match)
     weights = dict(architecture.network.named_parameters())
     for key, tensor in tensors.items():
         if tensor.is_complex():
             raise CheckpointError(
-                f"{checkpoint}: {key} is of complex numbers, which no network has"
+                f"{source.checkpoint}: {key} is of complex numbers, which no network has"
             )
         whole = not tensor.is_floating_point()
         if whole and key in weights and weights[key].is_floating_point():
             raise CheckpointError(
-                f"{checkpoint}: {key} is of {tensor.dtype}; quantized weights are not supported, "
-                "save them as floating-point ones"
+                f"{source.checkpoint}: {key} is of {tensor.dtype}; quantized weights are not "
+                "supported, save them as floating-point ones"
             )
     classes = _count_classes(tensors, architecture.heads)
     if classes and classes != _count_classes(architecture.network.state_dict(), architecture.heads):
         architecture = build(arch, classes=classes, head=head)
     heads = _fill(architecture, tensors, match, arch=arch)
 
-    own = source.config.get("pretrained_cfg")
-    own = own if isinstance(own, dict) else source.config  # older files hold it at the top
+    own = checkpoint.config.get("pretrained_cfg")
+    own = own if isinstance(own, dict) else checkpoint.config  # older files hold it at the top
     pixels = settle_pixels(
         arch,
         architecture,
-        mean=mean or _numbers(own.get("mean")),
-        std=std or _numbers(own.get("std")),
-        size=size,
+        mean=source.mean or _numbers(own.get("mean")),
+        std=source.std or _numbers(own.get("std")),
+        size=source.size,
     )
     backbone = Backbone(architecture.network, heads, mean=pixels.mean, std=pixels.std).eval()
-    size = pixels.size
-    dimension = try_features(backbone, arch=arch, size=size)
-    return Loaded(backbone, source, match, size, dimension)
+    dimension = try_features(backbone, arch=arch, size=pixels.size)
+    return Loaded(backbone, checkpoint, match, pixels.size, dimension)
 
 
 def settle_pixels(
@@ -313,6 +311,28 @@ def settle_pixels(
     return Pixels(tuple(mean), tuple(std), size)
 
 
+def describe_input(source: Source, loaded: Loaded, *, say: Callable[[str], None]) -> None:
+    """Say what the checkpoint is and which of its tensors are used."""
+    say(f"{source.checkpoint}: {loaded.checkpoint.kind}, sha256 {loaded.checkpoint.sha256[:16]}")
+    say(describe_match(loaded.match, loaded.checkpoint))
+    pixels = (loaded.backbone.mean, loaded.backbone.std)
+    mean, std = (", ".join(f"{value:.4g}" for value in each.flatten().tolist()) for each in pixels)
+    say(f"{source.arch}: {loaded.dimension} features; pixels less mean {mean}, over std {std}")
+
+
+def describe_network(source: Source, loaded: Loaded) -> dict[str, str]:
+    """Return what makes a checkpoint's tensors this network, for the state of a run."""
+    match, backbone = loaded.match, loaded.backbone
+    return {
+        "arch": source.arch,
+        "place": ".".join((*match.nesting, match.prefix)),
+        "head": ", ".join(backbone.head_names),
+        "mean": str(backbone.mean.flatten().tolist()),
+        "std": str(backbone.std.flatten().tolist()),
+        "size": str(loaded.size),
+    }
+
+
 def network_state(backbone: Backbone) -> dict[str, Tensor]:
     """Return all tensors of body and heads under the network's own keys, sharing their memory."""
     state: dict[str, Tensor] = backbone.body.state_dict()
@@ -323,7 +343,12 @@ def network_state(backbone: Backbone) -> dict[str, Tensor]:
 
 def public_name(arch: str) -> str:
     """Return an architecture's name as a record may hold it: no folder of a user's own file."""
-    return arch.rpartition("/")[2] if ".py:" in arch else arch
+    return arch.rpartition("/")[2] if is_own(arch) else arch
+
+
+def is_own(name: str) -> bool:
+    """Tell whether a network or a defense is a function in a file, ``path/to/file.py:function``."""
+    return name.rpartition(":")[0].endswith(".py")
 
 
 def build(arch: str, *, classes: int | None = None, head: str | None = None) -> Architecture:
@@ -349,7 +374,7 @@ def build(arch: str, *, classes: int | None = None, head: str | None = None) -> 
     library, _, name = arch.rpartition("/")
     if arch.endswith(".py"):
         raise ArchitectureError(f"{arch}: name the function that builds it, {arch}:FUNCTION")
-    if file.endswith(".py"):
+    if is_own(arch):
         architecture = _build_own(Path(file), function, classes)
     elif library == "torchvision" and name in _torchvision_names():
         architecture = _build_torchvision(name, classes or 1000)
@@ -439,7 +464,9 @@ def import_function(path: Path, name: str, *, flag: str = "--arch") -> Callable[
     Raises:
         ArchitectureError: If there is no such file or function, or the file fails.
     """
-    spec = importlib.util.spec_from_file_location(f"unbackdoor_arch_{path.stem}", path)
+    # Two files may have one name; annotations are looked up in the module of that name.
+    place = hashlib.sha256(bytes(path.resolve())).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"unbackdoor_own_{place}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ArchitectureError(f"{path}: no such file; {flag} takes path/to/file.py:function")
     module = importlib.util.module_from_spec(spec)

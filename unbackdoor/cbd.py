@@ -143,20 +143,8 @@ def purify(
     device = torch.device(device)
     source = from_tensor(images) if isinstance(images, Tensor) else images
     steps = settings.epochs * steps_per_epoch(len(source), settings, ranks)
-    if ranks.count > 1 and (apart := without_running_statistics(backbone)):
-        raise SettingsError(
-            f"{apart[0]} always normalizes by the batch, of which a process has a part; "
-            "run one process"
-        )
-    if (
-        ranks.count > 1
-        and settings.batch_norm == "reference"
-        and (own_way := synchronized(backbone))
-    ):
-        raise SettingsError(
-            f"{own_way[0]} is a SyncBatchNorm, whose statistics no reference can replace; build "
-            "the network with BatchNorm2d, which several processes share as well"
-        )
+    if ranks.count > 1:
+        check_shared(backbone, settings)
     original = laid_out(copy.deepcopy(backbone).to(device).eval().requires_grad_(False))
     student = copy.deepcopy(original).eval().requires_grad_(True)
     optimizer = torch.optim.SGD(
@@ -563,7 +551,7 @@ def steps_per_epoch(images: int, settings: PurifySettings, ranks: Ranks = ALONE)
     if steps == 0:
         raise DataError(
             f"{images} images do not fill one batch of {settings.batch_size}; "
-            "pass more images or a smaller --batch-size"
+            "pass more images or a smaller batch_size"
         )
     count, size = ranks.count, settings.batch_size
     if size % count:
@@ -620,11 +608,29 @@ def _plain_batches(
         yield _to_unit(raw, device)
 
 
+def check_shared(backbone: nn.Module, settings: PurifySettings) -> None:
+    """Refuse a network whose batch norms several processes cannot share.
+
+    Raises:
+        SettingsError: If one has no running statistics, or none that a reference can replace.
+    """
+    if apart := without_running_statistics(backbone):
+        raise SettingsError(
+            f"{apart[0]} always normalizes by the batch, of which a process has a part; "
+            "run one process"
+        )
+    if settings.batch_norm == "reference" and (own_way := synchronized(backbone)):
+        raise SettingsError(
+            f"{own_way[0]} is a SyncBatchNorm, whose statistics no reference can replace; build "
+            "the network with BatchNorm2d, which several processes share as well"
+        )
+
+
 def _check_finite(losses: list[Tensor], epoch: int) -> None:
     if not torch.stack(losses).isfinite().all():
         raise DivergedError(
             f"epoch {epoch + 1}: the loss is no longer finite; "
-            "start again with a lower --learning-rate"
+            "start again with a lower learning_rate"
         )
 
 
@@ -632,7 +638,7 @@ def _check_spread(spread: float, original: float, epoch: int) -> None:
     if not spread > COLLAPSED * original:
         raise DivergedError(
             f"epoch {epoch + 1}: the features have collapsed, their spread is {spread:.2g} and was "
-            f"{original:.2g}; start again with a larger --distill or a lower --learning-rate"
+            f"{original:.2g}; start again with a larger distill or a lower learning_rate"
         )
 
 

@@ -21,6 +21,8 @@ from unbackdoor.progress import display
 from unbackdoor.settings import (
     PRESETS,
     DetectionSettings,
+    DeviceName,
+    PrecisionName,
     PurifySettings,
     Ratio,
     VictimSettings,
@@ -30,9 +32,8 @@ from unbackdoor.settings import (
 from unbackdoor.values import flatten
 
 if TYPE_CHECKING:
-    from unbackdoor.inputs import Source
+    from unbackdoor.backbones import Source
 
-Precision = Literal["auto", "fp32", "bf16"]
 Switch = Annotated[bool, Parameter(negative="")]
 Levels = Annotated[tuple[float, float, float] | None, Parameter(negative="")]
 
@@ -58,7 +59,7 @@ Size = Annotated[
     Whole | None,
     Parameter(help="Side of the network's images in pixels; the architecture's by default."),
 ]
-Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], Parameter(help="Where to compute.")]
+Device = Annotated[DeviceName, Parameter(help="Where to compute.")]
 Results = Annotated[Path, Parameter(help="Folder of the records.")]
 Grids = Annotated[
     tuple[Path, ...],
@@ -87,7 +88,7 @@ class Network:
 
     def of(self, checkpoint: Path) -> "Source":
         """Return ``checkpoint`` with how it is read."""
-        from unbackdoor.inputs import Source  # imports torch, so not before it is needed
+        from unbackdoor.backbones import Source  # imports torch, so not before it is needed
 
         return Source(checkpoint, *astuple(self))
 
@@ -143,7 +144,9 @@ def fill_victim(app: App, __: tuple[str, ...], arguments: ArgumentCollection) ->
     """Take what no flag gives from ``--config``, and the rest from ``--preset``, or the paper's."""
     given = given_flags(arguments)
     take_config(app, arguments, given, VictimSettings())
-    training = "simclr" if "--simclr" in given else "supervised"
+    words = [token for each in arguments if each.name == "--simclr" for token in each.tokens]
+    simclr = any(token.implicit_value is True for token in words)  # not by --simclr=false
+    training = "simclr" if simclr else "supervised"
     name = given.get("--preset", "paper")
     preset = victim_preset(name, training=training, attack=given.get("--name", ""))
     take(app, arguments, preset, source=f"preset {name}")
@@ -220,7 +223,7 @@ def purify(
     limit: Whole | None = None,
     max_broken: float = 0.01,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: PrecisionName = "auto",
     compiled: Annotated[bool, Parameter(name="--compile", negative="")] = False,
     resume: Switch = False,
     dry_run: Switch = False,
@@ -311,7 +314,7 @@ def attack(
     std: Std = None,
     size: Size = None,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: PrecisionName = "auto",
     show: Switch = False,
     resume: Switch = False,
     force: Switch = False,
@@ -631,7 +634,7 @@ def detect_train(
     config: Path | None = None,
     settings: Annotated[DetectionSettings, Parameter(name="*")] = DetectionSettings(),
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: PrecisionName = "auto",
     resume: Switch = False,
     force: Switch = False,
 ) -> None:
@@ -698,7 +701,7 @@ def detect_evaluate(
     out: Path | None = None,
     report: Path | None = None,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: PrecisionName = "auto",
     force: Switch = False,
 ) -> None:
     """Score a detector: AP on clean test images, PAP on the same ones triggered.
@@ -768,7 +771,7 @@ def bench_run(
     address: str | None = None,
     gpus: float = 0,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: PrecisionName = "auto",
 ) -> None:
     """Run the cells of grid files that have no record yet; killed, it goes on where it was.
 
@@ -825,7 +828,7 @@ def bench_draw(
     results: Results = Path("results/bench"),
     where: Annotated[Where, Parameter(name="*")] = Where(),
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: PrecisionName = "auto",
 ) -> None:
     """Repair again what has a record, but whose features, which the report draws, were not kept.
 
@@ -840,9 +843,8 @@ def bench_draw(
 
     with display("bench") as shown:
         jobs.draw_grids(
-            grids,
+            jobs.plan_grids(grids, **asdict(where)),
             results,
-            **asdict(where),
             device=device,
             precision=precision,
             say=shown.say,
@@ -861,7 +863,7 @@ def bench_status(
     """Show what is done, running, failed and left, and an estimate of the time."""
     from unbackdoor.bench import jobs
 
-    print("\n".join(jobs.grids_status(grids, results, **asdict(part))))
+    print("\n".join(jobs.grids_status(jobs.plan_grids(grids, **asdict(part)), results)))
 
 
 @bench.command(name="table")
@@ -884,9 +886,11 @@ def bench_table(
         Replace an existing OUT.
     """
     from unbackdoor.bench import jobs
-    from unbackdoor.checkpoint import write_text
+    from unbackdoor.checkpoint import check_output, write_text
 
-    text = jobs.grids_tables(grids, results, **asdict(where))
+    if out is not None:
+        check_output(out, overwrite=force, inputs=grids)
+    text = jobs.grids_tables(jobs.plan_grids(grids, **asdict(where)), results)
     if out is None:
         print(text)
     else:
@@ -913,8 +917,10 @@ def bench_report(
         Replace an existing OUT.
     """
     from unbackdoor.bench import jobs
+    from unbackdoor.checkpoint import check_output
 
-    jobs.write_report(grids, results, out, overwrite=force, **asdict(where))
+    check_output(out, overwrite=force, inputs=grids)
+    jobs.write_report(jobs.plan_grids(grids, **asdict(where)), results, out, overwrite=force)
     print(f"wrote {out}")
 
 
@@ -942,7 +948,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain("interrupted")
         return 130
     except MemoryError as error:
-        complain(f"error: out of memory ({error}); pass a smaller --batch-size")
+        complain(f"error: out of memory ({error}); fewer images or smaller batches need less")
         return 2
     return 0
 

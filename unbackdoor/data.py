@@ -424,7 +424,7 @@ class FileImages:
         if len(reasons) == len(self):
             head = f"all {len(self)} images are broken"
         listed = [f"  {_printable(self._index.names[row])}: {why}" for row, why in reasons[:5]]
-        advice = [] if len(reasons) == len(self) else ["Remove them, or raise --max-broken."]
+        advice = [] if len(reasons) == len(self) else ["Remove them; purify also has --max-broken."]
         return "\n".join([f"{head}; the first are", *listed, *advice])
 
     def _hash(self) -> str:

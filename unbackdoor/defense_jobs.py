@@ -8,21 +8,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from unbackdoor.backbones import Backbone, import_function, network_state
+from unbackdoor.backbones import (
+    Backbone,
+    Source,
+    describe_input,
+    describe_network,
+    import_function,
+    is_own,
+    network_state,
+    open_backbone,
+)
 from unbackdoor.data import even_rows, from_tensor, load_images, load_labeled
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import Defended, DefenseData, predict
 from unbackdoor.defenses.keeping import Keeper
-from unbackdoor.devices import pick_device, told_of_memory
+from unbackdoor.devices import describe_device, pick_device, told_of_memory
 from unbackdoor.diagnostics import MEASURED, measure_both
 from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError, unknown
-from unbackdoor.inputs import Say, Source, describe_input, describe_network, open_source
 from unbackdoor.outputs import (
     Outputs,
+    Say,
     account_tables,
     check_writable,
     evidence_table,
@@ -35,7 +44,7 @@ from unbackdoor.outputs import (
 from unbackdoor.report import Table, render_report
 from unbackdoor.resume import check_identity
 from unbackdoor.roles import defender_rows
-from unbackdoor.settings import SHARES, LabelKind, PurifySettings, check_seed
+from unbackdoor.settings import SHARES, DeviceName, LabelKind, PurifySettings, check_seed
 from unbackdoor.types import Labels, RawImages
 from unbackdoor.values import flatten, settings_from
 
@@ -74,7 +83,7 @@ def defend_file(
     labels: LabelKind | None = None,
     share: float | None = None,
     seed: int = 0,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    device: DeviceName = "auto",
     overwrite: bool = False,
     resume: bool = False,
     say: Say = print,
@@ -103,7 +112,7 @@ def defend_file(
     kind: LabelKind = labels or ("given" if chosen.labels else "none")
     if chosen.labels and kind == "none":
         raise SettingsError(f"{name} needs labels; pass --labels given or --labels pseudo")
-    loaded = open_source(source)
+    loaded = open_backbone(source)
     describe_input(source, loaded, say=say)
     check_writable(outputs, loaded)
     where = pick_device(device)
@@ -151,7 +160,7 @@ def defend_file(
         "labels": {"kind": kind, "pseudo_label_accuracy": agreement},
         "seed": seed,
         "log": result.log,
-        "device": str(where),
+        "device": describe_device(where),
         "precision": "fp32",
         "output": outputs.tensors.name,
     }
@@ -174,7 +183,7 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
         ArchitectureError: If the file of a defense of one's own fails.
     """
     file, _, function_name = name.rpartition(":")
-    if file.endswith(".py"):
+    if is_own(name):
         function = import_function(Path(file), function_name, flag="NAME")
         kind = _own_settings(function, name)
         needs_labels = False  # it says itself what it lacks

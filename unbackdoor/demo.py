@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from unbackdoor.backbones import Backbone
+from unbackdoor.backbones import Backbone, Source, open_backbone
 from unbackdoor.cbd import search
 from unbackdoor.checkpoint import write_text
 from unbackdoor.data import LabeledImages, load_labeled, split_rows
 from unbackdoor.devices import laid_out
 from unbackdoor.errors import OutputError
 from unbackdoor.evaluation import Split, find_attack, percent, reading_record
-from unbackdoor.inputs import Source, open_source
 from unbackdoor.jobs import purify_file
 from unbackdoor.metrics import Reading, Scores, TestSet, fine_tune, make_test_set, read
 from unbackdoor.outputs import Outputs, losses_picture, versions
@@ -91,7 +90,7 @@ def run_demo(
     with importlib.resources.as_file(assets / "demo_victim.safetensors") as checkpoint:
         mean, std = tuple(record["mean"]), tuple(record["std"])
         source = Source(checkpoint, record["arch"], mean, std, size=splits.test.images.shape[-1])
-        victim = laid_out(open_source(source).backbone)
+        victim = laid_out(open_backbone(source).backbone)
         say(f"running: {command_line(source, settings, out)}")
         outputs = purify_file(
             source,
@@ -104,7 +103,7 @@ def run_demo(
             say=say,
             on_step=on_step,
         )
-    purified = laid_out(open_source(replace(source, checkpoint=outputs.tensors)).backbone)
+    purified = laid_out(open_backbone(replace(source, checkpoint=outputs.tensors)).backbone)
 
     say("scoring")
     tuned, head = fine_tune(victim, _head(victim), splits.probe.images, splits.probe.labels)

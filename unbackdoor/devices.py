@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from unbackdoor.errors import DeviceError, SettingsError
+from unbackdoor.settings import DeviceName, PrecisionName
 from unbackdoor.types import Images
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def pick_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
+def pick_device(name: DeviceName) -> torch.device:
     """Return the device ``name``; ``auto`` is the first there is of CUDA, MPS, CPU.
 
     Raises:
@@ -35,7 +36,14 @@ def pick_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     return torch.device(name)
 
 
-def pick_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
+def describe_device(device: torch.device) -> str:
+    """Return the device in words, with the threads of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {torch.get_num_threads()} threads"
+
+
+def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
     """Return the precision ``name``; ``auto`` is bf16 where CUDA computes it, fp32 elsewhere."""
     if name == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -222,6 +230,7 @@ def told_of_memory(device: torch.device) -> Iterator[None]:
         if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
             raise
         raise DeviceError(
-            f"{device} is out of memory; pass a smaller --batch-size (to purify by default, also a "
-            "smaller --changes.group; to defend, --set tuning.batch_size or batch_size)"
+            f"{device} is out of memory; where the command has them, pass a smaller --batch-size "
+            "or --changes.group (to defend, --set tuning.batch_size or batch_size); else compute "
+            "on another --device"
         ) from error

@@ -12,17 +12,16 @@ from torch import nn
 from unbackdoor.attacks.named import ATTACKS, attack_from_record, attack_record, named_attack
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.attacks.triggers import LARGEST
-from unbackdoor.backbones import Backbone, public_name
+from unbackdoor.backbones import Backbone, Source, open_backbone, public_name
 from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, load_both
-from unbackdoor.devices import laid_out, pick_device, told_of_memory
+from unbackdoor.devices import describe_device, laid_out, pick_device, told_of_memory
 from unbackdoor.errors import CheckpointError, DataError, SettingsError
-from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import Reading, Scores, make_test_set, read
 from unbackdoor.outputs import versions
 from unbackdoor.report import Table, as_text
 from unbackdoor.roles import divide_rows
-from unbackdoor.settings import check_seed
+from unbackdoor.settings import DeviceName, check_seed
 from unbackdoor.types import RawImages
 
 TOOK = 0.9  # own-head ASR from which a supervised victim counts as backdoored
@@ -65,7 +64,7 @@ def evaluate_file(
     durable: bool = False,
     training: Literal["supervised", "simclr"] | None = None,
     target: int | None = None,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    device: DeviceName = "auto",
     out: Path | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
@@ -93,7 +92,7 @@ def evaluate_file(
     if out is not None:
         check_output(out, overwrite=overwrite, inputs=files_read(source, attack))
     source = like_victim(source, attack)
-    loaded = open_source(source)
+    loaded = open_backbone(source)
     known = find_attack(attack, size=loaded.size, training=training, target=target)
     split = load_split(data, size=loaded.size, seed=seed)
     where = pick_device(device)
@@ -117,7 +116,7 @@ def evaluate_file(
         "seed": seed,
         "scores": reading_record(reading),
         "flags": flags,
-        "device": str(where),
+        "device": describe_device(where),
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -190,7 +189,7 @@ def like_victim(source: Source, attack: str) -> Source:
     """
     if not is_record(attack):
         return source
-    record = read_record(attack)
+    record = read_victim(attack)
     if record.get("arch") != public_name(source.arch):
         return source
 
@@ -209,7 +208,7 @@ def like_victim(source: Source, attack: str) -> Source:
     )
 
 
-def read_record(path: str) -> Mapping[str, Any]:
+def read_victim(path: str) -> Mapping[str, Any]:
     """Return a victim's record.
 
     Raises:
@@ -249,7 +248,7 @@ def find_attack(
             f"{attack} says how the victim was trained and what its target is: pass no --simclr "
             "and no --target"
         )
-    record = read_record(attack)
+    record = read_victim(attack)
     described = record.get("attack")
     if not isinstance(described, dict):
         raise DataError(

@@ -5,21 +5,35 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
-from unbackdoor.backbones import Backbone, Loaded
+from unbackdoor.backbones import (
+    Backbone,
+    Loaded,
+    Source,
+    describe_input,
+    describe_network,
+    open_backbone,
+)
 from unbackdoor.cbd import LEARNED_ON, PurifyState, network_for_search, purify, steps_per_epoch
 from unbackdoor.changes import learn_changes
 from unbackdoor.data import ImageSource, even_rows, load_images
-from unbackdoor.devices import peak_memory, pick_device, pick_precision, told_of_memory, wait_for
+from unbackdoor.devices import (
+    describe_device,
+    peak_memory,
+    pick_device,
+    pick_precision,
+    told_of_memory,
+    wait_for,
+)
 from unbackdoor.diagnostics import MEASURED, measure_both
 from unbackdoor.errors import DivergedError
-from unbackdoor.inputs import Say, Source, describe_input, describe_network, open_source
 from unbackdoor.outputs import (
     Outputs,
+    Say,
     check_writable,
     make_record,
     plan_outputs,
@@ -29,7 +43,8 @@ from unbackdoor.outputs import (
 )
 from unbackdoor.ranks import ALONE, Ranks, gather_names, joined
 from unbackdoor.resume import identity, load_state, save_state
-from unbackdoor.settings import PurifySettings
+from unbackdoor.settings import DeviceName, PrecisionName, PurifySettings
+from unbackdoor.types import RawImages
 
 MOST_NAMED = 10  # broken images in the account; the record has all
 
@@ -43,7 +58,7 @@ class Estimate(NamedTuple):
     memory: int  # peak bytes: on CUDA of the device's allocator, elsewhere of the process
 
 
-def all_ranks(device: Literal["auto", "cpu", "cuda", "mps"]) -> AbstractContextManager[Ranks]:
+def all_ranks(device: DeviceName) -> AbstractContextManager[Ranks]:
     """Join the processes that torchrun started; errors are those of ``joined``."""
     return joined(pick_device(device))
 
@@ -56,8 +71,8 @@ def purify_file(
     *,
     limit: int | None = None,
     max_broken: float = 0.01,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: DeviceName = "auto",
+    precision: PrecisionName = "auto",
     compiled: bool = False,
     ranks: Ranks = ALONE,
     overwrite: bool = False,
@@ -137,7 +152,7 @@ def purify_file(
         named = ", ".join(broken[:MOST_NAMED])
         say(f"{len(broken)} broken images were replaced by the next good one: {named}")
     record = make_record(source, loaded, images, photos, settings, history, evidence, broken=broken)
-    record |= {"device": str(where), "precision": how, "processes": ranks.count}
+    record |= {"device": describe_device(where), "precision": how, "processes": ranks.count}
     record |= {"compiled": compiled, "output": outputs.tensors.name}
     write_outputs(
         outputs,
@@ -159,8 +174,8 @@ def dry_run(
     *,
     limit: int | None = None,
     max_broken: float = 0.01,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: DeviceName = "auto",
+    precision: PrecisionName = "auto",
     compiled: bool = False,
     ranks: Ranks = ALONE,
     say: Say = print,
@@ -197,7 +212,6 @@ def dry_run(
         )
         learning = 0.0
         if settings.learns_changes:
-            generator = torch.Generator(where).manual_seed(settings.seed)
             raw = photos.read(range(min(LEARNED_ON, len(photos))))
             network = network_for_search(
                 loaded.backbone.to(where),
@@ -207,14 +221,7 @@ def dry_run(
                 precision=pick_precision(precision, where),
                 compiled=compiled,
             )
-            moments = []
-            for done in (0, few.steps):
-                started, some = time.monotonic(), replace(few, steps=done)
-                learn_changes(network, raw, some, batch_size=size, generator=generator, ranks=ranks)
-                wait_for(where)
-                moments.append(time.monotonic() - started)
-            before, both = moments
-            learning = before + max(0.0, both - before) / few.steps * settings.changes.steps
+            learning = seconds_to_learn(network, raw, settings, device=where, ranks=ranks)
     estimate = Estimate(steps, times[-1] - times[-2], learning, peak_memory(where))
     seconds = round(steps * estimate.seconds_per_step + settings.epochs * learning)
     say(
@@ -225,6 +232,33 @@ def dry_run(
     )
     say(f"would write {outputs.tensors}, {outputs.record} and {outputs.report}; wrote nothing")
     return estimate
+
+
+def seconds_to_learn(
+    network: nn.Module,
+    raw: RawImages,
+    settings: PurifySettings,
+    *,
+    device: torch.device,
+    ranks: Ranks,
+) -> float:
+    """Return how long the changes of one epoch take, from no step and from two."""
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    moments = []
+    for steps in (0, 2):
+        started, some = time.monotonic(), replace(settings.changes, steps=steps)
+        learn_changes(
+            network,
+            raw,
+            some,
+            batch_size=settings.batch_size,
+            generator=generator,
+            ranks=ranks,
+        )
+        wait_for(device)
+        moments.append(time.monotonic() - started)
+    before, both = moments
+    return before + max(0.0, both - before) / 2 * settings.changes.steps
 
 
 def open_both(
@@ -238,7 +272,7 @@ def open_both(
     say: Say,
 ) -> tuple[Loaded, ImageSource]:
     """Open checkpoint and images, and say what they are."""
-    loaded = open_source(source)
+    loaded = open_backbone(source)
     describe_input(source, loaded, say=say)
     photos = load_images(
         images, size=loaded.size, limit=limit, seed=settings.seed, max_broken=max_broken

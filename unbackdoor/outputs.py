@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from unbackdoor import __version__
-from unbackdoor.backbones import Backbone, Loaded, network_state, public_name
+from unbackdoor.backbones import Backbone, Loaded, Source, network_state, public_name
 from unbackdoor.cbd import EpochLosses
 from unbackdoor.checkpoint import (
     TORCH_SUFFIXES,
@@ -25,7 +25,6 @@ from unbackdoor.checkpoint import (
 from unbackdoor.data import ImageSource
 from unbackdoor.diagnostics import Evidence
 from unbackdoor.errors import OutputError, SettingsError
-from unbackdoor.inputs import Say, Source
 from unbackdoor.matching import flat_tree, matched_tensors, replace_tensors, state_dicts_apart
 from unbackdoor.report import Picture, Table, bars_picture, curves_picture, render_report
 from unbackdoor.values import flatten
@@ -42,6 +41,8 @@ EVIDENCE_ROWS = (
     ("noise_concentration", "concentration of the control", "likewise"),
 )
 
+Say = Callable[[str], None]
+
 
 class Outputs(NamedTuple):
     """The files of one job; the state is deleted when the others are there."""
@@ -49,6 +50,14 @@ class Outputs(NamedTuple):
     tensors: Path
     record: Path
     report: Path
+    state: Path
+
+
+class TrainedFiles(NamedTuple):
+    """The files of a victim or a detector; the state is deleted when the others are there."""
+
+    tensors: Path
+    record: Path
     state: Path
 
 

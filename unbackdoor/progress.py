@@ -23,7 +23,8 @@ def display(what: str, *, quiet: bool = False) -> Iterator[Display]:
         quiet: Show nothing: another process does.
     """
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    named = TextColumn("{task.description}", markup=False)
+    columns = (named, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=console, transient=True, disable=quiet or not console.is_terminal
     ) as bar:

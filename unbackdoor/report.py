@@ -572,7 +572,7 @@ def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> 
 
 def _label(text: str) -> str:
     """Return the text cut to 40 letters: a longer one would squeeze the drawing to nothing."""
-    text = _printable(text)
+    text = _spelled_out(text)
     return text if len(text) <= 40 else text[:39] + "…"
 
 
@@ -664,10 +664,10 @@ def _number(value: float | int | None, decimals: int | None) -> str:
 
 
 def _escape(text: str) -> str:
-    return html.escape(_printable(text))
+    return html.escape(_spelled_out(text))
 
 
-def _printable(text: str) -> str:
+def _spelled_out(text: str) -> str:
     """Spell out control characters, text-direction overrides and broken bytes of file names."""
     return "".join(
         char.encode("unicode_escape").decode()

@@ -5,10 +5,11 @@ continued by a run of the same identity: input, images, settings.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors
 from torch import Tensor
@@ -18,7 +19,10 @@ from unbackdoor.checkpoint import Tree, write_tensors
 from unbackdoor.errors import OutputError, StateError
 from unbackdoor.settings import DetectionSettings, PurifySettings, VictimSettings
 
+SECONDS_BETWEEN_STATES = 60.0  # at least, where epochs and steps are short
+
 Groups = Mapping[str, Mapping[str, Tensor]]
+Result = TypeVar("Result")
 
 
 class StoredState(NamedTuple):
@@ -26,6 +30,25 @@ class StoredState(NamedTuple):
 
     history: list[Any]  # one entry a finished epoch
     groups: dict[str, dict[str, Tensor]]
+
+
+def is_due(kept_at: float) -> bool:
+    """Tell whether a state is to be kept again, the last one being of ``kept_at`` (monotonic)."""
+    return time.monotonic() - kept_at >= SECONDS_BETWEEN_STATES
+
+
+def go_on(run: Callable[..., Result], state: Path, *, say: Callable[[str], None]) -> Result:
+    """Call ``run`` so that it resumes from ``state``, or begins where that is not to be used.
+
+    Args:
+        run: Takes ``resume`` and ``overwrite``.
+    """
+    if state.exists():
+        try:
+            return run(resume=True, overwrite=False)
+        except StateError as error:  # of another device, or damaged
+            say(f"starting again: {error}")
+    return run(resume=False, overwrite=True)
 
 
 def identity(settings: PurifySettings, *, checkpoint: str, images: str) -> dict[str, str]:

@@ -15,10 +15,10 @@ import torch
 from unbackdoor.attacks.named import attack_record
 from unbackdoor.attacks.poisoning import PART
 from unbackdoor.attacks.triggers import Trigger
-from unbackdoor.backbones import public_name
+from unbackdoor.backbones import Source, open_backbone, public_name
 from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, draw_rows, load_labeled
-from unbackdoor.devices import laid_out, pick_device, told_of_memory
+from unbackdoor.devices import describe_device, laid_out, pick_device, told_of_memory
 from unbackdoor.errors import DataError
 from unbackdoor.evaluation import (
     FEW,
@@ -28,11 +28,10 @@ from unbackdoor.evaluation import (
     not_taken,
     without_labels,
 )
-from unbackdoor.inputs import Source, open_source
 from unbackdoor.metrics import Scores, TestSet, read
 from unbackdoor.outputs import versions
 from unbackdoor.report import Table, as_text
-from unbackdoor.settings import check_seed, in_range
+from unbackdoor.settings import DeviceName, check_seed, in_range
 
 EMBEDDED = "fashion-mnist"
 READERS = {"probe": "linear probe", "neighbours": "nearest neighbours"}
@@ -57,7 +56,7 @@ def transfer_file(
     labels: int = 5_000,
     seed: int = 0,
     training: Literal["supervised", "simclr"] | None = None,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    device: DeviceName = "auto",
     out: Path | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
@@ -87,7 +86,7 @@ def transfer_file(
     if out is not None:
         check_output(out, overwrite=overwrite, inputs=files_read(source, attack))
     source = like_victim(source, attack)
-    loaded = open_source(source)
+    loaded = open_backbone(source)
     known = find_attack(attack, size=loaded.size, training=training)
     parts = load_parts(data, size=loaded.size, labels=labels, seed=seed)
     test = all_triggered(parts.test, known.attack.trigger)
@@ -116,7 +115,7 @@ def transfer_file(
         "seed": seed,
         "scores": {name: {"acc": found.acc, "pa": found.pa} for name, found in scores.items()},
         "flags": flags,
-        "device": str(where),
+        "device": describe_device(where),
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
     }

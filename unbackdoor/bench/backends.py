@@ -44,9 +44,10 @@ def run_local(
     Workers that die are replaced. A cell at which ``TRIES`` have died is recorded as failed; if as
     many die at none, no more are started, and all that is left counts as failed.
     """
-    wanted = _wanted(cells, results)
+    store = open_store(results)
+    wanted = pending(cells, store)
     if workers == 1:
-        return run_cells(wanted, open_store(results), place, say=say, on_step=on_step)
+        return run_cells(wanted, store, place, say=say, on_step=on_step)
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
 
@@ -61,29 +62,28 @@ def run_local(
         return process
 
     processes, deaths = [start() for _ in range(workers)], Counter[str]()
-    store = open_store(results)
     try:
         while processes:
             connection.wait([process.sentinel for process in processes])
             ended = [process for process in processes if process.exitcode is not None]
             processes = [process for process in processes if process not in ended]
             for died in filter(lambda process: process.exitcode != 0, ended):
-                left = {cell.key: cell for cell in _wanted(wanted, results)}
+                left = {cell.key: cell for cell in pending(wanted, store)}
                 say(f"a worker died; {len(left)} cells are left")
                 died_at = [left[key] for key in release(store, owners[died]) if key in left]
                 deaths.update([cell.key for cell in died_at] or [NOWHERE])
                 for cell in died_at:
                     if deaths[cell.key] == TRIES:
                         _record_death(cell, store, say)
-                if deaths[NOWHERE] < TRIES and _wanted(wanted, results):
+                if deaths[NOWHERE] < TRIES and pending(wanted, store):
                     processes.append(start())
     except BaseException:  # also an error here: nobody would replace them
         for process in processes:
             process.terminate()
         raise
     if deaths[NOWHERE] < TRIES:
-        return _tally(cells, results)
-    return _lost(wanted, results, _tally(cells, results), say=say)
+        return _tally(cells, store)
+    return _lost(wanted, store, _tally(cells, store), say=say)
 
 
 def run_ray(
@@ -116,7 +116,7 @@ def run_ray(
             "--backend ray needs Ray; pip install '.[ray]' where the source is, or pass "
             "--backend local"
         ) from error
-    wanted = _wanted(cells, results)
+    store = open_store(results)
     started = not ray.is_initialized()
     if started:
         try:
@@ -131,7 +131,7 @@ def run_ray(
     task = ray.remote(num_cpus=workers, num_gpus=gpus, max_retries=TRIES)(work)
     folder, place = results.resolve(), for_any_folder(place)
     jobs = {}
-    for victim, group in by_victim(wanted):
+    for victim, group in by_victim(pending(cells, store)):
         owner = f"{os.urandom(8).hex()}-{victim.key}"
         job = task.remote(group, folder, place, workers, owner=owner)
         jobs[job] = (f"{victim.attack}, seed {victim.seed}", group, owner)
@@ -146,13 +146,13 @@ def run_ray(
             except ray.exceptions.RayError as error:
                 say(f"{name}: given up: {error}")
                 lost += group
-                died |= release(open_store(results), owner)  # also where another machine held them
+                died |= release(store, owner)  # also where another machine held them
                 continue
             say(f"{name}: finished")
     finally:
         if started:
             ray.shutdown()
-    return _lost(lost, results, _tally(cells, results), died=died, say=say)
+    return _lost(lost, store, _tally(cells, store), died=died, say=say)
 
 
 def _knock(address: str | None) -> None:
@@ -191,13 +191,9 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _wanted(cells: Iterable[Cell], results: Path) -> list[Cell]:
-    return pending(cells, open_store(results))
-
-
 def _lost(
     cells: Iterable[Cell],
-    results: Path,
+    store: Store,
     tally: Tally,
     *,
     died: Collection[str] = (),
@@ -208,7 +204,7 @@ def _lost(
     Args:
         died: Keys of those at which workers died.
     """
-    store, left = open_store(results), _wanted(cells, results)
+    left = pending(cells, store)
     for cell in left:
         if cell.key in died:
             _record_death(cell, store, say)
@@ -220,8 +216,7 @@ def _record_death(cell: Cell, store: Store, say: Say) -> None:
     say(f"failed: {describe(cell)}: its worker died, again and again")
 
 
-def _tally(cells: Sequence[Cell], results: Path) -> Tally:
-    store = open_store(results)
+def _tally(cells: Sequence[Cell], store: Store) -> Tally:
     keys = {cell.key for cell in cells}
     done = sum(store.is_done(key) for key in keys)
     failed = sum(store.error_of(key) is not None for key in keys)

@@ -2,24 +2,26 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.backbones import Backbone, build, settle_pixels
+from unbackdoor.backbones import Backbone, Source, build, settle_pixels
 from unbackdoor.bench.cells import Cell, Detection
 from unbackdoor.bench.obtain import OnStep, Place, Say
 from unbackdoor.bench.store import Store, write_json
 from unbackdoor.checkpoint import sha256_of
-from unbackdoor.detection.jobs import DetectorFiles, name_files, open_detector, train_file
+from unbackdoor.detection.jobs import name_files, open_detector, train_file
 from unbackdoor.detection.network import find_levels
 from unbackdoor.detection.precision import coco_metric
 from unbackdoor.detection.scores import detection_pictures, score_detector
 from unbackdoor.detection.voc import load_voc
 from unbackdoor.devices import pick_device, pick_precision
-from unbackdoor.errors import DataError, StateError
+from unbackdoor.errors import DataError
 from unbackdoor.evaluation import Known
-from unbackdoor.inputs import Source
+from unbackdoor.outputs import TrainedFiles
 from unbackdoor.report import Picture
+from unbackdoor.resume import go_on
 
 SHOWN = 2  # images of a cell in the report
 
@@ -72,7 +74,7 @@ def detect_cell(
     place: Place,
     *,
     say: Say,
-    on_step: OnStep,
+    on_step: OnStep | None,
 ) -> dict[str, Any]:
     """Train the detector of a cell, or go on with it, and score it; returns what is recorded.
 
@@ -130,38 +132,28 @@ def _train(
     place: Place,
     *,
     say: Say,
-    on_step: OnStep,
-) -> DetectorFiles:
+    on_step: OnStep | None,
+) -> TrainedFiles:
     """Return the files of a detector; it is trained unless a run that was killed since did so."""
     out = store.detector_path(key)
     files = name_files(out)
-
-    def train(*, resume: bool) -> DetectorFiles:
-        return train_file(
-            source,
-            place.detection,
-            out,
-            detection.settings,
-            name=detection.train,
-            stages=detection.stages,
-            device=place.device,
-            precision=place.precision,
-            overwrite=not resume,
-            resume=resume,
-            seconds_between_states=place.seconds_between_states,
-            say=say,
-            on_step=on_step,
-        )
-
+    train = partial(
+        train_file,
+        source,
+        place.detection,
+        out,
+        detection.settings,
+        name=detection.train,
+        stages=detection.stages,
+        device=place.device,
+        precision=place.precision,
+        say=say,
+        on_step=on_step,
+    )
     if files.record.exists() and _is_of(files.record, source.checkpoint):
         return files
     files.record.unlink(missing_ok=True)  # of a detector on another backbone
-    if files.state.exists():
-        try:
-            return train(resume=True)
-        except StateError as error:  # of another device, or damaged
-            say(f"starting again: {error}")
-    return train(resume=False)
+    return go_on(train, files.state, say=say)
 
 
 def _is_of(record: Path, backbone: Path) -> bool:

@@ -33,7 +33,6 @@
     epochs = 6                        # and other settings of ``DetectionSettings``
 """
 
-import hashlib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -41,6 +40,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from unbackdoor.backbones import is_own
 from unbackdoor.bench.cells import (
     ATTACK_NAMES,
     CBD,
@@ -51,6 +51,7 @@ from unbackdoor.bench.cells import (
     Detection,
     Victim,
 )
+from unbackdoor.checkpoint import sha256_of
 from unbackdoor.defense_jobs import find_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.errors import ArchitectureError, SettingsError, unknown
@@ -187,6 +188,8 @@ def read_grid(path: Path) -> Grid:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: {error}") from error
+    if "name" in table:
+        raise SettingsError(f"{path}: key 'name' is unknown; a grid is named as its file")
     rows = table.pop("rows", [])
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise SettingsError(f"{path}: has no rows; a row is a table [[rows]]")
@@ -252,7 +255,10 @@ def make_victim(grid: Grid, attack: str, seed: int) -> Victim:
     settings = None
     seed = seed if grid.victim_seed is None else grid.victim_seed
     if grid.preset != DEMO:
-        preset = victim_preset(grid.preset, training=grid.training, attack=attack)
+        try:
+            preset = victim_preset(grid.preset, training=grid.training, attack=attack)
+        except SettingsError as error:
+            raise SettingsError(f"{grid.name}: {error}") from error
         settings = changed(VictimSettings(), preset, "preset")
         where = f"{grid.name}, [victim]"
         settings = changed(settings, _without_seed(grid.victim, where), where)
@@ -342,11 +348,6 @@ def row_settings(grid: Grid, row: Row, seed: int) -> Any:
     return replace(settings, seed=seed) if has_seed else settings
 
 
-def is_own(defense: str) -> bool:
-    """Return whether a row's defense is a function in a file."""
-    return defense.rpartition(":")[0].endswith(".py")
-
-
 def hash_of(defense: str) -> str:
     """Return the SHA-256 of the file that holds a defense; nothing if none does."""
     return file_hash(defense.rpartition(":")[0])
@@ -354,7 +355,7 @@ def hash_of(defense: str) -> str:
 
 def file_hash(path: str) -> str:
     """Return the SHA-256 of a file; nothing if there is none."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+    return sha256_of(Path(path)) if Path(path).is_file() else ""
 
 
 def find_own(cell: Cell, places: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from unbackdoor.backbones import is_own
 from unbackdoor.bench.backends import run_local, run_ray
 from unbackdoor.bench.cells import Cell
 from unbackdoor.bench.detection import check_detectors
@@ -15,7 +16,6 @@ from unbackdoor.bench.grid import (
     data_name,
     drawn_entries,
     entries,
-    is_own,
     read_grid,
     unique_cells,
 )
@@ -35,7 +35,7 @@ from unbackdoor.bench.tables import all_tables, as_markdown
 from unbackdoor.checkpoint import write_text
 from unbackdoor.data import check_there
 from unbackdoor.errors import DataError, SettingsError, unknown
-from unbackdoor.settings import at_home
+from unbackdoor.settings import DeviceName, PrecisionName, at_home
 
 Say = Callable[[str], None]
 
@@ -121,8 +121,8 @@ def run_grids(
     drop_victims: bool = False,
     address: str | None = None,
     gpus: float = 0,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: DeviceName = "auto",
+    precision: PrecisionName = "auto",
     say: Say = print,
     on_step: Callable[[int, int], None] | None = None,
 ) -> int:
@@ -139,7 +139,7 @@ def run_grids(
         raise SettingsError(f"workers and limit are at least 1, got {workers} and {limit}")
     where: dict[str, Any] = {"data": data, "detection_data": detection_data}
     plans = plan_grids(paths, rows=rows, attacks=attacks, seeds=seeds, **where)
-    failed, left, store = 0, limit, open_store(results)
+    left, store = limit, open_store(results)
     needed: dict[str, tuple[str, ...]] = {}
     if drop_victims:  # by cells that are not asked for as well
         needed = cells_by_victim(cell for plan in plan_grids(paths, **where) for cell in plan.cells)
@@ -150,12 +150,15 @@ def run_grids(
         if left_of_it:
             _check_images(plan.grid)
         check_detectors(left_of_it, _detection_data(plan.grid))
+    asked_for = {cell.key for plan in plans for cell in plan.cells}
+    earlier = {key for key in asked_for if store.error_of(key) is not None}
+    failed = len(earlier)
     for group in together(plans):
         name = ", ".join(plan.grid.name for plan in group)
         everything = unique_cells([entry for plan in group for entry in plan.found])
         cells = pending(everything, store)[:left]
         say(f"{name}: {len(cells)} cells to run, {len(everything) - len(cells)} not")
-        before = sum(store.error_of(cell.key) is not None for cell in everything)
+        before = sum(cell.key in earlier for cell in everything)
         if before:
             say(f"{name}: {before} cells failed before; --retry runs them again")
         place = place_of(group)._replace(
@@ -169,7 +172,7 @@ def run_grids(
         else:
             tally = run_local(cells, results, place, on_step=on_step, **common)
         say(f"{name}: {tally.done} done, {tally.failed} failed, {tally.left} left to others")
-        failed += tally.failed + before
+        failed += tally.failed
         left = None if left is None else left - len(cells)
         if left == 0:
             break
@@ -191,24 +194,21 @@ def _check_images(grid: Grid) -> None:
 
 
 def draw_grids(
-    paths: Sequence[Path],
+    plans: Sequence[Plan],
     results: Path,
     *,
-    data: str | None = None,
-    detection_data: str | None = None,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: DeviceName = "auto",
+    precision: PrecisionName = "auto",
     say: Say = print,
     on_step: Callable[[int, int], None] | None = None,
 ) -> None:
     """Keep what the report draws of cells that have a record, and whose features were not kept.
 
     Raises:
-        SettingsError: See :func:`plan_grids`.
         UnbackdoorError: See ``draw_cells``.
     """
     store = open_store(results)
-    for plan in plan_grids(paths, data=data, detection_data=detection_data):
+    for plan in plans:
         place = place_of([plan])._replace(device=device, precision=precision)
         drawn = draw_cells(plan.cells, store, place, say=say, on_step=on_step)
         say(f"{plan.grid.name}: drew {drawn} of {len(place.features)} cells")
@@ -264,22 +264,13 @@ def cells_by_victim(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:
     return keys
 
 
-def grids_status(
-    paths: Sequence[Path],
-    results: Path,
-    *,
-    rows: Sequence[str] = (),
-    attacks: Sequence[str] = (),
-    seeds: Sequence[int] = (),
-    data: str | None = None,
-    detection_data: str | None = None,
-) -> list[str]:
+def grids_status(plans: Sequence[Plan], results: Path) -> list[str]:
     """Return how far grid files are, in lines, and, where these share work, all of them together.
 
-    Errors are those of :func:`plan_grids`.
+    Raises:
+        OutputError: If a record cannot be read.
     """
-    store, where = look_at(results), {"data": data, "detection_data": detection_data}
-    plans = plan_grids(paths, rows=rows, attacks=attacks, seeds=seeds, **where)
+    store = look_at(results)
     parts = [(plan.grid.name, plan.cells, plan.grid.victims) for plan in plans]
     for group in together(plans):
         cells = unique_cells([entry for plan in group for entry in plan.found])
@@ -293,37 +284,25 @@ def grids_status(
     ]
 
 
-def grids_tables(
-    paths: Sequence[Path],
-    results: Path,
-    *,
-    data: str | None = None,
-    detection_data: str | None = None,
-) -> str:
-    """Return the tables of grid files as Markdown; errors are those of :func:`plan_grids`."""
+def grids_tables(plans: Sequence[Plan], results: Path) -> str:
+    """Return the tables of grid files as Markdown.
+
+    Raises:
+        OutputError: If a record cannot be read.
+    """
     return "\n".join(
         as_markdown(table)
-        for plan in plan_grids(paths, data=data, detection_data=detection_data)
+        for plan in plans
         for table in all_tables(plan.grid, plan.found, _records(plan, results))
     )
 
 
-def write_report(
-    paths: Sequence[Path],
-    results: Path,
-    out: Path,
-    *,
-    overwrite: bool,
-    data: str | None = None,
-    detection_data: str | None = None,
-) -> None:
+def write_report(plans: Sequence[Plan], results: Path, out: Path, *, overwrite: bool) -> None:
     """Write the report of grid files.
 
     Raises:
-        SettingsError: See :func:`plan_grids`.
-        OutputError: If ``out`` exists and must not be replaced.
+        OutputError: If a record cannot be read, or ``out`` exists and must not be replaced.
     """
-    plans = plan_grids(paths, data=data, detection_data=detection_data)
     parts = [Part(plan.grid, plan.found, _records(plan, results)) for plan in plans]
     store = look_at(results)
     features = {

@@ -6,25 +6,24 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from unbackdoor.attack_jobs import make_victim, surrogate_augment
 from unbackdoor.attacks.named import attack_record, named_attack
-from unbackdoor.backbones import Loaded, build
+from unbackdoor.backbones import Loaded, Source, build, open_backbone
 from unbackdoor.bench.cells import CLEAN, DEMO, Victim
 from unbackdoor.bench.grid import IMAGENET100, data_name, file_hash
 from unbackdoor.bench.store import Store, claimed
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.data import Sets, draw_rows, from_tensor, load_both, load_labeled
-from unbackdoor.detection.training import SECONDS_BETWEEN_STATES
-from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError, StateError
-from unbackdoor.evaluation import read_record
-from unbackdoor.inputs import Source, open_source
-from unbackdoor.settings import SCHEMES, at_home
+from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
+from unbackdoor.evaluation import read_victim
+from unbackdoor.resume import go_on
+from unbackdoor.settings import SCHEMES, DeviceName, PrecisionName, at_home
 
 EMBEDDED_TRAIN, EMBEDDED_TEST = 4_000, 200  # of the 5,000 that come with the package
 WAIT = 5.0  # seconds between looks at a victim that somebody else trains
@@ -38,14 +37,13 @@ class Place(NamedTuple):
 
     data: str  # see ``load_labeled``
     victims: str = ""  # a folder where victims may lie already
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: DeviceName = "auto"
+    precision: PrecisionName = "auto"
     # Keys of victims, each with those of all cells that need it: after them, weights are deleted.
     drop: tuple[tuple[str, tuple[str, ...]], ...] = ()
     features: tuple[str, ...] = ()  # keys of cells whose features shall be kept for the report
     detection: str = ""  # see ``load_voc``; for cells with a detector
     pictures: tuple[str, ...] = ()  # keys of cells whose detections shall be kept for the report
-    seconds_between_states: float = SECONDS_BETWEEN_STATES  # of a detector; least time
     start: str = ""  # the checkpoint that victims are trained on from
     own: tuple[str, ...] = ()  # defenses that are functions in files, as path/to/file.py:function
 
@@ -125,7 +123,7 @@ def obtain_victim(
     *,
     load: Callable[[str, int], Sets],
     say: Say,
-    on_step: OnStep,
+    on_step: OnStep | None,
 ) -> Found:
     """Return the files of a victim; it is trained if it is nowhere yet.
 
@@ -143,7 +141,7 @@ def obtain_victim(
                     surrogate = obtain_victim(
                         clean, store, place, load=load, say=say, on_step=on_step
                     ).tensors
-                sets = load(place.data, victim.size or _own_size(victim.arch))
+                sets = load(place.data, size_of(victim))
                 _train(victim, store, place, sets, surrogate=surrogate, say=say, on_step=on_step)
                 found = find_victim(victim, store, trained_here, load=load, say=say)
                 if found is None:
@@ -157,9 +155,14 @@ def surrogate_of(victim: Victim) -> Victim | None:
     """Return the clean victim that CLA perturbs its images by; None for other attacks."""
     if victim.attack != "cla" or victim.settings is None:
         return None
-    size = victim.size or _own_size(victim.arch)
+    size = size_of(victim)
     settings = replace(victim.settings, augment=surrogate_augment(size))
     return replace(victim, attack=CLEAN, settings=settings)
+
+
+def size_of(victim: Victim) -> int:
+    """Return the side of a victim's images in pixels."""
+    return victim.size or _own_size(victim.arch)
 
 
 @cache
@@ -181,7 +184,7 @@ def find_victim(
         if not (found.tensors.is_file() and found.record.is_file()):
             continue
         try:
-            made = dict(read_record(str(found.record)))
+            made = dict(read_victim(str(found.record)))
         except CheckpointError:
             say(f"{found.tensors}: not used, for its record is damaged")
             continue
@@ -251,7 +254,7 @@ def _train(
     *,
     surrogate: Path | None,
     say: Say,
-    on_step: OnStep,
+    on_step: OnStep | None,
 ) -> None:
     if victim.settings is None or victim.data != data_name(place.data):
         raise SettingsError(f"a victim of {victim.data} cannot be trained on {place.data}")
@@ -259,40 +262,31 @@ def _train(
         raise SettingsError(f"{place.start} is not what it was when the grid was read; start again")
     folder = store.victim_folder(victim.key)
     state = folder / f"{victim.stem}.state.safetensors"
-
-    def train(*, resume: bool) -> None:
-        make_victim(
-            victim.attack,
-            place.data,
-            victim.arch,
-            folder,
-            cast("Any", victim.settings),
-            training=victim.training,
-            options={"target": victim.target},
-            surrogate=surrogate,
-            start=Path(place.start) if victim.start else None,
-            size=victim.size or None,
-            sets=sets,
-            device=place.device,
-            precision=place.precision,
-            overwrite=not resume,
-            resume=resume,
-            say=say,
-            on_step=on_step,
-        )
-
+    train = partial(
+        make_victim,
+        victim.attack,
+        place.data,
+        victim.arch,
+        folder,
+        victim.settings,
+        training=victim.training,
+        options={"target": victim.target},
+        surrogate=surrogate,
+        start=Path(place.start) if victim.start else None,
+        size=victim.size or None,
+        sets=sets,
+        device=place.device,
+        precision=place.precision,
+        say=say,
+        on_step=on_step,
+    )
     (folder / f"{victim.stem}.json").unlink(missing_ok=True)  # of weights that are no longer there
-    if state.exists():
-        try:
-            return train(resume=True)
-        except StateError as error:  # of another device, or damaged
-            say(f"starting again: {error}")
-    return train(resume=False)
+    go_on(train, state, say=say)
 
 
 def open_victim(found: Found, made: dict[str, Any]) -> Loaded:
     """Open the checkpoint of a victim as its record says."""
-    return open_source(source_of(found.tensors, made))
+    return open_backbone(source_of(found.tensors, made))
 
 
 def source_of(checkpoint: Path, made: dict[str, Any]) -> Source:

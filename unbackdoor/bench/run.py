@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from unbackdoor.attack_jobs import describe_device
 from unbackdoor.attacks.named import attack_from_record, named_attack
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.backbones import Backbone, Loaded, network_state
@@ -29,6 +28,7 @@ from unbackdoor.bench.obtain import (
     load_sets,
     obtain_victim,
     open_victim,
+    size_of,
     source_of,
 )
 from unbackdoor.bench.store import (
@@ -37,6 +37,7 @@ from unbackdoor.bench.store import (
     Store,
     claimed,
     drop_victim,
+    read_record,
     write_failure,
     write_json,
     write_record,
@@ -47,7 +48,7 @@ from unbackdoor.data import LabeledImages, Sets, from_tensor
 from unbackdoor.defense_jobs import find_defense, label, pseudo_label_accuracy, run_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.keeping import Keeper
-from unbackdoor.devices import laid_out, peak_memory, pick_device, pick_precision
+from unbackdoor.devices import describe_device, laid_out, peak_memory, pick_device, pick_precision
 from unbackdoor.evaluation import (
     Known,
     counts,
@@ -118,9 +119,7 @@ def run_cells(
             if not mine:
                 tally = tally._replace(left=tally.left + len(group))
                 continue
-
-            step = on_step or _silent
-            _run_group(victim, group, store, place, load=load, say=say, on_step=step)
+            _run_group(victim, group, store, place, load=load, say=say, on_step=on_step)
             done = sum(store.is_done(cell.key) for cell in group)
             left = len(pending(group, store))  # that others hold
             failed = len(group) - done - left
@@ -144,7 +143,7 @@ def draw_cells(
     Raises:
         UnbackdoorError: See ``errors``.
     """
-    load, step, drawn = cache(load_sets), on_step or _silent, 0
+    load, drawn = cache(load_sets), 0
     for cell in cells:
         path, images = store.features_path(cell.key), store.images_path(cell.key)
         has_all = path.is_file() and images.is_file()
@@ -154,24 +153,23 @@ def draw_cells(
             if not mine:
                 continue
             say(describe(cell))
-            found = obtain_victim(cell.victim, store, place, load=load, say=say, on_step=step)
-            made = json.loads(found.record.read_text())
-            loaded = open_victim(found, made)
-            sets = load(place.data, loaded.size)
-            split = divide(*sets, seed=cell.seed)
+            size = size_of(cell.victim)
+            made = {**read_record(store.record_path(cell.key))["victim"], "size": size}
             attack = attack_of(cell.victim, cell.attack, made)
-            if not path.is_file():
-                repaired = repair(cell, loaded, sets.train, store, place, on_step=step)
+            sets = load(place.data, size)
+            split = divide(*sets, seed=cell.seed)
+            if not path.is_file():  # else the victim's weights, which may be gone, are not needed
+                found = obtain_victim(
+                    cell.victim, store, place, load=load, say=say, on_step=on_step
+                )
+                loaded = open_victim(found, json.loads(found.record.read_text()))
+                repaired = repair(cell, loaded, sets.train, store, place, on_step=on_step)
                 kept = cell_features(loaded.backbone, repaired.backbone, split, attack, cell)
                 write_json(path, kept, indent=None)
                 store.state_path(repair_key(cell)).unlink(missing_ok=True)
             write_json(images, cell_images(split, attack), indent=None)
             drawn += 1
     return drawn
-
-
-def _silent(done: int, steps: int) -> None:
-    pass
 
 
 def drop_unneeded(store: Store, needed: Iterable[tuple[str, Sequence[str]]]) -> None:
@@ -216,7 +214,7 @@ def _run_group(
     *,
     load: Callable[[str, int], Sets],
     say: Say,
-    on_step: OnStep,
+    on_step: OnStep | None,
 ) -> None:
     """Run the cells of one victim."""
     shared = Shared(load, cache(score_victim), {})
@@ -267,7 +265,7 @@ def run_cell(
     shared: Shared,
     *,
     say: Say,
-    on_step: OnStep,
+    on_step: OnStep | None,
 ) -> dict[str, Any]:
     """Defend and score one victim, and train and score the cell's detector; returns the record.
 
@@ -295,7 +293,7 @@ def run_cell(
 
 
 def defend_cell(
-    cell: Cell, found: Found, store: Store, place: Place, shared: Shared, *, on_step: OnStep
+    cell: Cell, found: Found, store: Store, place: Place, shared: Shared, *, on_step: OnStep | None
 ) -> tuple[dict[str, Any], Backbone]:
     """Defend and score one victim; returns the record but for a detector, and the backbone.
 
@@ -347,7 +345,7 @@ def defend_cell(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_memory": peak_memory(device),
         "device": describe_device(device),
-        "precision": _precision(cell, place, device),
+        "precision": pick_precision(place.precision, device) if cell.defense == CBD else "fp32",
         "revision": revision(),
         "versions": versions(),
     }
@@ -390,7 +388,7 @@ def repair(
     store: Store,
     place: Place,
     *,
-    on_step: OnStep,
+    on_step: OnStep | None,
 ) -> Repaired:
     """Run the defense of a cell."""
     if cell.defense == NO_DEFENSE:
@@ -429,7 +427,7 @@ def _purify(
     place: Place,
     *,
     told: dict[str, Any],
-    on_step: OnStep,
+    on_step: OnStep | None,
 ) -> Repaired:
     device = pick_device(place.device)
     precision = pick_precision(place.precision, device)
@@ -497,10 +495,6 @@ def _read_defended(cell: Cell, store: Store, made: dict[str, Any]) -> dict[str, 
     record: dict[str, Any] = json.loads(paths[0].read_text())
     current = record["schema"] == SCHEMA and record["victim"]["sha256"] == made["sha256"]
     return record if current else None
-
-
-def _precision(cell: Cell, place: Place, device: torch.device) -> str:
-    return pick_precision(place.precision, device) if cell.defense == CBD else "fp32"
 
 
 def _describe_found(found: Found, made: dict[str, Any], cell: Cell) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How far a grid is: done, running, failed, left, and how long that takes. No torch."""
+"""How far a grid is: done, running, failed, left, and how long that takes."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""The folder of records: what is done, what failed, who is at work on what. No torch.
+"""The folder of records: what is done, what failed, who is at work on what.
 
 ::
 
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unbackdoor.checkpoint import write_text
 from unbackdoor.errors import OutputError
 
 SCHEMA = 1
@@ -118,16 +119,8 @@ def look_at(folder: Path) -> Store:
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = 1) -> None:
-    """Write JSON; a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=indent, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write JSON, whole or not at all; errors are those of :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n", overwrite=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:

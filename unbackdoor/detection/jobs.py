@@ -5,12 +5,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.backbones import Backbone, build, public_name
+from unbackdoor.backbones import (
+    Backbone,
+    Source,
+    build,
+    describe_network,
+    open_backbone,
+    public_name,
+)
 from unbackdoor.checkpoint import (
     Tree,
     check_output,
@@ -21,13 +28,19 @@ from unbackdoor.checkpoint import (
 )
 from unbackdoor.detection.network import Level, find_levels, make_detector
 from unbackdoor.detection.training import (
-    SECONDS_BETWEEN_STATES,
     Epoch,
     TrainingState,
     train_detector,
 )
 from unbackdoor.detection.voc import VocImages, check_classes, load_voc
-from unbackdoor.devices import Precision, peak_memory, pick_device, pick_precision, told_of_memory
+from unbackdoor.devices import (
+    Precision,
+    describe_device,
+    peak_memory,
+    pick_device,
+    pick_precision,
+    told_of_memory,
+)
 from unbackdoor.errors import (
     ArchitectureError,
     CheckpointError,
@@ -37,23 +50,14 @@ from unbackdoor.errors import (
     OutputError,
     SettingsError,
 )
-from unbackdoor.inputs import Source, describe_network, open_source
-from unbackdoor.outputs import refuse_existing, versions
+from unbackdoor.outputs import TrainedFiles, refuse_existing, versions
 from unbackdoor.resume import as_texts, read_state, write_state
-from unbackdoor.settings import DetectionSettings
+from unbackdoor.settings import DetectionSettings, DeviceName, PrecisionName
 
 KIND = "detector"
 GROUPS = ("network", "momentum", "progress")
 
 Say = Callable[[str], None]
-
-
-class DetectorFiles(NamedTuple):
-    """The files of one detector; the state is deleted when the others are there."""
-
-    tensors: Path
-    record: Path
-    state: Path
 
 
 class Opened(NamedTuple):
@@ -89,14 +93,13 @@ def train_file(
     name: str = "trainval",
     classes: Sequence[str] | None = None,
     stages: Sequence[str] = (),
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: DeviceName = "auto",
+    precision: PrecisionName = "auto",
     overwrite: bool = False,
     resume: bool = False,
-    seconds_between_states: float = SECONDS_BETWEEN_STATES,
     say: Say = print,
     on_step: Callable[[int, int], None] | None = None,
-) -> DetectorFiles:
+) -> TrainedFiles:
     """Train a Faster R-CNN on the backbone in ``source``, and write it with its record.
 
     The state is kept beside ``out`` now and then, so that a killed run can be continued by
@@ -110,7 +113,6 @@ def train_file(
         stages: See ``find_levels``.
         overwrite: Replace existing files and the state of an earlier run.
         resume: Continue from the state of an earlier run with the same input and settings.
-        seconds_between_states: Least time from one state to the next.
         say: Receives what happens, line by line.
         on_step: Called after every step with the number of steps done and of all steps.
 
@@ -120,7 +122,7 @@ def train_file(
     started = time.monotonic()
     files = plan_files(source.checkpoint, out, overwrite=overwrite, resume=resume)
     images = load_voc(data, name, classes=classes)
-    loaded = open_source(source)
+    loaded = open_backbone(source)
     levels = find_levels(loaded.backbone.body, source.arch, stages)
     where = pick_device(device)
     how = pick_precision(precision, where)
@@ -146,7 +148,6 @@ def train_file(
             of,
             device=where,
             resume=resume,
-            seconds_between_states=seconds_between_states,
             say=say,
             on_step=on_step,
         )
@@ -192,7 +193,7 @@ def train_file(
     return files
 
 
-def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> DetectorFiles:
+def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> TrainedFiles:
     """Return the files to write, after all that could forbid writing them has been checked.
 
     Raises:
@@ -210,10 +211,10 @@ def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> D
     return files
 
 
-def name_files(out: Path) -> DetectorFiles:
+def name_files(out: Path) -> TrainedFiles:
     """Return the names of all files that go with ``out``."""
     suffixes = (".safetensors", ".json", ".state.safetensors")
-    return DetectorFiles(*(out.with_suffix(suffix) for suffix in suffixes))
+    return TrainedFiles(*(out.with_suffix(suffix) for suffix in suffixes))
 
 
 def open_detector(path: Path, *, arch: str | None = None, precision: Precision = "fp32") -> Opened:
@@ -297,9 +298,8 @@ def describe(images: VocImages, levels: Sequence[Level], settings: DetectionSett
 def circumstances(device: torch.device, precision: Precision) -> dict[str, Any]:
     """Return where and with what a number was made, as JSON can hold it."""
     return {
-        "device": str(device),
+        "device": describe_device(device),
         "precision": precision,
-        "threads": torch.get_num_threads(),
         "peak_memory": peak_memory(device),
         "versions": versions(),
     }
@@ -314,7 +314,6 @@ def _train(
     *,
     device: torch.device,
     resume: bool,
-    seconds_between_states: float,
     say: Say,
     on_step: Callable[[int, int], None] | None,
 ) -> tuple[Epoch, ...]:
@@ -333,7 +332,6 @@ def _train(
         settings,
         device=device,
         state=state,
-        seconds_between_states=seconds_between_states,
         on_step=on_step,
         on_epoch=on_epoch,
         on_state=lambda reached: _save(path, reached, of),

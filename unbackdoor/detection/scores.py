@@ -25,9 +25,9 @@ from unbackdoor.detection.voc import VocImages, load_voc
 from unbackdoor.devices import Precision as ComputedIn
 from unbackdoor.devices import pick_device, pick_precision, told_of_memory
 from unbackdoor.errors import CheckpointError, OutputError
-from unbackdoor.evaluation import Known, find_attack, is_record, not_taken, read_record
+from unbackdoor.evaluation import Known, find_attack, is_record, not_taken, read_victim
 from unbackdoor.report import BoxedImage, Picture, Table, as_text, boxes_picture, render_report
-from unbackdoor.settings import DetectionSettings
+from unbackdoor.settings import DetectionSettings, DeviceName, PrecisionName
 from unbackdoor.types import RawImages
 
 SHOWN = 4  # images in the report
@@ -80,8 +80,8 @@ def evaluate_detector(
     training: Literal["supervised", "simclr"] | None = None,
     arch: str | None = None,
     measure: Measure = "both",
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: DeviceName = "auto",
+    precision: PrecisionName = "auto",
     out: Path | None = None,
     report: Path | None = None,
     overwrite: bool = False,
@@ -248,7 +248,7 @@ def trained_side(attack: str | None, *, default: int) -> int:
     """
     if attack is None or not is_record(attack):
         return default
-    size = read_record(attack).get("size")
+    size = read_victim(attack).get("size")
     return size if isinstance(size, int) and 0 < size <= LARGEST else default
 
 

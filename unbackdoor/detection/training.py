@@ -14,10 +14,10 @@ from unbackdoor.detection.network import FittedImages, fit
 from unbackdoor.detection.voc import Boxes, VocImages
 from unbackdoor.devices import deterministic, seeded
 from unbackdoor.errors import DivergedError
+from unbackdoor.resume import is_due
 from unbackdoor.settings import DetectionSettings
 
 DROPS = (3 / 4, 11 / 12)  # shares of the steps after which the rate falls to a tenth
-SECONDS_BETWEEN_STATES = 60.0
 
 
 class Epoch(NamedTuple):
@@ -52,7 +52,6 @@ def train_detector(
     *,
     device: torch.device,
     state: TrainingState | None = None,
-    seconds_between_states: float = SECONDS_BETWEEN_STATES,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[int, Epoch], None] | None = None,
     on_state: Callable[[TrainingState], None] | None = None,
@@ -62,7 +61,6 @@ def train_detector(
     Args:
         detector: Of ``make_detector``; goes to ``device``.
         state: Continue after its last step.
-        seconds_between_states: Least time between two calls of ``on_state``.
         on_step: Called after every step with the number of steps done and of all steps.
         on_epoch: Called after every epoch with its number from 1.
         on_state: Called now and then with the state to continue from, never after the last step.
@@ -110,8 +108,7 @@ def train_detector(
                 unfinished = Epoch(0.0, 0.0)
                 if on_epoch is not None:
                     on_epoch(len(history), history[-1])
-            waited = time.monotonic() - kept_at
-            if on_state is not None and waited >= seconds_between_states and step < steps:
+            if on_state is not None and is_due(kept_at) and step < steps:
                 on_state(state_of(detector, optimizer, weights, step, history, unfinished))
                 kept_at = time.monotonic()
     detector.eval()
