@@ -38,6 +38,11 @@ def network(classes=10):
 def fixed():
     return network()
 
+def wrapped():
+    outer = nn.Module()
+    outer.net = network()
+    return outer
+
 def silent():
     net = network()
     del net.mean
@@ -476,6 +481,34 @@ def test_a_head_that_cannot_be_cut_off_is_refused_with_the_way_out(own, tmp_path
     assert open_backbone(Source(path, arch, head="none")).dimension == 10
 
 
+def test_classes_are_counted_whatever_head_is_asked_for(tmp_path):
+    path = saved(filled(build("cifar/wrn16_1", classes=3).network), tmp_path)
+    loaded = open_backbone(Source(path, "cifar/wrn16_1", head="none"))
+    assert (loaded.dimension, len(loaded.backbone.heads), loaded.match.head) == (3, 0, ())
+    loaded = open_backbone(Source(path, "cifar/wrn16_1", head="fc"))
+    assert (loaded.dimension, loaded.backbone.heads[0].out_features) == (64, 3)
+
+
+@pytest.mark.parametrize("larger", ["resnet34", "seresnet18"])
+def test_a_larger_network_is_not_purified_as_a_smaller_one(larger, tmp_path):
+    path = saved(build(larger).network, tmp_path)
+    with pytest.raises(MismatchError, match=r"holds \d+ weights that the network lacks, inside"):
+        load_backbone(path, "resnet18")
+
+
+def test_what_is_not_finite_is_named(tmp_path):
+    network = filled(build("cifar/wrn16_1", classes=3).network)
+    with torch.no_grad():
+        network.conv1.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"there are such values in conv1\.weight$"):
+        load_backbone(saved(network, tmp_path), "cifar/wrn16_1")
+
+
+def test_mnasnet_is_refused_before_anything_is_computed():
+    with pytest.raises(ArchitectureError, match="says which version it is of"):
+        build("torchvision/mnasnet0_5")
+
+
 def test_a_network_for_grey_images_is_refused_since_all_images_are_rgb(tmp_path):
     path = tmp_path / "grey.py"
     path.write_text(
@@ -493,6 +526,7 @@ def test_a_last_layer_of_another_name_is_no_head_unless_it_is_named(own):
     assert build(arch).heads == ()
     assert build(arch, head="projection").heads == ("projection",)
     assert build(f"{own}:network").heads == ("fc",)
+    assert build(f"{own}:wrapped").heads == ("net.fc",)
     assert build(f"{own}:network", head="none").heads == ()
     with pytest.raises(ArchitectureError, match="no module 'projektion'; it has projection"):
         build(arch, head="projektion")

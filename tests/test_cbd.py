@@ -444,6 +444,11 @@ def test_features_that_end_in_nan_stop_the_run(network, images):
         purify(network, images, one_step)
 
 
+def test_images_that_are_all_alike_are_refused(network, images):
+    with pytest.raises(DataError, match="sees no difference between these images"):
+        purify(network, images[:1].expand(len(images), -1, -1, -1).clone(), QUICK)
+
+
 def test_collapsed_features_stop_the_run(images):
     class Fades(nn.Module):
         """Returns one and the same features once its weight has moved."""

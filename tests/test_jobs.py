@@ -84,6 +84,23 @@ def test_a_pt_output_drops_in_where_the_input_was(victim, photos, tmp_path):
         assert old.dtype == after["state_dict"][key].dtype
 
 
+def test_a_tensor_under_two_names_is_repaired_under_both(victim, photos, tmp_path):
+    content = torch.load(victim, weights_only=True)
+    weights = content["state_dict"]
+    weights["module.features.0.weight"] = weights["module.conv1.weight"]
+    torch.save(content, victim)
+    before = weights["module.conv1.weight"].clone()
+    for name in ("one.pt", "two.safetensors"):
+        out = run(victim, photos, tmp_path / name).tensors
+        after = (
+            load_file(out)
+            if out.suffix == ".safetensors"
+            else torch.load(out, weights_only=True)["state_dict"]
+        )
+        assert not after["module.conv1.weight"].equal(before)
+        assert after["module.features.0.weight"].equal(after["module.conv1.weight"])
+
+
 def test_the_record_is_written_last(victim, photos, tmp_path):
     report = tmp_path / "clean.html"
 
@@ -245,7 +262,7 @@ def test_a_batch_too_large_for_the_memory_is_named(work, victim, photos, tmp_pat
         "    return network\n"
     )
     source = Source(victim, f"{own}:greedy", size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    with pytest.raises(DeviceError, match="cpu is out of memory; pass a smaller --batch-size"):
+    with pytest.raises(DeviceError, match=r"cpu is out of memory; .* pass a smaller --batch"):
         work(source, photos, tmp_path / "x.pt", QUICK, device="cpu", say=lambda _: None)
 
 
@@ -269,6 +286,18 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(victim, photos, tmp_
     assert "80 of 80 body tensors" in text
     assert "64 features; pixels less mean 0.4914, 0.4822, 0.4465, over std 0.247, 0.2435" in text
     assert "wrote nothing" in text
+
+
+def test_a_run_says_what_it_changed(victim, photos, tmp_path):
+    said = []
+    source = Source(victim, "cifar/wrn16_1", size=16)
+    out = tmp_path / "clean.pt"
+    outputs = purify_file(source, photos, out, QUICK, device="cpu", say=said.append)
+    after = json.loads(outputs.record.read_text())["evidence"]["after"]
+    told = [line for line in said if line.startswith("clean features keep a cosine of")]
+    assert len(told) == 1
+    assert f"cosine of {after['cosine']:.3f} to the original" in told[0]
+    assert f"searched images move by {after['adversarial']:.3f}, before by" in told[0]
 
 
 def test_a_dry_run_takes_what_a_run_takes(victim, photos, tmp_path):

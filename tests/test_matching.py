@@ -141,7 +141,7 @@ def test_the_head_may_have_any_number_of_classes_or_be_absent():
     match = match_keys(checkpoint(headless), shapes(network()), head=HEAD)
     assert match.head == ()
     assert match.missing == ()
-    assert "head: none in the file" in describe_match(match, checkpoint(headless))
+    assert "head: none found" in describe_match(match, checkpoint(headless))
 
 
 def test_a_head_of_another_feature_size_is_left_over():
@@ -185,8 +185,8 @@ def test_of_two_copies_the_documented_one_is_taken_and_the_other_is_named(first,
         assert same(matched_tensors(found, match), one)
         assert match.other == (f"state_dict.{second[:-1]}",)
         assert (
-            f"warning: would have fitted as well, and stays as it came: state_dict.{second[:-1]}"
-            in (describe_match(match, found))
+            "warning: would have fitted as well, and stays as it came, for whoever loads it: "
+            f"state_dict.{second[:-1]}" in describe_match(match, found)
         )
 
 
@@ -195,7 +195,8 @@ def test_of_two_copies_the_documented_one_is_taken_and_the_other_is_named(first,
     [
         ("teacher", "student"),
         ("model", "ema"),
-        ("state_dict", "state_dict_ema"),
+        ("state_dict_ema", "state_dict"),  # as timm's loader takes them
+        ("model_ema", "model"),
         ("online", "target"),
     ],
 )
@@ -205,6 +206,57 @@ def test_of_two_state_dicts_the_documented_one_is_taken(first, second):
     match = match_keys(found, shapes(network()), head=HEAD)
     assert (match.nesting, match.other) == ((first,), (second,))
     assert state_dicts_apart(match, found.tree) == [f"{second} (9 tensors)"]
+
+
+def test_what_stands_in_two_places_is_replaced_in_both():
+    state = network(1).state_dict()
+    places = {"conv1": "0", "bn1": "1"}  # as of nn.Sequential(conv1, bn1) beside the network
+    again = {
+        f"features.{places[key.split('.')[0]]}.{key.split('.')[1]}": tensor
+        for key, tensor in state.items()
+        if key not in HEAD
+    }
+    found = checkpoint({"net": {**prefixed("model.", state), **again}, "best": dict(state)})
+    match = match_keys(found, shapes(network()), head=HEAD, prefix="model.")
+    assert match.left_over == match.other == ()
+    assert len(match.shared) == len(again) + len(state)
+    told = describe_match(match, found)
+    assert (
+        "the same tensors under other names, changed with them: net.features (7), best.conv1"
+        in told
+    )
+    new = replace_tensors(found, match, {"conv1.weight": torch.ones(4, 3, 3, 3)})
+    for path in (
+        ("net", "model.conv1.weight"),
+        ("net", "features.0.weight"),
+        ("best", "conv1.weight"),
+    ):
+        assert new[path[0]][path[1]].eq(1).all(), path
+    assert new["net"]["features.0.bias"] is state["conv1.bias"]
+
+
+def test_copies_that_merely_are_equal_stay():
+    state = network(1).state_dict()
+    found = checkpoint({"model": state, "ema": {key: t.clone() for key, t in state.items()}})
+    match = match_keys(found, shapes(network()), head=HEAD)
+    assert (match.shared, match.other) == ((), ("ema",))
+    new = replace_tensors(found, match, {"conv1.weight": torch.ones(4, 3, 3, 3)})
+    assert new["ema"] is found.tree["ema"]
+
+
+def test_a_deeper_or_richer_network_is_not_taken_for_a_part_of_it():
+    state = network(1).state_dict()
+    more = {"conv1.2.weight": torch.ones(3), "bn1.se.fc.bias": torch.ones(2)}
+    message = r"2 weights that the network lacks, .*: net\.conv1\.2, net\.bn1\.se\. .*'net\.'"
+    with pytest.raises(MismatchError, match=message):
+        match_keys(checkpoint(prefixed("net.", state | more)), shapes(network()), head=HEAD)
+    found = checkpoint(prefixed("net.", state | more))
+    assert match_keys(found, shapes(network()), head=HEAD, prefix="net.").prefix == "net."
+    both = checkpoint({"large": state | more, "small": network(2).state_dict()})
+    assert match_keys(both, shapes(network()), head=HEAD).nesting == ("small",)
+    for harmless in ("fc.0.weight", "projector.0.weight", "queue", "conv1.attn_mask"):
+        found = checkpoint(state | {harmless: torch.ones(3)})
+        assert harmless in match_keys(found, shapes(network()), head=HEAD).left_over
 
 
 def test_the_user_can_choose_the_other_copy():
@@ -291,7 +343,15 @@ def test_other_shapes_are_an_error_that_says_so():
     )
     assert "  conv1.weight      4x3x3x3  conv1.weight 8x3x3x3\n" in text
     assert "The names agree, the shapes do not" in text
+    assert "RGB" not in text
     assert "--arch" in text
+
+
+def test_a_network_of_other_channels_is_told_from_one_of_another_size():
+    grey = network().state_dict()
+    grey["conv1.weight"] = grey["conv1.weight"][:, :1]
+    with pytest.raises(MismatchError, match="Of other channels than RGB, only a network of your"):
+        match_keys(checkpoint(grey), shapes(network()), head=HEAD)
 
 
 def test_a_mismatch_shows_a_short_table_of_the_nearest_state_dict():
@@ -376,8 +436,8 @@ def test_the_account_names_what_was_matched_left_over_and_dropped():
         "matched: 7 of 7 body tensors, at 'state_dict' with prefix 'module.encoder_q.'",
         "head: fc.weight, fc.bias (128 classes), kept as it is",
         "left over, kept as it is: module.encoder_k (9), module.queue",
-        "warning: would have fitted as well, and stays as it came: state_dict.module.encoder_k "
-        "(choose by --nesting and --prefix)",
+        "warning: would have fitted as well, and stays as it came, for whoever loads it: "
+        "state_dict.module.encoder_k (choose by --nesting and --prefix)",
         "dropped: optimizer (dict), epoch (int)",
     ]
 

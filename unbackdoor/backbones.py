@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from unbackdoor.checkpoint import Checkpoint, read_checkpoint
 from unbackdoor.errors import ArchitectureError, CheckpointError, MismatchError, SettingsError
-from unbackdoor.matching import Match, describe_match, match_keys, matched_tensors
+from unbackdoor.matching import Match, describe_match, match_keys, matched_tensors, wrapper_of
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import in_range
 from unbackdoor.types import Features, Images
@@ -250,7 +250,7 @@ def open_backbone(source: Source) -> Loaded:
     if source.size is not None and source.size < 1:
         raise SettingsError(f"size is in pixels, at least 1, got {source.size}")
     checkpoint, arch, head = read_checkpoint(source.checkpoint), source.arch, source.head
-    architecture = build(arch, head=head)
+    architecture = build(arch)  # its own heads tell the classes, whatever head is asked for
     match = _match(checkpoint, arch, architecture, nesting=source.nesting, prefix=source.prefix)
     tensors = matched_tensors(checkpoint, match)
     weights = dict(architecture.network.named_parameters())
@@ -266,8 +266,12 @@ def open_backbone(source: Source) -> Loaded:
                 "supported, save them as floating-point ones"
             )
     classes = _count_classes(tensors, architecture.heads)
-    if classes and classes != _count_classes(architecture.network.state_dict(), architecture.heads):
+    known = _count_classes(architecture.network.state_dict(), architecture.heads)
+    if head is not None or (classes and classes != known):
         architecture = build(arch, classes=classes, head=head)
+    if head is not None:
+        match = _match(checkpoint, arch, architecture, nesting=source.nesting, prefix=source.prefix)
+        tensors = matched_tensors(checkpoint, match)
     heads = _fill(architecture, tensors, match, arch=arch)
 
     own = checkpoint.config.get("pretrained_cfg")
@@ -411,6 +415,11 @@ def _build_timm(name: str, classes: int | None) -> Architecture:
 
 
 def _build_torchvision(name: str, classes: int) -> Architecture:
+    if name.startswith("mnasnet"):
+        raise ArchitectureError(
+            f"torchvision/{name}: loads only what says which version it is of, which no file of "
+            "tensors does; timm's mnasnet_100 has files of its own"
+        )
     transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     mean, std, size = transforms.mean, transforms.std, transforms.crop_size[0]
     options: dict[str, Any] = {}
@@ -492,7 +501,8 @@ def _find_heads(network: nn.Module) -> tuple[str, ...]:
         if isinstance(module, nn.Linear)
         or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
     ]
-    return tuple(name for name in layers[-1:] if HEAD_NAME.fullmatch(name))
+    wrapper = wrapper_of(network.state_dict())  # a network that only wraps another has net.fc
+    return tuple(name for name in layers[-1:] if HEAD_NAME.fullmatch(name.removeprefix(wrapper)))
 
 
 def _chosen_heads(network: nn.Module, head: str) -> tuple[str, ...]:
@@ -603,7 +613,9 @@ def try_features(backbone: Backbone, *, arch: str, size: int) -> int:
             cause += ". With its head it works; --head none takes the logits for features."
         raise ArchitectureError(f"{part} {cause}") from error
     if not features.isfinite().all():
-        raise CheckpointError(f"{arch} with these weights yields NaN or infinite features")
+        broken = [key for key, t in network_state(backbone).items() if not t.isfinite().all()]
+        where = f": there are such values in {', '.join(broken[:3])}" if broken else ""
+        raise CheckpointError(f"{arch} with these weights yields NaN or infinite features{where}")
     if len(features) != 2 or features.shape[1] < 2 or features[0].equal(features[1]):
         shape = tuple(features.shape)
         raise ArchitectureError(f"{arch} yields no usable features: shape {shape}, or all alike")

@@ -44,6 +44,7 @@ from unbackdoor.settings import PurifySettings, SearchSettings
 from unbackdoor.types import Features, Images, RawImages, Scalar
 from unbackdoor.views import random_views
 
+ALIKE = 1e-6  # spread of features below which images are all the same to a network
 COLLAPSED = 0.01  # share of the original's feature spread below which a student is given up
 WATCHED = 512  # plain images on which that spread is read after every epoch
 LEARNED_ON = 512  # plain images on which an epoch's changes are learned
@@ -183,6 +184,11 @@ def purify(
         watched = source.read(rows[ranks.rank :: ranks.count])
         spread_of = partial(feature_spread, images=watched, batch_size=settings.batch_size)
         spread = spread_of(network_before, ranks=ranks)
+        if spread < ALIKE:
+            raise DataError(
+                f"the network sees no difference between these images (spread {spread:.2g}); "
+                "pass images that differ"
+            )
         compare = comparison(settings, embed_original, watched, ranks=ranks)
         step = len(history) * (steps // settings.epochs)
         for epoch in range(len(history), settings.epochs):

@@ -560,6 +560,10 @@ def _find(source: str) -> _Files:
     if path.is_dir():
         return _one_kind(path, _walk(path))
     if path.is_file():
+        if _suffix(path.name) not in KIND_OF_SUFFIX:
+            raise DataError(
+                f"{path}: is no image, .parquet or .tar file; unpack it, or pass a folder"
+            )
         return _one_kind(path.parent, [path.name])
     paths = sorted({match for pattern in _braces(str(path)) for match in _matches(pattern)})
     root = Path(os.path.commonpath([match.parent for match in paths]))

@@ -1,7 +1,7 @@
 """Purify a checkpoint file: everything around the method, from the file to the report."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from unbackdoor.devices import (
     told_of_memory,
     wait_for,
 )
-from unbackdoor.diagnostics import MEASURED, measure_both
+from unbackdoor.diagnostics import MEASURED, Evidence, measure_both
 from unbackdoor.errors import DivergedError
 from unbackdoor.outputs import (
     Outputs,
@@ -148,6 +148,7 @@ def purify_file(
     say("measuring what changed")
     round_as_written(loaded, cast("Backbone", backbone))
     evidence = measure_both(backbone, loaded.backbone, sample, settings)
+    say(describe_evidence(evidence))
     if broken:
         named = ", ".join(broken[:MOST_NAMED])
         say(f"{len(broken)} broken images were replaced by the next good one: {named}")
@@ -280,6 +281,16 @@ def open_both(
     say(f"{images}: {len(photos)} unlabeled images, brought to {loaded.size} × {loaded.size}")
     steps_per_epoch(len(photos), settings, ranks)
     return loaded, photos
+
+
+def describe_evidence(evidence: Mapping[str, Evidence]) -> str:
+    """Return one line about what was changed."""
+    before, after = evidence["before"], evidence["after"]
+    return (
+        f"clean features keep a cosine of {after.cosine:.3f} to the original and "
+        f"{after.neighbours:.0%} of their neighbours; searched images move by "
+        f"{after.adversarial:.3f}, before by {before.adversarial:.3f}"
+    )
 
 
 def describe_epoch(state: PurifyState, settings: PurifySettings) -> str:

@@ -4,7 +4,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ SPELLINGS: tuple[Mapping[str, str], ...] = (
 )
 
 # Words of the copy to take last, where several fit: the trained network comes before its moving
-# average (``encoder_q`` before ``encoder_k``, ``online`` before ``target``, ``model`` before
-# ``model_ema``), except that DINO's users take the teacher, so the student comes last.
+# average (``encoder_q`` before ``encoder_k``, ``online`` before ``target``), except that DINO's
+# users take the teacher, so the student comes last, and timm's loader takes the average of a file
+# that has it under one of the names of ``TAKEN_FIRST``.
 TAKEN_LAST = frozenset({"k", "key", "momentum", "target", "ema", "swa", "averaged", "student"})
+TAKEN_FIRST = (("state_dict_ema",), ("model_ema",))
 
 COUNTER = "num_batches_tracked"  # of batch norms; older files have none, and it moves no output
 MOST_PREFIXES = 20  # tried for each state dict and spelling
@@ -48,6 +50,8 @@ class Match:
         keys: Network key -> key in that state dict, for the body and, if it is there, the head.
         head: Those network keys among ``keys`` that are head.
         left_over: Keys of the chosen state dict that nothing asked for.
+        shared: Other names in the file of the very same tensors, as a module has that stands in two
+            places: their path in the tree, their key there, and the key among ``keys``' values.
         other: Other places in the file that would have fitted as well, dotted.
         missing: Network keys that may be absent and are: batch norms' counters.
     """
@@ -57,6 +61,7 @@ class Match:
     keys: Mapping[str, str]
     head: tuple[str, ...]
     left_over: tuple[str, ...]
+    shared: tuple[tuple[tuple[str, ...], str, str], ...]
     other: tuple[str, ...]
     missing: tuple[str, ...]
 
@@ -73,8 +78,9 @@ def match_keys(
     """Find where a checkpoint holds a network's tensors.
 
     Every state dict in the file is tried with every prefix that its own keys suggest. Where several
-    hold the whole body, the first counts that: has no word of ``TAKEN_LAST`` in its place, has the
-    head, is nested least, has the shortest prefix, stands first in the file.
+    hold the whole body, the first counts that: has no weights inside the body that the network
+    lacks, is of ``TAKEN_FIRST``, has no word of ``TAKEN_LAST`` in its place, has the head, is
+    nested least, has the shortest prefix, stands first in the file.
 
     Args:
         checkpoint: As read.
@@ -86,7 +92,9 @@ def match_keys(
         rename: Tried where no name of our own fits.
 
     Raises:
-        MismatchError: If no state dict holds all of the body with equal shapes.
+        MismatchError: If no state dict holds all of the body with equal shapes; or if it has
+            weights inside the body that the network lacks, unless ``nesting`` or ``prefix`` is
+            given.
     """
     places = [".".join(path) for path, _ in _state_dicts(checkpoint.tree, ())]
     if nesting is None and len(places) > MOST_STATE_DICTS:
@@ -101,7 +109,7 @@ def match_keys(
             f"{_shortened(map(repr, places))}"
         )
     fits = sorted((c for c in candidates if not c.unfit), key=_preference)
-    if not fits and (outer := _wrapper(key for key in expected if key not in head)):
+    if not fits and (outer := wrapper_of(key for key in expected if key not in head)):
         inner = _candidates(checkpoint.tree, expected, head, nesting, prefix, outer)
         fits = sorted((c for c in inner if not c.unfit), key=_preference)
     if not fits and rename is not None:
@@ -112,14 +120,21 @@ def match_keys(
         raise MismatchError(_explain(checkpoint, nearest, expected))
 
     chosen = fits[0]
+    if chosen.foreign and nesting is None and prefix is None:
+        raise MismatchError(_richer(checkpoint, chosen))
     used = set(chosen.keys.values())
+    shared = _shared(checkpoint.tree, chosen)
+    again = {name for path, name, _ in shared if path == chosen.nesting}
+    copies = {(path, name) for path, name, _ in shared}
+    apart = [c for c in fits if not all((c.nesting, name) in copies for name in c.keys.values())]
     return Match(
         nesting=chosen.nesting,
         prefix=chosen.prefix,
         keys=chosen.keys,
         head=tuple(key for key in head if key in chosen.keys),
-        left_over=tuple(key for key in chosen.tensors if key not in used),
-        other=tuple(dict.fromkeys(c.place for c in fits if c.place != chosen.place)),
+        left_over=tuple(key for key in chosen.tensors if key not in used | again),
+        shared=shared,
+        other=tuple(dict.fromkeys(c.place for c in apart if c.place != chosen.place)),
         missing=tuple(key for key in expected if key not in chosen.keys and key not in head),
     )
 
@@ -138,14 +153,17 @@ def describe_match(match: Match, checkpoint: Checkpoint) -> str:
     if classes := [shape[0] for shape in shapes.values() if len(shape) > 1]:
         lines.append(f"head: {', '.join(match.head)} ({classes[-1]} classes), kept as it is")
     else:
-        lines.append("head: none in the file")
+        lines.append("head: none found")
+    if match.shared:
+        names = _grouped(".".join((*path, name)) for path, name, _ in match.shared)
+        lines.append(f"the same tensors under other names, changed with them: {names}")
     if match.left_over:
         lines.append(f"left over, kept as it is: {_grouped(match.left_over)}")
     if match.other:
         places = _shortened(place or "the top of the file" for place in match.other)
         lines.append(
-            f"warning: would have fitted as well, and stays as it came: {places} "
-            "(choose by --nesting and --prefix)"
+            f"warning: would have fitted as well, and stays as it came, for whoever loads it: "
+            f"{places} (choose by --nesting and --prefix)"
         )
     if apart := state_dicts_apart(match, checkpoint.tree):
         lines.append(f"beside the matched state dict, kept as it is: {_shortened(apart)}")
@@ -189,7 +207,11 @@ def replace_tensors(checkpoint: Checkpoint, match: Match, state: Mapping[str, Te
             value = state[key].detach().cpu()
             if not value.equal(found[name].to(value.dtype)):
                 new[name] = value.to(found[name].dtype)
-    return _merged(checkpoint.tree, match.nesting, new)
+    tree = _merged(checkpoint.tree, match.nesting, new)
+    for path, name, matched in match.shared:
+        if matched in new:
+            tree = _merged(tree, path, {name: new[matched]})
+    return tree
 
 
 def flat_tree(match: Match, tree: Tree) -> dict[str, Tensor]:
@@ -218,6 +240,7 @@ class _Candidate:
     tensors: Mapping[str, Tensor]
     keys: Mapping[str, str]  # network key -> key in ``tensors``, where name and shape fit
     unfit: Mapping[str, str]  # the same where they do not, though the body needs them
+    foreign: tuple[str, ...] = ()  # keys of weights inside the body's modules that it lacks
 
     @property
     def place(self) -> str:
@@ -253,7 +276,8 @@ def _candidates(
             else:
                 prefixes = [_dotted(prefix)]
             for start in prefixes:
-                yield _candidate(path, start, tensors, expected, head, spelled)
+                found = _candidate(path, start, tensors, expected, head, spelled)
+                yield found if found.unfit else _with_foreign(found, head, spelled)
 
 
 def _candidate(
@@ -306,7 +330,55 @@ def _renamed(
                 yield _candidate(path, start, tensors, expected, head, spelled)
 
 
-def _wrapper(body: Iterable[str]) -> str:
+def _with_foreign(
+    candidate: _Candidate, head: tuple[str, ...], spelled: Mapping[str, str]
+) -> _Candidate:
+    """Tell which weights the file has inside the body's modules that the network has not.
+
+    Blocks of a deeper network of the family, and branches of a richer one, stand there; projection
+    heads, queues and another classifier stand beside, or in the place of the head.
+    """
+    body = {outer for word, key in spelled.items() if key not in head for outer in _outer(word)}
+    heads = {word.rpartition(".")[0] for word, key in spelled.items() if key in head}
+    used = set(candidate.keys.values())
+    foreign = []
+    for name in candidate.tensors:
+        word = name.removeprefix(candidate.prefix)
+        if name in used or (word == name and candidate.prefix):
+            continue
+        inside = set(_outer(word))
+        if word.endswith((".weight", ".bias")) and inside & body and not inside & heads:
+            foreign.append(name)
+    return replace(candidate, foreign=tuple(foreign))
+
+
+def _outer(word: str) -> list[str]:
+    """Return the modules that a tensor is in: of ``a.b.weight`` these are ``a`` and ``a.b``."""
+    parts = word.split(".")[:-1]
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _shared(tree: Tree, chosen: _Candidate) -> tuple[tuple[tuple[str, ...], str, str], ...]:
+    """Return the other names of the chosen tensors, which share their memory, see ``Match``."""
+    places = {
+        _memory(chosen.tensors[name]): name
+        for name in chosen.keys.values()
+        if chosen.tensors[name].numel()
+    }
+    used = set(chosen.keys.values())
+    return tuple(
+        (path, name, places[_memory(tensor)])
+        for path, tensors in _state_dicts(tree, ())
+        for name, tensor in tensors.items()
+        if _memory(tensor) in places and not (path == chosen.nesting and name in used)
+    )
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def wrapper_of(body: Iterable[str]) -> str:
     """Return the modules that hold all of a network: ``net.`` if it only wraps another one."""
     parts = zip(*(key.split(".")[:-1] for key in body), strict=False)
     common = itertools.takewhile(lambda names: len(set(names)) == 1, parts)
@@ -349,9 +421,11 @@ def _fits(shape: torch.Size, expected: torch.Size, any_first: bool) -> bool:
     return len(shape) == len(expected) and shape[start:] == expected[start:]
 
 
-def _preference(candidate: _Candidate) -> tuple[int, int, int, int]:
+def _preference(candidate: _Candidate) -> tuple[int, ...]:
     words = set(re.split(r"[._]", candidate.place.lower()))
     return (
+        len(candidate.foreign) > 0,
+        candidate.nesting not in TAKEN_FIRST,
         len(words & TAKEN_LAST),
         -len(candidate.keys),
         len(candidate.nesting),
@@ -382,6 +456,13 @@ def _explain(
             "The names agree, the shapes do not: the same family in another size, or with another "
             "stem or input size. Try another --arch."
         )
+        if all(
+            _other_channels(expected[k], nearest.tensors[n].shape) for k, n in nearest.unfit.items()
+        ):
+            advice += (
+                " Of other channels than RGB, only a network of your own can be: path/to/file.py:"
+                "function, which wraps this one and makes its images from RGB ones."
+            )
     elif not nearest.keys:
         advice = "None of the network's tensors is there. Try another --arch, or --prefix."
     else:
@@ -392,6 +473,25 @@ def _explain(
         f"where {len(nearest.unfit)} tensors differ:"
     )
     return "\n".join([title, *table, advice])
+
+
+def _richer(checkpoint: Checkpoint, chosen: _Candidate) -> str:
+    """Return an error's text: the file holds more of a network than was asked for."""
+    return (
+        f"{checkpoint.path}: holds {len(chosen.foreign)} weights that the network lacks, inside "
+        f"modules that it has: {_grouped(chosen.foreign, 3)}. It is a deeper or richer network of "
+        "the family: try another --arch, or, if these are to be left out, say where to read by "
+        f"--prefix {chosen.prefix!r}"
+    )
+
+
+def _other_channels(expected: torch.Size, found: torch.Size) -> bool:
+    """Tell whether these are first convolutions that differ in their input channels alone."""
+    return (
+        len(expected) == len(found) == 4
+        and expected[1] == 3 != found[1]
+        and expected[:1] + expected[2:] == found[:1] + found[2:]
+    )
 
 
 def _at(tree: Tree, nesting: tuple[str, ...]) -> dict[str, Tensor]:
@@ -424,9 +524,9 @@ def _shortened(words: Iterable[str]) -> str:
     return ", ".join(shown[:MOST_LINES]) + (f", and {rest} more" if rest > 0 else "")
 
 
-def _grouped(keys: Iterable[str]) -> str:
-    """Return keys by their first two names, ``module.encoder_k (122)``."""
-    groups = Counter(".".join(key.split(".")[:2]) for key in keys)
+def _grouped(keys: Iterable[str], names: int = 2) -> str:
+    """Return keys by their first two names, or more, ``module.encoder_k (122)``."""
+    groups = Counter(".".join(key.split(".")[:names]) for key in keys)
     return _shortened(
         f"{group} ({count})" if count > 1 else group for group, count in groups.items()
     )
