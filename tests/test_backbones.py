@@ -38,6 +38,12 @@ def network(classes=10):
 def fixed():
     return network()
 
+def labelled(classes=10):
+    net = network()
+    del net.fc
+    net.add_module("labels", nn.Linear(8, classes))
+    return net
+
 def wrapped():
     outer = nn.Module()
     outer.net = network()
@@ -487,6 +493,13 @@ def test_classes_are_counted_whatever_head_is_asked_for(tmp_path):
     assert (loaded.dimension, len(loaded.backbone.heads), loaded.match.head) == (3, 0, ())
     loaded = open_backbone(Source(path, "cifar/wrn16_1", head="fc"))
     assert (loaded.dimension, loaded.backbone.heads[0].out_features) == (64, 3)
+
+
+def test_classes_are_counted_by_a_head_of_another_name(own, tmp_path):
+    arch = f"{own}:labelled"
+    path = saved(filled(build(arch, classes=3).network), tmp_path)
+    loaded = open_backbone(Source(path, arch, head="labels"))
+    assert (loaded.dimension, loaded.backbone.heads[0].out_features) == (8, 3)
 
 
 @pytest.mark.parametrize("larger", ["resnet34", "seresnet18"])

@@ -91,7 +91,9 @@ def test_a_tensor_under_two_names_is_repaired_under_both(victim, photos, tmp_pat
     torch.save(content, victim)
     before = weights["module.conv1.weight"].clone()
     for name in ("one.pt", "two.safetensors"):
-        out = run(victim, photos, tmp_path / name).tensors
+        out, record, *_ = run(victim, photos, tmp_path / name)
+        shared = json.loads(record.read_text())["matched"]["shared"]
+        assert shared == ["state_dict.module.features.0.weight"]
         after = (
             load_file(out)
             if out.suffix == ".safetensors"

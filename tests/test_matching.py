@@ -1,4 +1,5 @@
 import argparse
+import time
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,7 @@ def test_what_stands_in_two_places_is_replaced_in_both():
         "the same tensors under other names, changed with them: net.features (7), best.conv1"
         in told
     )
+    assert "kept as it is: best" not in told
     new = replace_tensors(found, match, {"conv1.weight": torch.ones(4, 3, 3, 3)})
     for path in (
         ("net", "model.conv1.weight"),
@@ -254,9 +256,53 @@ def test_a_deeper_or_richer_network_is_not_taken_for_a_part_of_it():
     assert match_keys(found, shapes(network()), head=HEAD, prefix="net.").prefix == "net."
     both = checkpoint({"large": state | more, "small": network(2).state_dict()})
     assert match_keys(both, shapes(network()), head=HEAD).nesting == ("small",)
-    for harmless in ("fc.0.weight", "projector.0.weight", "queue", "conv1.attn_mask"):
-        found = checkpoint(state | {harmless: torch.ones(3)})
-        assert harmless in match_keys(found, shapes(network()), head=HEAD).left_over
+
+
+@pytest.mark.parametrize("wrapper", ["", "net."])
+def test_what_stands_beside_the_body_is_no_larger_network(wrapper):
+    state = prefixed(wrapper, network(1).state_dict())
+    expected = prefixed(wrapper, shapes(network()))
+    head = tuple(wrapper + key for key in HEAD)
+    harmless = ("fc.0.weight", "projector.0.weight", "queue", "conv1.attn_mask", "mask_token")
+    unused = ("level3.project.0.weight", "bn1.aux_bn.0.weight")
+    for name in (wrapper + word for word in (*harmless, *unused)):
+        found = checkpoint(state | {name: torch.ones(3)})
+        assert name in match_keys(found, expected, head=head).left_over
+    for name in ("conv1.lora_A", "bn1.gamma", "conv1.1.bias", "register_tokens"):
+        found = checkpoint(state | {wrapper + name: torch.ones(3)})
+        with pytest.raises(MismatchError, match="1 weights that the network lacks"):
+            match_keys(found, expected, head=head)
+    headless = {key: shape for key, shape in expected.items() if key not in head}
+    assert set(head) <= set(match_keys(checkpoint(state), headless).left_over)
+
+
+def test_blocks_after_the_last_of_a_list_are_of_a_larger_network():
+    state = {f"features.{i}.weight": torch.ones(2, 2) for i in range(3)}
+    expected = {key: tensor.shape for key, tensor in state.items()}
+    with pytest.raises(MismatchError, match="1 weights that the network lacks"):
+        match_keys(checkpoint(state | {"features.3.weight": torch.ones(2, 2)}), expected)
+
+
+def test_more_blocks_under_foreign_names_are_of_a_larger_network_too():
+    state = network(1).state_dict()
+    theirs = {key.replace("conv1", "stem").replace("bn1", "norm"): t for key, t in state.items()}
+
+    def rename(tensors):
+        return {name.replace("stem", "conv1").replace("norm", "bn1"): name for name in tensors}
+
+    options = {"head": HEAD, "rename": rename}
+    assert match_keys(checkpoint(theirs), shapes(network()), **options).left_over == ()
+    found = checkpoint(theirs | {"stem.2.weight": torch.ones(3)})
+    with pytest.raises(MismatchError, match=r"lacks, .*: stem\.2\.weight\. "):
+        match_keys(found, shapes(network()), **options)
+
+
+def test_many_long_names_cost_no_time():
+    state = network(1).state_dict()
+    long = {f"{i}.{'a.' * 900}weight": torch.ones(1) for i in range(200)}
+    began = time.perf_counter()
+    match_keys(checkpoint(state | long), shapes(network()), head=HEAD)
+    assert time.perf_counter() - began < 2
 
 
 def test_the_user_can_choose_the_other_copy():

@@ -251,6 +251,9 @@ def open_backbone(source: Source) -> Loaded:
         raise SettingsError(f"size is in pixels, at least 1, got {source.size}")
     checkpoint, arch, head = read_checkpoint(source.checkpoint), source.arch, source.head
     architecture = build(arch)  # its own heads tell the classes, whatever head is asked for
+    if head is not None:
+        heads = (*architecture.heads, *_chosen_heads(architecture.network, head))
+        architecture = architecture._replace(heads=tuple(dict.fromkeys(heads)))
     match = _match(checkpoint, arch, architecture, nesting=source.nesting, prefix=source.prefix)
     tensors = matched_tensors(checkpoint, match)
     weights = dict(architecture.network.named_parameters())

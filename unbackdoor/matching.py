@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +29,13 @@ SPELLINGS: tuple[Mapping[str, str], ...] = (
 # that has it under one of the names of ``TAKEN_FIRST``.
 TAKEN_LAST = frozenset({"k", "key", "momentum", "target", "ema", "swa", "averaged", "student"})
 TAKEN_FIRST = (("state_dict_ema",), ("model_ema",))
+
+# What moves a network's output, by the last part of its name; buffers and mask tokens do not.
+WEIGHT = re.compile(r"weight|bias|gamma(_\d)?|lora_[AB]")
+TOKEN = re.compile(r"register_tokens?|reg_token")
+# Weights of published files that their own networks never use: DLA's spare projections, and the
+# auxiliary batch norms that timm trains with.
+DEAD = re.compile(r"level\d\.(.*\.)?project\.\d\.|\.aux_bn\.")
 
 COUNTER = "num_batches_tracked"  # of batch norms; older files have none, and it moves no output
 MOST_PREFIXES = 20  # tried for each state dict and spelling
@@ -126,7 +133,11 @@ def match_keys(
     shared = _shared(checkpoint.tree, chosen)
     again = {name for path, name, _ in shared if path == chosen.nesting}
     copies = {(path, name) for path, name, _ in shared}
-    apart = [c for c in fits if not all((c.nesting, name) in copies for name in c.keys.values())]
+    apart = [
+        c
+        for c in fits
+        if not all((c.nesting, name) in copies for key, name in c.keys.items() if key not in head)
+    ]
     return Match(
         nesting=chosen.nesting,
         prefix=chosen.prefix,
@@ -165,7 +176,8 @@ def describe_match(match: Match, checkpoint: Checkpoint) -> str:
             f"warning: would have fitted as well, and stays as it came, for whoever loads it: "
             f"{places} (choose by --nesting and --prefix)"
         )
-    if apart := state_dicts_apart(match, checkpoint.tree):
+    changed = {path for path, _, _ in match.shared}
+    if apart := _state_dicts_beside(checkpoint.tree, {match.nesting, *changed}):
         lines.append(f"beside the matched state dict, kept as it is: {_shortened(apart)}")
     if checkpoint.dropped:
         lines.append(f"dropped: {_shortened(checkpoint.dropped)}")
@@ -208,9 +220,12 @@ def replace_tensors(checkpoint: Checkpoint, match: Match, state: Mapping[str, Te
             if not value.equal(found[name].to(value.dtype)):
                 new[name] = value.to(found[name].dtype)
     tree = _merged(checkpoint.tree, match.nesting, new)
+    again: dict[tuple[str, ...], Tree] = {}
     for path, name, matched in match.shared:
         if matched in new:
-            tree = _merged(tree, path, {name: new[matched]})
+            again.setdefault(path, {})[name] = new[matched]
+    for path, copies in again.items():
+        tree = _merged(tree, path, copies)
     return tree
 
 
@@ -224,10 +239,14 @@ def flat_tree(match: Match, tree: Tree) -> dict[str, Tensor]:
 
 def state_dicts_apart(match: Match, tree: Tree) -> list[str]:
     """Return the state dicts of ``tree`` other than the matched one, ``teacher (122 tensors)``."""
+    return _state_dicts_beside(tree, {match.nesting})
+
+
+def _state_dicts_beside(tree: Tree, known: Container[tuple[str, ...]]) -> list[str]:
     return [
         f"{'.'.join(path) or 'top'} ({len(tensors)} tensor{'s' * (len(tensors) > 1)})"
         for path, tensors in _state_dicts(tree, ())
-        if path != match.nesting
+        if path not in known
     ]
 
 
@@ -264,20 +283,27 @@ def _candidates(
     Args:
         outer: What the network's own keys begin with, and the file's do not.
     """
+    spellings: list[dict[str, str]] = []
+    for spelling in SPELLINGS:
+        spelled = {_spell(key.removeprefix(outer), spelling): key for key in expected}
+        # fewer where the network uses both words, for different modules
+        if len(spelled) == len(expected) and spelled not in spellings:
+            spellings.append(spelled)
     for path, tensors in _state_dicts(tree, ()):
         if nesting is not None and nesting != ".".join(path):
             continue
-        for spelling in SPELLINGS:
-            spelled = {_spell(key.removeprefix(outer), spelling): key for key in expected}
-            if len(spelled) < len(expected):
-                continue  # the network uses both words, for different modules
+        for spelled in spellings:
             if prefix is None:
                 prefixes = _suggested_prefixes(tensors, spelled)
             else:
                 prefixes = [_dotted(prefix)]
             for start in prefixes:
                 found = _candidate(path, start, tensors, expected, head, spelled)
-                yield found if found.unfit else _with_foreign(found, head, spelled)
+                if not found.unfit:
+                    words = {name[len(start) :]: name for name in tensors if name.startswith(start)}
+                    foreign = _foreign(words, set(found.keys.values()), head, spelled)
+                    found = replace(found, foreign=foreign)
+                yield found
 
 
 def _candidate(
@@ -324,38 +350,49 @@ def _renamed(
                 for name, tensor in tensors.items()
                 if name.startswith(start)
             }
-            foreign = {key: name for key, name in rename(inside).items() if key in expected}
-            spelled = {foreign.get(key, key): key for key in expected}
+            renamed = rename(inside)
+            names = {key: name for key, name in renamed.items() if key in expected}
+            spelled = {names.get(key, key): key for key in expected}
             if len(spelled) == len(expected):  # else one tensor would be two of the network's
-                yield _candidate(path, start, tensors, expected, head, spelled)
+                found = _candidate(path, start, tensors, expected, head, spelled)
+                words = {key: start + name for key, name in renamed.items()}
+                own = {key: key for key in expected}
+                used = set(found.keys.values())
+                yield replace(found, foreign=_foreign(words, used, head, own))
 
 
-def _with_foreign(
-    candidate: _Candidate, head: tuple[str, ...], spelled: Mapping[str, str]
-) -> _Candidate:
-    """Tell which weights the file has inside the body's modules that the network has not.
+def _foreign(
+    words: Mapping[str, str],
+    used: Container[str],
+    head: tuple[str, ...],
+    spelled: Mapping[str, str],
+) -> tuple[str, ...]:
+    """Return the weights that the file has inside the body's modules and the network has not.
 
     Blocks of a deeper network of the family, and branches of a richer one, stand there; projection
     heads, queues and another classifier stand beside, or in the place of the head.
+
+    Args:
+        words: What stands after the prefix -> key in the file.
+        used: Keys in the file that are the network's.
+        spelled: What the network's keys are after the prefix -> network key.
     """
-    body = {outer for word, key in spelled.items() if key not in head for outer in _outer(word)}
-    heads = {word.rpartition(".")[0] for word, key in spelled.items() if key in head}
-    used = set(candidate.keys.values())
+    body = [word for word, key in spelled.items() if key not in head]
+    wrapper = wrapper_of(body)  # what stands in a wrapper may stand beside what it wraps
+    tops = {word[len(wrapper) :].partition(".")[0] for word in body if "." in word[len(wrapper) :]}
+    listed = any(top.isdigit() for top in tops)  # of a list, the next number is inside as well
+    heads = tuple(f"{word.rpartition('.')[0]}." for word, key in spelled.items() if key in head)
     foreign = []
-    for name in candidate.tensors:
-        word = name.removeprefix(candidate.prefix)
-        if name in used or (word == name and candidate.prefix):
+    for word, name in words.items():
+        rest = word.removeprefix(wrapper)
+        top, dot, inner = rest.partition(".")
+        if name in used or (wrapper and rest == word) or word.startswith(heads):
             continue
-        inside = set(_outer(word))
-        if word.endswith((".weight", ".bias")) and inside & body and not inside & heads:
+        inside = dot and (top in tops or (listed and top.isdigit()))
+        weight = inside and WEIGHT.fullmatch(inner.rpartition(".")[2]) and not DEAD.search(rest)
+        if weight or TOKEN.fullmatch(rest):
             foreign.append(name)
-    return replace(candidate, foreign=tuple(foreign))
-
-
-def _outer(word: str) -> list[str]:
-    """Return the modules that a tensor is in: of ``a.b.weight`` these are ``a`` and ``a.b``."""
-    parts = word.split(".")[:-1]
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return tuple(foreign)
 
 
 def _shared(tree: Tree, chosen: _Candidate) -> tuple[tuple[tuple[str, ...], str, str], ...]:

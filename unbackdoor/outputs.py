@@ -195,6 +195,7 @@ def make_record(
             "tensors": len(match.keys),
             "head": list(match.head),
             "left_over": list(match.left_over),
+            "shared": [".".join((*path, name)) for path, name, _ in match.shared],
             "other": list(match.other),
         },
         "dropped": list(checkpoint.dropped),
