@@ -276,6 +276,14 @@ def test_what_stands_beside_the_body_is_no_larger_network(wrapper):
     assert set(head) <= set(match_keys(checkpoint(state), headless).left_over)
 
 
+def test_another_classifier_in_the_heads_place_is_no_larger_network():
+    body = {"stem.weight": torch.ones(2), "head.norm.weight": torch.ones(2)}
+    expected = {key: t.shape for key, t in body.items()} | {"head.fc.weight": torch.Size([10, 2])}
+    found = checkpoint(body | {"head.fc.0.weight": torch.ones(5, 2)})
+    match = match_keys(found, expected, head=("head.fc.weight",))
+    assert match.left_over == ("head.fc.0.weight",)
+
+
 def test_blocks_after_the_last_of_a_list_are_of_a_larger_network():
     state = {f"features.{i}.weight": torch.ones(2, 2) for i in range(3)}
     expected = {key: tensor.shape for key, tensor in state.items()}
