@@ -25,7 +25,14 @@ from torch.nn.parameter import is_lazy
 
 from unbackdoor.checkpoint import Checkpoint, read_checkpoint
 from unbackdoor.errors import ArchitectureError, CheckpointError, MismatchError, SettingsError
-from unbackdoor.matching import Match, describe_match, match_keys, matched_tensors, wrapper_of
+from unbackdoor.matching import (
+    Match,
+    describe_match,
+    match_keys,
+    matched_tensors,
+    memory_of,
+    wrapper_of,
+)
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import in_range
 from unbackdoor.types import Features, Images
@@ -554,21 +561,16 @@ def _timm_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     try:
         stand_ins = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
         converted = convert(dict(stand_ins), network)
-        places = {key: _place(value) for key, value in converted.items()}
+        places = {key: memory_of(value) for key, value in converted.items()}
     except Exception:  # whatever a file that is not of this family makes it stumble on
         return {}
     names = {
-        _place(stand_in): name
+        memory_of(stand_in): name
         for name, stand_in in stand_ins.items()
         if stand_in._version == 0  # else its values were changed in place
     }
     found = {key: names.get(place) for key, place in places.items()}
     return {key: name for key, name in found.items() if name is not None}
-
-
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    """Return what two tensors have in common that are the same piece of memory in one shape."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _count_classes(state: dict[str, Tensor], heads: Iterable[str]) -> int | None:

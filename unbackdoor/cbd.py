@@ -126,7 +126,7 @@ def purify(
         on_epoch: Called after every epoch with the state to continue from.
 
     Raises:
-        DataError: If the images do not fill one batch.
+        DataError: If the images do not fill one batch, or are all alike to the network.
         SettingsError: If ``state`` has more epochs than the settings ask for; if the ranks cannot
             have equal parts of a batch, or a layer would normalize by a part alone; if the network
             cannot be compiled.

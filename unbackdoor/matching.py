@@ -398,20 +398,21 @@ def _foreign(
 def _shared(tree: Tree, chosen: _Candidate) -> tuple[tuple[tuple[str, ...], str, str], ...]:
     """Return the other names of the chosen tensors, which share their memory, see ``Match``."""
     places = {
-        _memory(chosen.tensors[name]): name
+        memory_of(chosen.tensors[name]): name
         for name in chosen.keys.values()
         if chosen.tensors[name].numel()
     }
     used = set(chosen.keys.values())
     return tuple(
-        (path, name, places[_memory(tensor)])
+        (path, name, places[memory_of(tensor)])
         for path, tensors in _state_dicts(tree, ())
         for name, tensor in tensors.items()
-        if _memory(tensor) in places and not (path == chosen.nesting and name in used)
+        if memory_of(tensor) in places and not (path == chosen.nesting and name in used)
     )
 
 
-def _memory(tensor: Tensor) -> tuple[object, ...]:
+def memory_of(tensor: Tensor) -> tuple[object, ...]:
+    """Return what two tensors have in common that are the same piece of memory in one shape."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
