@@ -1,5 +1,6 @@
 import argparse
 import collections
+import gzip
 import hashlib
 import importlib
 import json
@@ -407,6 +408,8 @@ def test_torchscript_is_refused_with_a_way_out(tmp_path):
         (b"", "is empty"),
         (b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(50), "neither a safetensors file nor one that"),
         (b"hello, world", "neither a safetensors file nor one that"),
+        (b"\n<!DOCTYPE html>", "a page of HTML or XML, as a site sends where it has no file"),
+        (gzip.compress(b"weights"), "compressed by gzip; unpack it"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "by git lfs pull"),
         (struct.pack("<Q", 1 << 40) + b'{"w":', "damaged or cut short"),
         (struct.pack("<Q", 2) + b"{}", "holds no tensors"),

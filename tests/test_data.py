@@ -584,6 +584,15 @@ def test_a_broken_image_is_named_and_replaced_by_the_next_good_one(tmp_path, kin
     assert source.broken == ["x.tar/1.png"]
 
 
+def test_an_image_of_a_kind_that_is_not_read_counts_as_broken(tmp_path):
+    write_folder(tmp_path / "a", noise(3))
+    (tmp_path / "a" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    source = load_images(tmp_path / "a")
+    read_all(source)
+    assert (len(source), source.broken) == (4, ["IMG_1.HEIC"])
+
+
 def test_a_decompression_bomb_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # bytes of a real one: gigabytes
     (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (15, 15))))

@@ -46,7 +46,20 @@ Tree: TypeAlias = dict[str, Union["Tree", Tensor]]
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file that torch < 1.6 wrote
-LFS_POINTER = b"version https://git-lfs"  # begins what a clone without Git LFS holds instead
+OTHER_FORMATS = {  # first bytes: what the file is, and what to do
+    b"version https://git-lfs": "only a pointer to the file, by Git LFS; get the file itself by git"
+    " lfs pull",
+    b"<": "a page of HTML or XML, as a site sends where it has no file; get the file itself",
+    b"{": "text in JSON; pass the file of tensors beside it",
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+    b"\xfd7zXZ": "compressed by xz; unpack it",
+    b"7z\xbc\xaf": "compressed by 7-Zip; unpack it",
+    b"Rar!": "compressed by RAR; unpack it",
+    b"\x89HDF": "HDF5, as Keras writes it; pass the weights as PyTorch has them",
+    b"GGUF": "GGUF, which is quantized; pass the weights that it was made from",
+    b"\x93NUMPY": "an array of NumPy; pass the weights as torch.save or safetensors writes them",
+}
+FIRST_BYTES = max(map(len, OTHER_FORMATS))
 ALIGNMENT = 16  # bytes; tensors that start elsewhere are copied out of the mapped file
 MOST_VISITS = 1_000  # of one container while walking a file; only bombs need more
 MOST_PARTS = 300_000  # of a file, each counted as often as it is referred to
@@ -332,7 +345,7 @@ def _read_file(path: Path) -> _Content:
         start = b""
         if size > 0:
             with path.open("rb") as file:
-                start = file.read(len(LFS_POINTER))
+                start = file.read(FIRST_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
@@ -347,8 +360,9 @@ def _read_file(path: Path) -> _Content:
     except Exception as error:  # a hostile or damaged file can make any line below fail
         raise CheckpointError(f"{path}: damaged or cut short ({_first_line(error)})") from error
     what = "neither a safetensors file nor one that torch.save wrote" if start else "is empty"
-    if start == LFS_POINTER:
-        what = "only a pointer to the file, by Git LFS; get the file itself by git lfs pull"
+    for first, other in OTHER_FORMATS.items():
+        if start.lstrip().startswith(first):
+            what = other
     raise CheckpointError(f"{path}: {what}")
 
 

@@ -59,11 +59,13 @@ READ_AHEAD = 2  # batches
 THREADS = min(8, os.cpu_count() or 1)
 
 WILD = {"*", "?", "["}  # what makes a path a pattern
-IMAGE_SUFFIXES = ["bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"]
+IMAGE_SUFFIXES = ["bmp", "gif", "jfif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"]
+UNREAD_SUFFIXES = ["avif", "heic", "heif", "jp2", "jxl"]  # of images that count as broken
 # Pillow knows more formats, one of which (EPS) hands the file to an interpreter.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 80_000_000  # of one image; 240 MB as it is decoded
-KIND_OF_SUFFIX = {"parquet": "parquet", "tar": "tar"} | dict.fromkeys(IMAGE_SUFFIXES, "image")
+KIND_OF_SUFFIX = {"parquet": "parquet", "tar": "tar"}
+KIND_OF_SUFFIX |= dict.fromkeys(IMAGE_SUFFIXES + UNREAD_SUFFIXES, "image")
 MAX_CLASSES = 100_000
 HIDDEN = -1  # the label of a test image whose class is nobody's business
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
@@ -749,7 +751,7 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
 
 def _is_visible_image(name: str) -> bool:
     hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-    return _suffix(name) in IMAGE_SUFFIXES and not hidden
+    return KIND_OF_SUFFIX.get(_suffix(name)) == "image" and not hidden
 
 
 def _index_parquet(files: _Files, draw: Draw) -> _Index:
