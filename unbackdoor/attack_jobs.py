@@ -210,11 +210,11 @@ def make_victim(
             f"the learning rate only rises: {settings.warmup} epochs of warm-up, {settings.epochs} "
             "in all; pass a smaller --warmup"
         )
-    from_state = resume
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: cannot be made: {error.strerror}") from error
+    from_state = resume
     if plan.attack is not None and plan.attack.adversarial and plan.surrogate is None:
         surrogate = _make_surrogate(
             plan,
@@ -253,41 +253,12 @@ def make_victim(
         f"{speed.images_per_second:.0f} images/s, {speed.share_of_limit:.0%} of the "
         f"{speed.matrix_limit / 1e12:.2f} TFLOP/s that this device reaches in matrix products"
     )
-
-    say("scoring")
-    try:
-        with told_of_memory(where):
-            readings = score_victim(backbone, plan)
-    except CheckpointError as error:
-        raise DivergedError(
-            f"the trained network cannot be scored: {error}; start again with --force and a "
-            "smaller --learning-rate"
-        ) from error
-    for attack, reading in readings.items():
-        say("\n".join(as_text(scores_table(reading, title=f"Scores under {attack}, percent"))))
-    say(f"{DEFINITIONS} Probe and neighbours: {len(plan.split.probe.labels)} labeled images.")
-    first = next(iter(readings.values()))
-    say(f"{first.probe.images} test images, {first.probe.triggered} of them triggered as well")
-    flags = victim_doubts(plan, backbone, first)
-    for flag in flags:
-        say(f"doubt: {flag}")
-    records = {attack: reading_record(reading) for attack, reading in readings.items()}
+    with told_of_memory(where):
+        scores = score_and_say(backbone, plan, say=say)
     record = {
-        "schema": 2,
-        "name": name,
-        **describe_training(plan, settings),
-        "attack": None if plan.attack is None else {"name": name, **attack_record(plan.attack)},
-        "poisoned": count_shares(plan, poisoned),
+        **describe_victim(plan, poisoned, settings, data=data),
         "history": [[round(loss, 4), round(seconds, 1)] for loss, seconds in history],
-        "scores": records if plan.attack is None else records[name],
-        "flags": flags,
-        "data": {
-            "source": Path(data).name,
-            "images": len(poisoned.labels),
-            "sha256": from_tensor(plan.data.images).fingerprint,
-        },
-        "surrogate": None if plan.surrogate is None else plan.surrogate.checkpoint.sha256,
-        "start": None if plan.start is None else plan.start.checkpoint.sha256,
+        **scores,
         "device": describe_device(where),
         "precision": how,
         "peak_memory": peak_memory(where),
@@ -623,12 +594,36 @@ def attacks_of_clean(
     }
 
 
-def score_victim(backbone: Backbone, plan: Plan) -> dict[str, Reading]:
-    """Return the scores of a victim under its attack; of a clean one under every attack."""
-    return {
-        name: read_split(backbone, plan.split, attack, durable=False)
-        for name, attack in plan.scored.items()
-    }
+def score_and_say(backbone: Backbone, plan: Plan, *, say: Say) -> dict[str, Any]:
+    """Score a victim under its attack, a clean one under every attack, and say how it does.
+
+    Returns:
+        Its scores and the doubts about them, as a record holds them.
+
+    Raises:
+        DivergedError: If the network has no finite features or logits.
+    """
+    say("scoring")
+    try:
+        readings = {
+            attack: read_split(backbone, plan.split, each, durable=False)
+            for attack, each in plan.scored.items()
+        }
+    except CheckpointError as error:
+        raise DivergedError(
+            f"the trained network cannot be scored: {error}; start again with --force and a "
+            "smaller --learning-rate"
+        ) from error
+    for attack, reading in readings.items():
+        say("\n".join(as_text(scores_table(reading, title=f"Scores under {attack}, percent"))))
+    say(f"{DEFINITIONS} Probe and neighbours: {len(plan.split.probe.labels)} labeled images.")
+    first = next(iter(readings.values()))
+    say(f"{first.probe.images} test images, {first.probe.triggered} of them triggered as well")
+    flags = victim_doubts(plan, backbone, first)
+    for flag in flags:
+        say(f"doubt: {flag}")
+    records = {attack: reading_record(reading) for attack, reading in readings.items()}
+    return {"scores": records if plan.attack is None else records[plan.name], "flags": flags}
 
 
 def victim_doubts(plan: Plan, backbone: Backbone, reading: Reading) -> list[str]:
@@ -711,6 +706,27 @@ def describe_training(plan: Plan, settings: VictimSettings) -> dict[str, Any]:
         "arch": public_name(plan.arch),
         **plan.pixels._asdict(),
         "training": {"kind": plan.training, **asdict(settings)},
+    }
+
+
+def describe_victim(
+    plan: Plan, poisoned: PoisonedSet, settings: VictimSettings, *, data: str
+) -> dict[str, Any]:
+    """Return what was trained on what, and how it is poisoned, as a record begins."""
+    attack = plan.attack
+    return {
+        "schema": 2,
+        "name": plan.name,
+        **describe_training(plan, settings),
+        "attack": None if attack is None else {"name": plan.name, **attack_record(attack)},
+        "poisoned": count_shares(plan, poisoned),
+        "data": {
+            "source": Path(data).name,
+            "images": len(poisoned.labels),
+            "sha256": from_tensor(plan.data.images).fingerprint,
+        },
+        "surrogate": None if plan.surrogate is None else plan.surrogate.checkpoint.sha256,
+        "start": None if plan.start is None else plan.start.checkpoint.sha256,
     }
 
 
