@@ -107,11 +107,9 @@ def _set(part: Part, kept: Mapping[str, Tensor]) -> None:
             for key, tensor in kept.items():
                 number, _, name = key.partition(".")
                 weight = weights[int(number)]
-                alike = (
-                    tensor.shape == weight.shape
-                )  # and so of its layout; a count of steps is not
-                value = torch.empty_like(weight).copy_(tensor) if alike else tensor
-                part.state[weight][name] = value
+                if tensor.shape == weight.shape:  # and so of its layout; a count of steps is not
+                    tensor = torch.empty_like(weight).copy_(tensor)
+                part.state[weight][name] = tensor
         case _:
             for key, tensor in _tensors_of(part).items():
                 tensor.copy_(kept[key])
