@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -371,6 +372,8 @@ def test_a_killed_training_resumes_to_the_same_bits(make, monkeypatch, tmp_path)
         path.unlink()
 
     def stop(step, steps):
+        if step == 1:
+            time.sleep(5)
         if step == 60:  # of 72: in the third epoch
             raise KeyboardInterrupt
 
@@ -384,6 +387,8 @@ def test_a_killed_training_resumes_to_the_same_bits(make, monkeypatch, tmp_path)
     files, _, said = make("badnets", settings, resume=True)
     assert "resuming after epoch 2 of 3" in said
     torch.testing.assert_close(weights(files), whole, rtol=0, atol=0)
+    made = json.loads(files.record.read_text())
+    assert made["seconds"] > sum(seconds for _, seconds in made["history"]) >= 5  # of both runs
     assert not files.state.exists()
     with pytest.raises(OutputError, match="exists already"):
         make("badnets", settings, resume=True)

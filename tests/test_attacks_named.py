@@ -72,6 +72,15 @@ def test_unknown_names_and_wrong_values_are_refused(name, trigger, message):
     assert message in str(refused.value)
 
 
+def test_an_unknown_option_is_refused():
+    with pytest.raises(
+        SettingsError, match="badnets: setting 'shares' is unknown; did you mean 's"
+    ):
+        named("badnets", options={"shares": 0.1})
+    with pytest.raises(SettingsError, match="badnets: target is a whole number, got '1'"):
+        named("badnets", options={"target": "1"})
+
+
 def test_cla_has_no_form_without_labels():
     with pytest.raises(SettingsError, match="cla needs labels"):
         named("cla", training="simclr")

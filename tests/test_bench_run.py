@@ -3,6 +3,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -379,6 +380,8 @@ def test_a_kill_loses_the_last_epoch_at_most_and_changes_no_result(run, store, c
     steps = []
 
     def kill_in_the_last_epoch(step, of):
+        if of == 6 and step == 1:
+            time.sleep(2)
         if of == 6 and step == 6:  # three epochs of two steps
             raise Killed
 
@@ -391,6 +394,7 @@ def test_a_kill_loses_the_last_epoch_at_most_and_changes_no_result(run, store, c
     assert not store.state_path(repair_key(cell)).exists()
     one, other = (record_of(each, cell) for each in (whole, store))
     assert one["scores"] == other["scores"]
+    assert other["seconds"]["all"] > other["seconds"]["defense"] >= 2  # of both runs
     assert [epoch["total"] for epoch in one["history"]] == [
         epoch["total"] for epoch in other["history"]
     ]
@@ -404,6 +408,8 @@ def test_a_killed_baseline_goes_on_after_its_last_epoch(run, store, cells, grid,
     run_cells([cell], whole, Place(grid.data, device="cpu"), say=lambda line: None)
 
     def kill_in_the_last_epoch(step, of):
+        if (step, of) == (1, 5):
+            time.sleep(2)
         if (step, of) == (5, 5):
             raise Killed
 
@@ -414,7 +420,9 @@ def test_a_killed_baseline_goes_on_after_its_last_epoch(run, store, cells, grid,
     run([cell], lambda step, of: steps.append(step) if of == 5 else None)
     assert steps == [5]
     assert not store.state_path(repair_key(cell)).exists()
-    assert record_of(whole, cell)["scores"] == record_of(store, cell)["scores"]
+    made = record_of(store, cell)
+    assert record_of(whole, cell)["scores"] == made["scores"]
+    assert made["seconds"]["all"] > made["seconds"]["defense"] >= 2  # of both runs
 
 
 @pytest.mark.slow

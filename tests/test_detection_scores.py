@@ -15,7 +15,6 @@ from unbackdoor.detection.scores import (
     detect,
     evaluate_detector,
     score_conditions,
-    trained_side,
 )
 from unbackdoor.detection.voc import load_voc
 from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
@@ -101,13 +100,6 @@ def record(tmp_path):
     weak = {"training": {"kind": "simclr"}, "scores": {"probe": {"acc": 0.5, "pa": 0.48}}}
     path.write_text(json.dumps({"attack": described, "size": 16, **weak}))
     return path
-
-
-def test_a_victims_record_says_in_which_images_its_trigger_was_planted(record, tmp_path):
-    assert trained_side(str(record), default=32) == 16
-    assert trained_side("badnets", default=32) == 32
-    record.write_text(json.dumps({"size": "16"}))
-    assert trained_side(str(record), default=32) == 32
 
 
 @pytest.fixture

@@ -152,6 +152,8 @@ def test_a_file_that_holds_no_attack_is_refused(tmp_path):
             find_attack(str(tmp_path / "x.json"), size=32)
     odd = write_record(tmp_path, training=[], scores=[1])
     assert find_attack(odd, size=32) == Known(ATTACK, "mine", True)
+    for size, side in ((16, 16), ("16", None), (10**9, None)):
+        assert find_attack(write_record(tmp_path, size=size), size=32).side == side
     with pytest.raises(SettingsError, match="attack 'badnest' is unknown"):
         find_attack("badnest", size=32)
     with pytest.raises(CheckpointError, match=r"none\.json: is no victim's record: .*No such file"):
@@ -195,6 +197,9 @@ def test_doubts_are_said():
     some = doubts(Known(to_all, "x", True, 0.71, None, 0.8), many, probe)
     assert "the victim's own ASR was 71.0 %, below 72 %" in some[0]
     assert "three seeds" in weak[-1]
+    elsewhere = doubts(Known(ATTACK, "x", True, 0.95, side=32), many, probe)
+    assert elsewhere[0].startswith("the trigger was planted in images of 32 pixels a side, and the")
+    assert len(doubts(Known(ATTACK, "x", True, 0.95, side=8), many, probe)) == len(elsewhere) - 1
 
 
 def test_a_fine_tuning_that_breaks_the_network_is_doubted():

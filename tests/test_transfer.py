@@ -61,6 +61,13 @@ def test_classes_without_a_labeled_image_are_a_doubt(source):
     assert "of 10 classes have none of the 12 labeled images" in made["flags"][0]
 
 
+def test_a_trigger_planted_in_images_of_another_size_is_a_doubt(source, data):
+    record = ROOT / "results/victims/badnets-supervised-seed0.json"
+    options = {"labels": 50, "device": "cpu", "say": lambda _: None}
+    made = transfer_file(source, data, str(record), **options)
+    assert "planted in images of 32 pixels a side, and these have 16" in made["flags"][0]
+
+
 def test_a_file_is_scored_and_nothing_replaced(source, data, tmp_path):
     out, said = tmp_path / "t.json", []
     options = {"device": "cpu", "out": out, "say": said.append}

@@ -15,7 +15,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.attacks.named import ATTACKS, SMALL, Training, attack_record, named_attack
+from unbackdoor.attacks.named import (
+    ATTACKS,
+    SMALL,
+    Training,
+    attack_record,
+    is_adversarial,
+    named_attack,
+)
 from unbackdoor.attacks.poisoning import (
     Attack,
     PoisonedSet,
@@ -60,6 +67,7 @@ from unbackdoor.devices import (
     describe_device,
     deterministic,
     flops,
+    forget_peak,
     matrix_limit,
     peak_memory,
     pick_device,
@@ -188,6 +196,7 @@ def make_victim(
     for path in files:
         refuse_inputs(path, filter(None, (surrogate, start)))
     where = pick_device(device)
+    forget_peak(where)
     how = pick_precision(precision, where)
     plan = plan_victim(
         name,
@@ -235,7 +244,7 @@ def make_victim(
     with told_of_memory(where):
         poisoned = poisoned_set(plan, settings, device=where)
         say(describe_shares(plan, poisoned))
-        backbone, history = train_with_state(
+        backbone, history, earlier = train_with_state(
             plan,
             poisoned,
             settings,
@@ -263,7 +272,7 @@ def make_victim(
         "precision": how,
         "peak_memory": peak_memory(where),
         "speed": speed._asdict(),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(time.monotonic() - started + earlier, 1),
         "versions": versions(),
     }
     tree: Tree = {key: value.cpu().contiguous() for key, value in network_state(backbone).items()}
@@ -526,11 +535,11 @@ def train_with_state(
     resume: bool,
     say: Say,
     on_step: Callable[[int, int], None] | None,
-) -> tuple[Backbone, tuple[Epoch, ...]]:
+) -> tuple[Backbone, tuple[Epoch, ...], float]:
     """Train, say how it goes, and keep the state in ``path`` about once a minute and at the end.
 
     Returns:
-        The trained backbone, and the history of its epochs.
+        The trained backbone, the history of its epochs, and the seconds of those of earlier runs.
 
     Raises:
         OutputError: If ``resume`` is given and the state is missing or of another run.
@@ -552,6 +561,7 @@ def train_with_state(
     }
     state = _load(path, of) if resume else None
     history = () if state is None else state.history
+    earlier = sum(epoch.seconds for epoch in history)
     if state is None:
         path.unlink(missing_ok=True)  # of another run, which is being overwritten
     else:
@@ -577,7 +587,7 @@ def train_with_state(
         on_step=on_step,
         on_epoch=on_epoch,
     )
-    return backbone, history
+    return backbone, history, earlier
 
 
 def attacks_of_clean(
@@ -587,11 +597,14 @@ def attacks_of_clean(
 
     Its scores are the ceiling that a repaired victim's PA and ASR are read against.
     """
-    return {
-        name: named_attack(name, size=size, training=training, options={"target": target})
-        for name in ATTACKS
-        if name != "cla"  # its trigger is that of BadNets
-    }
+    found: dict[str, Attack] = {}
+    for name in ATTACKS:
+        if training == "simclr" and is_adversarial(name):
+            continue
+        attack = named_attack(name, size=size, training=training, options={"target": target})
+        if attack.trigger not in [other.trigger for other in found.values()]:  # CLA has BadNets'
+            found[name] = attack
+    return found
 
 
 def score_and_say(backbone: Backbone, plan: Plan, *, say: Say) -> dict[str, Any]:

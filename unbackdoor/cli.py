@@ -368,6 +368,7 @@ def attack(
         Replace existing files.
     """
     from unbackdoor import attack_jobs  # imports torch, so not before it is needed
+    from unbackdoor.attacks.named import is_adversarial
 
     training: Literal["supervised", "simclr"] = "simclr" if simclr else "supervised"
     if show:
@@ -396,7 +397,7 @@ def attack(
     )
     own = attack_jobs.name_files(name, out, training, settings).state
     before = attack_jobs.name_files("clean", out, "supervised", settings).state
-    makes_surrogate = name == "cla" and surrogate is None
+    makes_surrogate = is_adversarial(name) and surrogate is None
     with (
         display(f"attack {name}") as shown,
         resumable(lambda: before if makes_surrogate and not own.exists() else own),

@@ -39,6 +39,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -313,10 +314,14 @@ class TensorImages:
     def __init__(self, images: RawImages, *, size: tuple[int, int] | None = None):
         self._images = images
         self.size = size or (images.shape[2], images.shape[3])
-        digest = hashlib.sha256(repr(([*images.shape], self.size)).encode())
-        digest.update(images.contiguous().numpy().data)
-        self.fingerprint = digest.hexdigest()
         self.broken: list[str] = []
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See ``ImageSource``."""
+        digest = hashlib.sha256(repr(([*self._images.shape], self.size)).encode())
+        digest.update(self._images.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         """See ``ImageSource``."""

@@ -219,15 +219,17 @@ def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, s
     if not 0 < share <= 1:
         raise DataError(f"--share is above 0 and at most 1, got {share}")
     draw = partial(defender_rows, labeled=labels == "given", share=share, seed=seed)
-    try:
-        images, truth, _ = load_labeled(data, split="train", size=size)
-    except UnlabeledError:
-        if labels == "given":
-            raise
-        photos = load_images(data, size=size, split="train")
-        return Owned(photos.read(draw(len(photos)).tolist()), None, tuple(photos.broken))
-    taken = draw(len(images))
-    return Owned(images[taken], truth[taken])
+    if labels != "none":  # with the truth, where there is one, pseudo-labels can be compared
+        try:
+            images, truth, _ = load_labeled(data, split="train", size=size)
+        except UnlabeledError:
+            if labels == "given":
+                raise
+        else:
+            taken = draw(len(images))
+            return Owned(images[taken], truth[taken])
+    photos = load_images(data, size=size, split="train")
+    return Owned(photos.read(draw(len(photos)).tolist()), None, tuple(photos.broken))
 
 
 def label(

@@ -172,6 +172,12 @@ def global_generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[number]
 
 
+def forget_peak(device: torch.device) -> None:
+    """Begin to count :func:`peak_memory` anew, where it can be: on CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the peak bytes so far: on CUDA of the device's allocator, elsewhere of the process."""
     if device.type == "cuda":

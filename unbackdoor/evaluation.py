@@ -53,6 +53,7 @@ class Known(NamedTuple):
     victim_asr: float | None = None  # through the victim's own head
     victim_loss: float | None = None  # its ACC minus its PA, through a probe
     victim_acc: float | None = None  # through its own head; an all-to-all ASR cannot be higher
+    side: int | None = None  # of the images that its trigger was planted in, in pixels
 
 
 def evaluate_file(
@@ -198,14 +199,18 @@ def like_victim(source: Source, attack: str) -> Source:
         good = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
         return tuple(values) if good and values else None
 
-    size = record.get("size")
-    known = size if isinstance(size, int) and 0 < size <= LARGEST else None
     return replace(
         source,
         mean=source.mean or levels("mean"),
         std=source.std or levels("std"),
-        size=known if source.size is None else source.size,
+        size=side_in(record) if source.size is None else source.size,
     )
+
+
+def side_in(record: Mapping[str, Any]) -> int | None:
+    """Return the side of a victim's images in pixels, where its record holds a sensible one."""
+    size = record.get("size")
+    return size if isinstance(size, int) and 0 < size <= LARGEST else None
 
 
 def read_victim(path: str) -> Mapping[str, Any]:
@@ -267,7 +272,7 @@ def known_from(record: Mapping[str, Any], attack: Attack, name: str) -> Known:
     )
     lost = None if acc is None or pa is None else acc - pa
     supervised = _inside(record, "training", "kind") != "simclr"
-    return Known(attack, name, supervised, asr, lost, head_acc)
+    return Known(attack, name, supervised, asr, lost, head_acc, side_in(record))
 
 
 def _inside(record: Any, *names: str) -> Any:
@@ -309,6 +314,7 @@ def doubts_of_seed(known: Known, reading: Reading, probe: LabeledImages) -> list
     """Return why scores should be read with care, but for there being one seed of them."""
     target = known.attack.target if known.attack.goal == "all-to-one" else None
     found = not_taken(known) + without_labels(probe, target=target)
+    found += planted_elsewhere(known, probe.images.shape[-1])
     if reading.probe.triggered < FEW:
         found.append(f"only {reading.probe.triggered} triggered images")
     return found + broken_by_tuning(reading)
@@ -368,6 +374,16 @@ def not_taken(known: Known) -> list[str]:
             f"{100 * LOST:.0f}: the attack did not take"
         )
     return found
+
+
+def planted_elsewhere(known: Known, side: int) -> list[str]:
+    """Return a doubt where a trigger was planted in images of another size than ``side``."""
+    if known.side in (None, side):
+        return []
+    return [
+        f"the trigger was planted in images of {known.side} pixels a side, and these have {side}: "
+        "what it does to them says little about the backdoor"
+    ]
 
 
 def counts(split: Split) -> dict[str, int]:

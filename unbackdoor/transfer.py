@@ -26,6 +26,7 @@ from unbackdoor.evaluation import (
     find_attack,
     like_victim,
     not_taken,
+    planted_elsewhere,
     without_labels,
 )
 from unbackdoor.metrics import Scores, TestSet, read
@@ -97,6 +98,7 @@ def transfer_file(
         reading = read(backbone, None, parts.probe, test)
     scores = {"probe": reading.probe, "neighbours": reading.neighbours}
     flags = not_taken(known) + without_labels(parts.probe)
+    flags += planted_elsewhere(known, loaded.size)
     if len(test.labels) < FEW:
         flags.append(f"only {len(test.labels)} test images")
     flags.append("one backbone, one split: a table needs three seeds")

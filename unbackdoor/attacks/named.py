@@ -44,6 +44,11 @@ ATTACKS: Mapping[str, Callable[[int, Training], Attack]] = {
 }
 
 
+def is_adversarial(name: str) -> bool:
+    """Tell whether the attack ``name`` needs a surrogate; what is no attack's name does not."""
+    return name in ATTACKS and ATTACKS[name](SMALL, "supervised").adversarial
+
+
 def named_attack(
     name: str,
     *,
@@ -68,7 +73,7 @@ def named_attack(
         raise SettingsError(unknown("attack", name, ATTACKS))
     attack = ATTACKS[name](size, training)
     if training == "simclr":
-        if attack.adversarial:
+        if is_adversarial(name):
             raise SettingsError(f"{name} needs labels and has no SimCLR form; badnets needs none")
         attack = replace(attack, **CLEAN_LABEL)
     if trigger:
@@ -76,7 +81,8 @@ def named_attack(
         where = type(before).__name__
         after = changed(before, trigger, where, texts=True, prefix="trigger.")
         attack = replace(attack, trigger=after)
-    return replace(attack, **(options or {}))
+    altered: Attack = changed(attack, options or {}, name)
+    return altered
 
 
 def attack_record(attack: Attack) -> dict[str, Any]:

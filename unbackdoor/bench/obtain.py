@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from unbackdoor.attack_jobs import make_victim, surrogate_augment
-from unbackdoor.attacks.named import attack_record, named_attack
+from unbackdoor.attacks.named import attack_record, is_adversarial, named_attack
 from unbackdoor.backbones import Loaded, Source, build, open_backbone
 from unbackdoor.bench.cells import CLEAN, DEMO, Victim
 from unbackdoor.bench.grid import IMAGENET100, data_name, file_hash
@@ -152,8 +152,8 @@ def obtain_victim(
 
 
 def surrogate_of(victim: Victim) -> Victim | None:
-    """Return the clean victim that CLA perturbs its images by; None for other attacks."""
-    if victim.attack != "cla" or victim.settings is None:
+    """Return the clean victim that CLA perturbs its images by; None for most attacks."""
+    if not is_adversarial(victim.attack) or victim.settings is None:
         return None
     size = size_of(victim)
     settings = replace(victim.settings, augment=surrogate_augment(size))

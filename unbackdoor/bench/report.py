@@ -100,13 +100,15 @@ def undrawn(parts: Sequence[Part], features: Mapping[str, Mapping[str, Any]]) ->
 
 
 def origins(parts: Sequence[Part]) -> Note:
-    """Say what computed the records, with the number of records of each."""
+    """Say what computed the records, and their detectors, with the number of each."""
     records = {key: record for part in parts for key, record in part.records.items()}
+    detectors = [record["detection"] for record in records.values() if "detection" in record]
     counts: Counter[str] = Counter()
-    for record in records.values():
-        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        code = f"revision {record['revision']}; {versions}"
-        counts[f"{record['device']}, {record['precision']}; {code}"] += 1
+    for made in (*records.values(), *detectors):
+        versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+        whose = "" if "victim" in made else "a detector, "
+        code = f"revision {made['revision']}; {versions}"
+        counts[f"{whose}{made['device']}, {made['precision']}; {code}"] += 1
     text = "\n".join(f"{count} × {what}" for what, count in sorted(counts.items()))
     return Note("What computed the records", text)
 

@@ -1,5 +1,6 @@
 """Run cells: find or train the victim, defend it, score it before and after, write the record."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -7,11 +8,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
-
-import torch
 
 from unbackdoor.attacks.named import attack_from_record, named_attack
 from unbackdoor.attacks.poisoning import Attack
@@ -48,7 +47,14 @@ from unbackdoor.data import LabeledImages, Sets, from_tensor
 from unbackdoor.defense_jobs import find_defense, label, pseudo_label_accuracy, run_defense
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.keeping import Keeper
-from unbackdoor.devices import describe_device, laid_out, peak_memory, pick_device, pick_precision
+from unbackdoor.devices import (
+    describe_device,
+    forget_peak,
+    laid_out,
+    peak_memory,
+    pick_device,
+    pick_precision,
+)
 from unbackdoor.evaluation import (
     Known,
     counts,
@@ -57,6 +63,7 @@ from unbackdoor.evaluation import (
     known_from,
     read_split,
     reading_record,
+    unread_head,
 )
 from unbackdoor.metrics import Reading
 from unbackdoor.outputs import versions
@@ -71,7 +78,7 @@ class Repaired(NamedTuple):
     log: dict[str, Any]
     history: list[dict[str, float]]
     told: dict[str, Any]  # of the images and labels that the defense was given
-    seconds: float = 0.0  # that the defense took
+    seconds: float = 0.0  # that the defense took, in runs that were killed as well
 
 
 class Shared(NamedTuple):
@@ -79,12 +86,14 @@ class Shared(NamedTuple):
 
     Attributes:
         load: Loads images, and remembers what it has loaded.
-        before: Scores a victim, see :func:`score_victim`; remembers what it has scored.
+        hashes: Of the images, as a record holds them; remembers them likewise.
+        before: Scores of the victim as delivered, so far, by attack and seed.
         repairs: So far, see :func:`repair_key`.
     """
 
     load: Callable[[str, int], Sets]
-    before: Callable[..., Reading]
+    hashes: Callable[[str, int], dict[str, str]]
+    before: dict[tuple[str, int], Reading]
     repairs: dict[str, Repaired]
 
 
@@ -217,14 +226,17 @@ def _run_group(
     on_step: OnStep | None,
 ) -> None:
     """Run the cells of one victim."""
-    shared = Shared(load, cache(score_victim), {})
+    shared = Shared(load, cache(partial(_hashes, load)), {}, {})
+    found: Found | None = None
     for cell in cells:
         with claimed(store, cell.key) as mine:
             if not mine or not pending([cell], store):
                 continue
             say(describe(cell))
             try:
-                found = obtain_victim(victim, store, place, load=load, say=say, on_step=on_step)
+                found = found or obtain_victim(
+                    victim, store, place, load=load, say=say, on_step=on_step
+                )
             except Exception as error:  # other victims may be had
                 for other in pending(cells, store):
                     _fail(other, error, store, say)
@@ -238,6 +250,14 @@ def _run_group(
                     store.state_path(repair_key(cell)).unlink(missing_ok=True)
             except Exception as error:  # a failed cell must not stop the others
                 _fail(cell, error, store, say)
+
+
+def _hashes(load: Callable[[str, int], Sets], data: str, size: int) -> dict[str, str]:
+    sets = load(data, size)
+    return {
+        "train_sha256": from_tensor(sets.train.images).fingerprint,
+        "test_sha256": from_tensor(sets.test.images).fingerprint,
+    }
 
 
 def _fail(cell: Cell, error: Exception, store: Store, say: Say) -> None:
@@ -301,22 +321,26 @@ def defend_cell(
         UnbackdoorError: See ``errors``.
     """
     started, device = time.monotonic(), pick_device(place.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak(device)
     made = json.loads(found.record.read_text())
     loaded = open_victim(found, made)
     sets = shared.load(place.data, loaded.size)
     split = divide(*sets, seed=cell.seed)
     attack = attack_of(cell.victim, cell.attack, made)
-    delivered = shared.before(found, cell.attack, cell.victim, cell.seed, place, shared.load)
+    as_delivered = cell.attack, cell.seed
+    if as_delivered not in shared.before:
+        victim = laid_out(copy.deepcopy(loaded.backbone).to(device))
+        shared.before[as_delivered] = read_split(victim, split, attack, durable=True)
     alike = repair_key(cell)
     if alike not in shared.repairs:
         begun = time.monotonic()
         result = repair(cell, loaded, sets.train, store, place, on_step=on_step)
-        shared.repairs[alike] = result._replace(seconds=time.monotonic() - begun)
+        started -= result.seconds
+        spent = result.seconds + time.monotonic() - begun
+        shared.repairs[alike] = result._replace(seconds=spent)
     repaired = shared.repairs[alike]
     seconds = {"defense": repaired.seconds}
-    reading = delivered
+    reading = delivered = shared.before[as_delivered]
     if cell.defense != NO_DEFENSE:
         backbone = laid_out(repaired.backbone.to(device))
         reading = read_split(backbone, split, attack, durable=True)
@@ -337,11 +361,13 @@ def defend_cell(
         "told": repaired.told,
         "data": {
             "name": data_name(place.data),
-            "train_sha256": from_tensor(sets.train.images).fingerprint,
-            "test_sha256": from_tensor(sets.test.images).fingerprint,
+            **shared.hashes(place.data, loaded.size),
             **counts(split),
         },
-        "flags": flags_of(cell, known_from(made, attack, cell.attack), reading, split.probe),
+        "flags": [
+            *unread_head(repaired.backbone, reading, classes=len(split.test.classes)),
+            *flags_of(cell, known_from(made, attack, cell.attack), reading, split.probe),
+        ],
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_memory": peak_memory(device),
         "device": describe_device(device),
@@ -365,22 +391,6 @@ def attack_of(victim: Victim, name: str, made: Mapping[str, Any]) -> Attack:
     return named_attack(name, size=made["size"], training=victim.training, options=options)
 
 
-def score_victim(
-    found: Found,
-    attack: str,
-    victim: Victim,
-    seed: int,
-    place: Place,
-    load: Callable[[str, int], Sets],
-) -> Reading:
-    """Score a victim as it is delivered, and whether that lasts."""
-    made = json.loads(found.record.read_text())
-    loaded = open_victim(found, made)
-    split = divide(*load(place.data, loaded.size), seed=seed)
-    backbone = laid_out(loaded.backbone.to(pick_device(place.device)))
-    return read_split(backbone, split, attack_of(victim, attack, made), durable=True)
-
-
 def repair(
     cell: Cell,
     loaded: Loaded,
@@ -390,7 +400,7 @@ def repair(
     *,
     on_step: OnStep | None,
 ) -> Repaired:
-    """Run the defense of a cell."""
+    """Run the defense of a cell, or go on with it; the seconds are those of earlier runs."""
     if cell.defense == NO_DEFENSE:
         return Repaired(loaded.backbone, {}, [], {"labels": "none", "images": 0})
     device = pick_device(place.device)
@@ -416,7 +426,7 @@ def repair(
     }
     keep = Keeper(store.state_path(repair_key(cell)), of)
     result = run_defense(chosen, backbone, data, device=device, on_step=on_step, keep=keep)
-    return Repaired(result.backbone, result.log, [], told)
+    return Repaired(result.backbone, result.log, [], told, keep.earlier)
 
 
 def _purify(
@@ -435,6 +445,9 @@ def _purify(
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=told["fingerprint"])
     of |= {"device": str(device), "precision": precision}
 
+    state = find_state(path, of)  # none where it is of another device, or damaged
+    earlier = sum(epoch.seconds for epoch in state.history) if state else 0.0
+
     def on_epoch(reached: PurifyState) -> None:
         save_state(path, reached, of)
 
@@ -444,12 +457,12 @@ def _purify(
         settings,
         device=device,
         precision=precision,
-        state=find_state(path, of),  # none where it is of another device, or damaged
+        state=state,
         on_step=on_step,
         on_epoch=on_epoch,
     )
     epochs = [epoch._asdict() for epoch in history]
-    return Repaired(cast("Backbone", backbone), {}, epochs, told)
+    return Repaired(cast("Backbone", backbone), {}, epochs, told, earlier)
 
 
 def flags_of(cell: Cell, known: Known, reading: Reading, probe: LabeledImages) -> list[str]:

@@ -27,7 +27,8 @@ DURABLE = {"probe": "delivered", "reestimated": "re-estimated", "fine_tuned": "f
 OWN_HEAD_LATER = {"head_reestimated": "re-estimated", "head_fine_tuned": "fine-tuned"}
 PAPER_ROWS = {CLEAN_ROW: "Clean Model"}  # the paper's name, where it has another
 READERS: Mapping[Reader, str] = {
-    "paper": "the paper's reading: the own head, but a linear probe after CBD and without a head",
+    "paper": "the paper's reading: the own head, but a linear probe after CBD and SFT, and where "
+    "there is no head",
     "probe": "linear probe before and after",
     "head": "the backbone's own head before and after",
 }
@@ -319,9 +320,10 @@ def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
     """Return what stands below a table.
 
     Args:
-        about: What its numbers are; by default, those of the backbone.
+        about: What its numbers are, of detectors; by default, they are those of the backbone.
     """
     records = [record for line in rows for record in line.records]
+    computed = records if not about else [record["detection"] for record in records]
     parts = [] if grid.compares else ["Not comparable with the paper: compare within the table."]
     if records:
         parts.append(f"Percent. {about or _about_scores(records[0])}")
@@ -344,7 +346,7 @@ def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
     if len({(r["data"]["train_sha256"], r["data"]["test_sha256"]) for r in records}) > 1:
         parts.append("The records are of different images.")
     for what in ("device", "precision", "revision"):
-        if len(found := dict.fromkeys(record[what] for record in records)) > 1:
+        if len(found := dict.fromkeys(each[what] for each in computed)) > 1:
             listed = f": {', '.join(found)}" if what != "revision" else " of the code"
             parts.append(f"The records are of {len(found)} {what}s{listed}.")
     return " ".join(parts)

@@ -22,21 +22,24 @@ class Keeper:
     Attributes:
         path: Of the state.
         of: What has to be equal for a state to be continued.
+        earlier: Seconds that earlier runs took to what is gone on from.
     """
 
     def __init__(self, path: Path, of: Mapping[str, str], *, seconds: float | None = None):
         """Keep a state in ``path``, at most every ten seconds and at the end of each loop."""
         self.path, self.of = path, dict(of)
         self._seconds = SECONDS if seconds is None else seconds
-        self._written = time.monotonic()
+        self._begun = self._written = time.monotonic()
         self._loops = 0  # begun in this run
         self._reached: list[int] = []  # rounds of each loop
         self._tensors: dict[str, Tensor] = {}
+        self.earlier = 0.0
         try:
-            stored = read_state(self.path, self.of, groups=("loops",))
+            stored = read_state(self.path, self.of, groups=("loops", "time"))
         except StateError:  # there is none, or it is of another run
             return
         self._reached, self._tensors = stored.history, stored.groups["loops"]
+        self.earlier = float(stored.groups["time"]["seconds"])
 
     def rounds(self, count: int, parts: Mapping[str, Part]) -> Iterator[int]:
         """Yield the rounds of the next loop that are left, from 0, and keep the parts after each.
@@ -63,8 +66,10 @@ class Keeper:
             for key, tensor in _tensors_of(part).items():
                 kept = tensor.detach().to("cpu", copy=True).contiguous()
                 self._tensors[f"{loop}.{name}.{key}"] = kept
-        write_state(self.path, self._reached, {"loops": self._tensors}, self.of)
         self._written = time.monotonic()
+        seconds = torch.tensor(self.earlier + self._written - self._begun, dtype=torch.float64)
+        groups = {"loops": self._tensors, "time": {"seconds": seconds}}
+        write_state(self.path, self._reached, groups, self.of)
 
 
 def resumed(keep: Keeper | None, count: int, parts: Mapping[str, Part]) -> Iterable[int]:

@@ -36,6 +36,7 @@ from unbackdoor.detection.voc import VocImages, check_classes, load_voc
 from unbackdoor.devices import (
     Precision,
     describe_device,
+    forget_peak,
     peak_memory,
     pick_device,
     pick_precision,
@@ -125,6 +126,7 @@ def train_file(
     loaded = open_backbone(source)
     levels = find_levels(loaded.backbone.body, source.arch, stages)
     where = pick_device(device)
+    forget_peak(where)
     how = pick_precision(precision, where)
     detector = make_detector(
         loaded.backbone, levels, settings, classes=len(images.classes), precision=how

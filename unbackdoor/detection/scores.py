@@ -23,9 +23,9 @@ from unbackdoor.detection.precision import (
 )
 from unbackdoor.detection.voc import VocImages, load_voc
 from unbackdoor.devices import Precision as ComputedIn
-from unbackdoor.devices import pick_device, pick_precision, told_of_memory
+from unbackdoor.devices import forget_peak, pick_device, pick_precision, told_of_memory
 from unbackdoor.errors import CheckpointError, OutputError
-from unbackdoor.evaluation import Known, find_attack, is_record, not_taken, read_victim
+from unbackdoor.evaluation import Known, find_attack, is_record, not_taken
 from unbackdoor.report import BoxedImage, Picture, Table, as_text, boxes_picture, render_report
 from unbackdoor.settings import DetectionSettings, DeviceName, PrecisionName
 from unbackdoor.types import RawImages
@@ -125,15 +125,15 @@ def evaluate_detector(
     how = pick_precision(precision, where)
     opened = open_detector(path, arch=arch, precision=how)
     images = load_voc(data, name, classes=opened.classes)
-    side = trained_side(attack, default=opened.size)
-    known = None
+    known, side = None, opened.size
     if attack is not None:
+        known = find_attack(attack, size=opened.size, training=training)
+        side = opened.size if known.side is None else known.side
         if side > LARGEST:
             raise CheckpointError(
                 f"{opened.name}: its record says that its backbone was trained on images of {side} "
                 f"pixels a side; a trigger is planted in {LARGEST} at most"
             )
-        known = find_attack(attack, size=side, training=training)
     say(f"{path}: {len(images)} images of the set {name}, {len(opened.classes)} classes")
     if known is not None:
         say(f"{known.name}: {known.attack.trigger}, planted in images of {side} × {side} pixels")
@@ -194,6 +194,7 @@ def score_detector(
         DeviceError: If the device has no memory left.
     """
     started = time.monotonic()
+    forget_peak(device)
     triggers: dict[str, Trigger | None] = {"clean": None}
     if known is not None:
         triggers["triggered"] = known.attack.trigger
@@ -239,17 +240,6 @@ def score_detector(
         "seconds": round(time.monotonic() - started, 1),
     }
     return Scored(record, opened, images, conditions, triggers, side)
-
-
-def trained_side(attack: str | None, *, default: int) -> int:
-    """Return the side in pixels of the images that the attack was planted in: its record's.
-
-    A name, or a record without a size, is taken to be of ``default``.
-    """
-    if attack is None or not is_record(attack):
-        return default
-    size = read_victim(attack).get("size")
-    return size if isinstance(size, int) and 0 < size <= LARGEST else default
 
 
 def score_conditions(
