@@ -32,11 +32,12 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from unbackdoor.attacks.named import named_attack
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.backbones import Backbone
-from unbackdoor.bench.obtain import Found, open_victim
+from unbackdoor.bench.obtain import open_victim
 from unbackdoor.cbd import search
 from unbackdoor.changes import concentration
 from unbackdoor.data import LabeledImages, load_labeled
 from unbackdoor.evaluation import divide, find_attack, own_head
+from unbackdoor.outputs import name_trained
 from unbackdoor.settings import PurifySettings, SearchSettings, ViewSettings, purify_preset
 from unbackdoor.views import random_views
 
@@ -198,7 +199,7 @@ def main() -> None:
     for path in sorted(arguments.victims.glob("*-supervised-*.json")):
         made = json.loads(path.read_text())
         size = made["size"]
-        found = Found(path.with_suffix(".safetensors"), path)
+        found = name_trained(path.with_suffix(".safetensors"))
         backbone = open_victim(found, made).backbone.requires_grad_(False)
         parts = [load_labeled(arguments.data, split=s, size=size) for s in ("train", "test")]
         split = divide(*parts, seed=0)

@@ -20,7 +20,7 @@ import torch
 
 from unbackdoor.backbones import Backbone
 from unbackdoor.bench.grid import entries, read_grid
-from unbackdoor.bench.obtain import Found, open_victim
+from unbackdoor.bench.obtain import open_victim
 from unbackdoor.bench.store import look_at, read_records
 from unbackdoor.defenses.anp import prune_by_masks
 from unbackdoor.defenses.clp import prune_by_lipschitz
@@ -28,6 +28,7 @@ from unbackdoor.defenses.common import DefenseData, Split, copy_of
 from unbackdoor.defenses.settings import AnpSettings, ClpSettings
 from unbackdoor.evaluation import find_attack, load_split, own_head, reading_record
 from unbackdoor.metrics import make_test_set, read, score
+from unbackdoor.outputs import name_trained
 
 GRID = Path("grids/defenses-cpu.toml")
 RECORDS = Path("results/bench")
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/oracle-thresholds.json"))
     given = parser.parse_args()
     made = json.loads(VICTIM.read_text())
-    victim = open_victim(Found(VICTIM.with_suffix(".safetensors"), VICTIM), made).backbone
+    victim = open_victim(name_trained(VICTIM.with_suffix(".safetensors")), made).backbone
     split = load_split(given.data, size=made["size"], seed=0)
     images, labels, classes = split.test
     attack = find_attack(str(VICTIM), size=made["size"]).attack

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
-from unbackdoor.bench.obtain import Found, open_victim
+from unbackdoor.bench.obtain import open_victim
 from unbackdoor.changes import Patch, Pool, Whitening, concentration
 from unbackdoor.data import load_images
 from unbackdoor.evaluation import find_attack
+from unbackdoor.outputs import name_trained
 from unbackdoor.settings import ChangeSettings
 
 ATTACKED = Path("results/development/badnets-supervised-seed100.json")
@@ -31,7 +32,7 @@ def scan(record: Path, data: str) -> dict[str, Any]:
     """Return a row of windows for every height: concentration and cosine."""
     made = json.loads(record.read_text())
     size = made["size"]
-    network = open_victim(Found(record.with_suffix(".safetensors"), record), made).backbone
+    network = open_victim(name_trained(record.with_suffix(".safetensors")), made).backbone
     network = network.requires_grad_(False).to(memory_format=torch.channels_last)
     raw = load_images(data, size=size, limit=IMAGES, seed=100).read(range(IMAGES))
     images, triggered = (

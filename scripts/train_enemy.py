@@ -22,14 +22,14 @@ from torch.nn import functional as F  # noqa: N812
 from unbackdoor.attacks.named import attack_record, named_attack
 from unbackdoor.attacks.poisoning import Attack, poison
 from unbackdoor.backbones import Backbone, build, network_state
-from unbackdoor.bench.obtain import Found, open_victim
+from unbackdoor.bench.obtain import open_victim
 from unbackdoor.cbd import LEARNED_ON
 from unbackdoor.changes import learn_changes
 from unbackdoor.checkpoint import Tree, sha256_of, write_tensors, write_text
 from unbackdoor.data import LabeledImages, load_labeled
 from unbackdoor.evaluation import Split, divide, own_head, reading_record
 from unbackdoor.metrics import make_test_set, read
-from unbackdoor.outputs import versions
+from unbackdoor.outputs import name_trained, versions
 from unbackdoor.settings import ChangeSettings, VictimSettings, victim_preset
 from unbackdoor.victims import augmented, train_supervised
 
@@ -181,8 +181,8 @@ def main() -> None:
         )
         backbone, training = plant_both(data, attacks)
     else:
-        record = VICTIM.with_suffix(".json")
-        backbone = open_victim(Found(VICTIM, record), json.loads(record.read_text())).backbone
+        files = name_trained(VICTIM)
+        backbone = open_victim(files, json.loads(files.record.read_text())).backbone
         settings = Hardening(changed=given.enemy == "hardened")
         history = harden(backbone, data, patch, settings)
         training = {**settings._asdict(), "history": history}

@@ -19,12 +19,12 @@ import torch
 
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.backbones import Backbone
-from unbackdoor.bench.obtain import Found, open_victim
+from unbackdoor.bench.obtain import open_victim
 from unbackdoor.cbd import purify
 from unbackdoor.data import from_tensor, load_images
 from unbackdoor.evaluation import Split, find_attack, load_split, own_head, reading_record
 from unbackdoor.metrics import make_test_set, read
-from unbackdoor.outputs import versions
+from unbackdoor.outputs import name_trained, versions
 from unbackdoor.settings import PurifySettings
 from unbackdoor.types import RawImages
 from unbackdoor.values import flatten
@@ -87,7 +87,7 @@ def main() -> None:
         if made["attack"] is None:
             continue
         size, seed = made["size"], made["training"]["seed"]
-        victim = open_victim(Found(path.with_suffix(".safetensors"), path), made).backbone
+        victim = open_victim(name_trained(path.with_suffix(".safetensors")), made).backbone
         split = load_split(given.data, size=size, seed=seed)
         attack = find_attack(str(path), size=size).attack
         test = make_test_set(*split.test[:2], attack, classes=len(split.test.classes))

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from unbackdoor.bench.obtain import Found, open_victim
+from unbackdoor.bench.obtain import open_victim
 from unbackdoor.cbd import purify
 from unbackdoor.data import load_labeled
 from unbackdoor.devices import pick_precision
 from unbackdoor.evaluation import divide, find_attack, own_head, reading_record
 from unbackdoor.metrics import make_test_set, read
-from unbackdoor.outputs import versions
+from unbackdoor.outputs import name_trained, versions
 from unbackdoor.settings import PRESETS, PurifySettings, purify_preset
 from unbackdoor.values import flatten, settings_from
 
@@ -48,7 +48,7 @@ def main() -> None:
         if made["training"]["seed"] < FIRST_SEED:
             raise SystemExit(f"{path}: settings are chosen on seeds from {FIRST_SEED} on")
         size = made["size"]
-        victim = open_victim(Found(path.with_suffix(".safetensors"), path), made).backbone
+        victim = open_victim(name_trained(path.with_suffix(".safetensors")), made).backbone
         parts = [load_labeled(given.data, split=part, size=size) for part in ("train", "test")]
         split = divide(*parts, seed=made["training"]["seed"])
         if split.validation is None:

@@ -110,6 +110,10 @@ def test_the_report_counts_what_computed_the_records(part):
         "3 × cpu, 2 threads, fp32; revision abc123; python 3.11, torch 2.11",
         "1 × cpu, 2 threads, fp32; revision def456; python 3.11, torch 2.11",
     ]
+    other["detection"] = {**other, "device": "a GPU"}
+    assert origins([part]).text.splitlines()[-1] == (
+        "1 × detector, a GPU, fp32; revision def456; python 3.11, torch 2.11"
+    )
 
 
 def test_the_report_draws_what_detectors_find_row_by_row(part):

@@ -184,6 +184,8 @@ def detected(made, seed, ap, pap, *, images="a"):
             "data": {"images": 72, "sha256": images},
             "flags": ["only 72 test images", *(["a doubt"] if seed else [])],
             "seconds": {"training": 100.0 + seed, "scoring": 5.0},
+            "device": f"GPU {images}",
+            **{name: made[name] for name in ("precision", "revision")},
         },
     }
 
@@ -252,7 +254,9 @@ def test_no_ap_of_the_paper_stands_beside_other_images(table6, other):
 
 
 def test_the_note_tells_of_detectors_that_are_scored_on_different_images(table6):
-    assert "scored on different images" in table6("cpu", images=("a", "b"))[0].note
+    note = table6("cpu", images=("a", "b"))[0].note
+    assert "scored on different images" in note
+    assert "The records are of 2 devices: GPU a, GPU b." in note
 
 
 def test_the_twin_tells_removed_from_masked(grid):
@@ -315,13 +319,6 @@ def test_a_flag_names_its_seeds_where_not_all_have_it(grid):
     assert scores_table(made, lines(made, found, records), "probe").rows[0][1].flag == (
         "doubtful (seed 1)"
     )
-
-
-def test_an_oracle_choice_is_flagged(grid):
-    made = grid("cpu", GRID.replace('"fine-tuning"', '"fine-tuning"\noracle = "by test ASR"'))
-    found = entries(made)
-    row = scores_table(made, lines(made, found, made_up(found)), "probe").rows[1]
-    assert row[1].flag == "an oracle choice: by test ASR; the attack did not take"
 
 
 def test_the_note_tells_of_cifar10_from_jpeg_files(grid):

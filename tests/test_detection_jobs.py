@@ -10,7 +10,7 @@ from conftest import write_voc
 from unbackdoor import resume
 from unbackdoor.backbones import Source
 from unbackdoor.checkpoint import sha256_of
-from unbackdoor.detection.jobs import name_files, open_detector, plan_files, train_file
+from unbackdoor.detection.jobs import open_detector, plan_files, train_file
 from unbackdoor.errors import (
     ArchitectureError,
     CheckpointError,
@@ -20,6 +20,7 @@ from unbackdoor.errors import (
     SettingsError,
 )
 from unbackdoor.networks import SMALL_NETWORKS
+from unbackdoor.outputs import name_trained
 from unbackdoor.settings import DetectionSettings
 
 TINY = DetectionSettings(
@@ -68,7 +69,7 @@ def trained(made, tmp_path):
     """A copy, which a test may change."""
     for path in made[:2]:
         shutil.copy(path, tmp_path)
-    return name_files(tmp_path / "d.safetensors")
+    return name_trained(tmp_path / "d.safetensors")
 
 
 def test_three_steps_write_a_file_and_a_record_that_open_as_the_same_detector(

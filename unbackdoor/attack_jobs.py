@@ -46,11 +46,9 @@ from unbackdoor.backbones import (
     try_logits,
 )
 from unbackdoor.checkpoint import (
-    Tree,
     check_output,
     refuse_inputs,
     sha256_of,
-    write_tensors,
     write_text,
 )
 from unbackdoor.data import (
@@ -96,7 +94,13 @@ from unbackdoor.evaluation import (
     unread_head,
 )
 from unbackdoor.metrics import Reading, find_goals
-from unbackdoor.outputs import TrainedFiles, refuse_existing, versions
+from unbackdoor.outputs import (
+    TrainedFiles,
+    name_trained,
+    refuse_existing,
+    versions,
+    write_trained,
+)
 from unbackdoor.report import (
     Picture,
     amplified_difference,
@@ -106,13 +110,11 @@ from unbackdoor.report import (
 )
 from unbackdoor.resume import as_texts, is_due, read_state, write_state
 from unbackdoor.settings import DeviceName, PrecisionName, VictimSettings, in_range
-from unbackdoor.types import Labels, RawImages
+from unbackdoor.types import Labels, OnStep, RawImages, Say
 from unbackdoor.victims import Epoch, TrainingState, count_steps, train_simclr, train_supervised
 
 CLEAN = "clean"  # the name of a victim that is none
 SHOWN = 6  # images in a picture
-
-Say = Callable[[str], None]
 
 
 class Speed(NamedTuple):
@@ -162,7 +164,7 @@ def make_victim(
     overwrite: bool = False,
     resume: bool = False,
     say: Say = print,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> TrainedFiles:
     """Poison a training set, train a network on it, score it, and write it with its record.
 
@@ -275,13 +277,7 @@ def make_victim(
         "seconds": round(time.monotonic() - started + earlier, 1),
         "versions": versions(),
     }
-    tree: Tree = {key: value.cpu().contiguous() for key, value in network_state(backbone).items()}
-    replacing = overwrite or resume
-    write_tensors(files.tensors, tree, metadata={"format": "pt"}, overwrite=replacing)
-    record["sha256"] = sha256_of(files.tensors)
-    write_text(files.record, json.dumps(record, indent=1) + "\n", overwrite=replacing)
-    files.state.unlink(missing_ok=True)
-    say(f"wrote {files.tensors} and {files.record}")
+    write_trained(files, network_state(backbone), record, overwrite=overwrite or resume, say=say)
     return files
 
 
@@ -339,9 +335,7 @@ def plan_files(
 
 def name_files(name: str, out: Path, training: Training, settings: VictimSettings) -> TrainedFiles:
     """Return the names of all files of a victim."""
-    stem = f"{name}-{training}-seed{settings.seed}"
-    suffixes = (".safetensors", ".json", ".state.safetensors")
-    return TrainedFiles(*(out / f"{stem}{suffix}" for suffix in suffixes))
+    return name_trained(out / f"{name}-{training}-seed{settings.seed}.safetensors")
 
 
 def plan_victim(
@@ -481,7 +475,7 @@ def train(
     device: torch.device,
     precision: Precision,
     state: TrainingState | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     on_epoch: Callable[[TrainingState], None] | None = None,
 ) -> Backbone:
     """Train what ``plan`` says on ``poisoned``; data and network go to ``device``."""
@@ -534,7 +528,7 @@ def train_with_state(
     precision: Precision,
     resume: bool,
     say: Say,
-    on_step: Callable[[int, int], None] | None,
+    on_step: OnStep | None,
 ) -> tuple[Backbone, tuple[Epoch, ...], float]:
     """Train, say how it goes, and keep the state in ``path`` about once a minute and at the end.
 
@@ -851,7 +845,7 @@ def _make_surrogate(
     overwrite: bool,
     resume: bool,
     say: Say,
-    on_step: Callable[[int, int], None] | None,
+    on_step: OnStep | None,
 ) -> Path:
     """Return a clean network of the same kind.
 

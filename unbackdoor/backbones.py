@@ -35,7 +35,7 @@ from unbackdoor.matching import (
 )
 from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.settings import in_range
-from unbackdoor.types import Features, Images
+from unbackdoor.types import Features, Images, Say
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 HEAD_NAME = re.compile(r"fc|linear|head|heads\.\w+|classifier(\.\d+)?")
@@ -325,7 +325,7 @@ def settle_pixels(
     return Pixels(tuple(mean), tuple(std), size)
 
 
-def describe_input(source: Source, loaded: Loaded, *, say: Callable[[str], None]) -> None:
+def describe_input(source: Source, loaded: Loaded, *, say: Say) -> None:
     """Say what the checkpoint is and which of its tensors are used."""
     say(f"{source.checkpoint}: {loaded.checkpoint.kind}, sha256 {loaded.checkpoint.sha256[:16]}")
     say(describe_match(loaded.match, loaded.checkpoint))

@@ -8,7 +8,7 @@ weighted sum of three terms.
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ from unbackdoor.pgd import l2_pgd, linf_pgd, shared_pgd
 from unbackdoor.probe import extract
 from unbackdoor.ranks import ALONE, Ranks, add_up, gather, own
 from unbackdoor.settings import PurifySettings, SearchSettings
-from unbackdoor.types import Features, Images, RawImages, Scalar
+from unbackdoor.types import Features, Images, OnStep, RawImages, Scalar
 from unbackdoor.views import random_views
 
 ALIKE = 1e-6  # spread of features below which images are all the same to a network
@@ -108,7 +108,7 @@ def purify(
     compiled: bool = False,
     ranks: Ranks = ALONE,
     state: PurifyState | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     on_epoch: Callable[[PurifyState], None] | None = None,
 ) -> Purified:
     """Return a purified copy of ``backbone``, which itself stays as it is.
@@ -651,18 +651,29 @@ def _check_spread(spread: float, original: float, epoch: int) -> None:
 def _state(
     student: nn.Module, optimizer: torch.optim.SGD, history: tuple[EpochLosses, ...]
 ) -> PurifyState:
-    momentum = {
-        name: optimizer.state[weight]["momentum_buffer"].clone()
-        for name, weight in student.named_parameters()
-        if optimizer.state[weight].get("momentum_buffer") is not None
-    }
     weights = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    return PurifyState(history, weights, momentum)
+    return PurifyState(history, weights, momentum_of(optimizer, student))
 
 
 def _restore(state: PurifyState, student: nn.Module, optimizer: torch.optim.SGD) -> None:
     student.load_state_dict(state.student)
-    for name, weight in student.named_parameters():
-        if name in state.momentum:
-            buffer = torch.empty_like(weight).copy_(state.momentum[name])  # and so of its layout
-            optimizer.state[weight]["momentum_buffer"] = buffer
+    restore_momentum(optimizer, student, state.momentum)
+
+
+def momentum_of(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the optimizer's momentum of a network's weights, by their names."""
+    return {
+        name: optimizer.state[weight]["momentum_buffer"].clone()
+        for name, weight in network.named_parameters()
+        if optimizer.state[weight].get("momentum_buffer") is not None  # a gradient has come
+    }
+
+
+def restore_momentum(
+    optimizer: torch.optim.Optimizer, network: nn.Module, momentum: Mapping[str, Tensor]
+) -> None:
+    """Give an optimizer the momentum that :func:`momentum_of` returned."""
+    weights = dict(network.named_parameters())
+    for name, kept in momentum.items():
+        buffer = torch.empty_like(weights[name]).copy_(kept)  # and so of its layout
+        optimizer.state[weights[name]]["momentum_buffer"] = buffer

@@ -667,9 +667,10 @@ def detect_train(
         Replace existing files.
     """
     from unbackdoor.detection import jobs as detection_jobs
+    from unbackdoor.outputs import name_trained
 
     with (
-        resumable(lambda: detection_jobs.name_files(out).state),
+        resumable(lambda: name_trained(out).state),
         display("detect train") as shown,
     ):
         detection_jobs.train_file(

@@ -31,7 +31,6 @@ from unbackdoor.diagnostics import MEASURED, measure_both
 from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError, unknown
 from unbackdoor.outputs import (
     Outputs,
-    Say,
     account_tables,
     check_writable,
     evidence_table,
@@ -45,7 +44,7 @@ from unbackdoor.report import Table, render_report
 from unbackdoor.resume import check_identity
 from unbackdoor.roles import defender_rows
 from unbackdoor.settings import SHARES, DeviceName, LabelKind, PurifySettings, check_seed
-from unbackdoor.types import Labels, RawImages
+from unbackdoor.types import Labels, OnStep, RawImages, Say
 from unbackdoor.values import flatten, settings_from
 
 SHOWN = 300  # characters of a value in the report
@@ -87,7 +86,7 @@ def defend_file(
     overwrite: bool = False,
     resume: bool = False,
     say: Say = print,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Outputs:
     """Run the defense ``name`` on ``source`` and write tensors, record and report.
 
@@ -254,7 +253,7 @@ def run_defense(
     data: DefenseData,
     *,
     device: torch.device,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     keep: Keeper | None = None,
 ) -> Defended:
     """Run a defense on copies of what it is given; return the backbone with the tensors it made.

@@ -7,7 +7,6 @@ are used for scores and pictures alone.
 import importlib.resources
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from unbackdoor.report import (
     tsne_picture,
 )
 from unbackdoor.settings import PurifySettings
-from unbackdoor.types import Features
+from unbackdoor.types import Features, OnStep, Say
 from unbackdoor.values import flatten
 
 UNLABELED, PROBE = 2_500, 500  # of 5,000; the rest are test images
@@ -61,8 +60,8 @@ def run_demo(
     seed: int = 0,
     settings: PurifySettings = SETTINGS,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
-    on_step: Callable[[int, int], None] | None = None,
+    say: Say = print,
+    on_step: OnStep | None = None,
 ) -> DemoResult:
     """Purify the shipped victim, print scores before and after, and write a report to ``out``.
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from unbackdoor.outputs import versions
 from unbackdoor.report import Table, as_text
 from unbackdoor.roles import divide_rows
 from unbackdoor.settings import DeviceName, check_seed
-from unbackdoor.types import RawImages
+from unbackdoor.types import RawImages, Say
 
 TOOK = 0.9  # own-head ASR from which a supervised victim counts as backdoored
 LOST = 0.15  # accuracy lost on triggered images from which a SimCLR victim does; a clean one: .11
@@ -68,7 +68,7 @@ def evaluate_file(
     device: DeviceName = "auto",
     out: Path | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> dict[str, Any]:
     """Score a checkpoint through its own head, a probe and neighbours; print, return, write.
 

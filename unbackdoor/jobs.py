@@ -1,7 +1,7 @@
 """Purify a checkpoint file: everything around the method, from the file to the report."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,6 @@ from unbackdoor.diagnostics import MEASURED, Evidence, measure_both
 from unbackdoor.errors import DivergedError
 from unbackdoor.outputs import (
     Outputs,
-    Say,
     check_writable,
     make_record,
     plan_outputs,
@@ -44,7 +43,7 @@ from unbackdoor.outputs import (
 from unbackdoor.ranks import ALONE, Ranks, gather_names, joined
 from unbackdoor.resume import identity, load_state, save_state
 from unbackdoor.settings import DeviceName, PrecisionName, PurifySettings
-from unbackdoor.types import RawImages
+from unbackdoor.types import OnStep, RawImages, Say
 
 MOST_NAMED = 10  # broken images in the account; the record has all
 
@@ -78,7 +77,7 @@ def purify_file(
     overwrite: bool = False,
     resume: bool = False,
     say: Say = print,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Outputs:
     """Purify ``source`` with ``images`` and write tensors, record and report.
 

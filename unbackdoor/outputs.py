@@ -3,12 +3,13 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from unbackdoor import __version__
 from unbackdoor.backbones import Backbone, Loaded, Source, network_state, public_name
@@ -27,6 +28,7 @@ from unbackdoor.diagnostics import Evidence
 from unbackdoor.errors import OutputError, SettingsError
 from unbackdoor.matching import flat_tree, matched_tensors, replace_tensors, state_dicts_apart
 from unbackdoor.report import Picture, Table, bars_picture, curves_picture, render_report
+from unbackdoor.types import Say
 from unbackdoor.values import flatten
 
 FLAT = (".safetensors",)
@@ -40,8 +42,6 @@ EVIDENCE_ROWS = (
     ("concentration", "concentration of searched images", "0 scattered, 1 all at one place"),
     ("noise_concentration", "concentration of the control", "likewise"),
 )
-
-Say = Callable[[str], None]
 
 
 class Outputs(NamedTuple):
@@ -65,6 +65,28 @@ def name_outputs(out: Path) -> Outputs:
     """Return the names of all files that go with ``out``."""
     suffixes = (".json", ".html", ".state.safetensors")
     return Outputs(out, *(out.with_suffix(suffix) for suffix in suffixes))
+
+
+def name_trained(tensors: Path) -> TrainedFiles:
+    """Return the names of all files that go with ``tensors``, which ends in .safetensors."""
+    suffixes = (".json", ".state.safetensors")
+    return TrainedFiles(tensors, *(tensors.with_suffix(suffix) for suffix in suffixes))
+
+
+def write_trained(
+    files: TrainedFiles,
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    say: Say,
+) -> None:
+    """Write tensors and, last, the record, with their hash; delete the state."""
+    write_tensors(files.tensors, {**tensors}, metadata={"format": "pt"}, overwrite=overwrite)
+    whole = {**record, "sha256": sha256_of(files.tensors)}
+    write_text(files.record, json.dumps(whole, indent=1) + "\n", overwrite=overwrite)
+    files.state.unlink(missing_ok=True)
+    say(f"wrote {files.tensors} and {files.record}")
 
 
 def plan_outputs(checkpoint: Path, out: Path, *, overwrite: bool, resume: bool) -> Outputs:

@@ -18,6 +18,7 @@ from unbackdoor.cbd import EpochLosses, PurifyState
 from unbackdoor.checkpoint import Tree, write_tensors
 from unbackdoor.errors import OutputError, StateError
 from unbackdoor.settings import DetectionSettings, PurifySettings, VictimSettings
+from unbackdoor.types import Say
 
 SECONDS_BETWEEN_STATES = 60.0  # at least, where epochs and steps are short
 
@@ -37,7 +38,7 @@ def is_due(kept_at: float) -> bool:
     return time.monotonic() - kept_at >= SECONDS_BETWEEN_STATES
 
 
-def go_on(run: Callable[..., Result], state: Path, *, say: Callable[[str], None]) -> Result:
+def go_on(run: Callable[..., Result], state: Path, *, say: Say) -> Result:
     """Call ``run`` so that it resumes from ``state``, or begins where that is not to be used.
 
     Args:

@@ -6,7 +6,6 @@ every test image is triggered, and what counts is how many are still taken for w
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +32,7 @@ from unbackdoor.metrics import Scores, TestSet, read
 from unbackdoor.outputs import versions
 from unbackdoor.report import Table, as_text
 from unbackdoor.settings import DeviceName, check_seed, in_range
+from unbackdoor.types import Say
 
 EMBEDDED = "fashion-mnist"
 READERS = {"probe": "linear probe", "neighbours": "nearest neighbours"}
@@ -60,7 +60,7 @@ def transfer_file(
     device: DeviceName = "auto",
     out: Path | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> dict[str, Any]:
     """Score a checkpoint on ``data`` by a linear probe and by neighbours; print, return, write.
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from unbackdoor.attacks.poisoning import Attack, poison_batch
+from unbackdoor.cbd import momentum_of, restore_momentum
 from unbackdoor.devices import Precision, deterministic, fast_layout, in_precision, seeded
 from unbackdoor.errors import DataError, DivergedError
 from unbackdoor.losses import nt_xent
 from unbackdoor.networks import initialize
 from unbackdoor.settings import VictimSettings
-from unbackdoor.types import Images, Labels, RawImages, Scalar
+from unbackdoor.types import Images, Labels, OnStep, RawImages, Scalar
 from unbackdoor.views import random_views, shift_and_flip
 
 
@@ -47,7 +48,7 @@ def train_supervised(
     start: Mapping[str, Tensor] | None = None,
     precision: Precision = "fp32",
     state: TrainingState | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     on_epoch: Callable[[TrainingState], None] | None = None,
 ) -> nn.Module:
     """Train ``network`` from new weights with cross-entropy, in place, and return it in eval mode.
@@ -106,7 +107,7 @@ def train_simclr(
     start: Mapping[str, Tensor] | None = None,
     precision: Precision = "fp32",
     state: TrainingState | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     on_epoch: Callable[[TrainingState], None] | None = None,
 ) -> nn.Module:
     """Train ``backbone`` from new weights without labels, in place, and return it in eval mode.
@@ -192,7 +193,7 @@ def _train(
     steps_per_epoch: int,
     device: torch.device,
     state: TrainingState | None,
-    on_step: Callable[[int, int], None] | None,
+    on_step: OnStep | None,
     on_epoch: Callable[[TrainingState], None] | None,
 ) -> nn.Module:
     """Minimize ``loss_of(rows, step, generator)`` over shuffled batches of rows."""
@@ -279,11 +280,7 @@ def _state(
     return TrainingState(
         history,
         {name: value.detach().clone() for name, value in network.state_dict().items()},
-        {
-            name: optimizer.state[weight]["momentum_buffer"].clone()
-            for name, weight in network.named_parameters()
-            if "momentum_buffer" in optimizer.state[weight]  # not where no gradient comes
-        },
+        momentum_of(optimizer, network),
         generator.get_state(),
     )
 
@@ -295,8 +292,5 @@ def _restore(
     generator: torch.Generator,
 ) -> None:
     network.load_state_dict(state.network)
-    weights = dict(network.named_parameters())
-    for name, buffer in state.momentum.items():
-        weight = weights[name]
-        optimizer.state[weight]["momentum_buffer"] = torch.empty_like(weight).copy_(buffer)
+    restore_momentum(optimizer, network, state.momentum)
     generator.set_state(state.generator)

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,12 +22,11 @@ from unbackdoor.bench.obtain import Place, for_any_folder
 from unbackdoor.bench.run import Tally, by_victim, pending, run_cells
 from unbackdoor.bench.store import Store, open_store, release, write_failure
 from unbackdoor.errors import SettingsError
+from unbackdoor.types import OnStep, Say
 
 TRIES = 3  # of a cell at which workers die
 NOWHERE = ""  # stands for the key of a cell, where a worker was at none when it died
 SECONDS_TO_ANSWER = 10  # of the machine that a cluster is said to be on
-
-Say = Callable[[str], None]
 
 
 def run_local(
@@ -37,7 +36,7 @@ def run_local(
     *,
     workers: int = 1,
     say: Say = print,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tally:
     """Run ``cells`` on this machine, in this process or in ``workers`` others.
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from unbackdoor.backbones import Backbone, Source, build, settle_pixels
 from unbackdoor.bench.cells import Cell, Detection
-from unbackdoor.bench.obtain import OnStep, Place, Say
+from unbackdoor.bench.obtain import Place
 from unbackdoor.bench.store import Store, write_json
 from unbackdoor.checkpoint import sha256_of
-from unbackdoor.detection.jobs import name_files, open_detector, train_file
+from unbackdoor.detection.jobs import open_detector, train_file
 from unbackdoor.detection.network import find_levels
 from unbackdoor.detection.precision import coco_metric
 from unbackdoor.detection.scores import detection_pictures, score_detector
@@ -19,9 +19,10 @@ from unbackdoor.detection.voc import load_voc
 from unbackdoor.devices import pick_device, pick_precision
 from unbackdoor.errors import DataError
 from unbackdoor.evaluation import Known
-from unbackdoor.outputs import TrainedFiles
+from unbackdoor.outputs import TrainedFiles, name_trained
 from unbackdoor.report import Picture
 from unbackdoor.resume import go_on
+from unbackdoor.types import OnStep, Say
 
 SHOWN = 2  # images of a cell in the report
 
@@ -136,7 +137,7 @@ def _train(
 ) -> TrainedFiles:
     """Return the files of a detector; it is trained unless a run that was killed since did so."""
     out = store.detector_path(key)
-    files = name_files(out)
+    files = name_trained(out)
     train = partial(
         train_file,
         source,

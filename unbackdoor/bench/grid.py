@@ -86,7 +86,6 @@ class Row:
         labels: What the defense is told; by default, given where it needs any, and none to a file.
         share: Of the training images; the paper's by default.
         settings: What differs from the defense's defaults.
-        oracle: Why a choice in it could not have been made by a defender; a flag in the table.
         innocent: Whether it is run on the clean victim too, as a row of its own.
     """
 
@@ -95,7 +94,6 @@ class Row:
     labels: LabelKind | None = None
     share: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    oracle: str = ""
     innocent: bool = False
 
 

@@ -1,6 +1,6 @@
 """What the command line does with grid files: run, look, print, report."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -36,8 +36,7 @@ from unbackdoor.checkpoint import write_text
 from unbackdoor.data import check_there
 from unbackdoor.errors import DataError, SettingsError, unknown
 from unbackdoor.settings import DeviceName, PrecisionName, at_home
-
-Say = Callable[[str], None]
+from unbackdoor.types import OnStep, Say
 
 
 class Plan(NamedTuple):
@@ -124,7 +123,7 @@ def run_grids(
     device: DeviceName = "auto",
     precision: PrecisionName = "auto",
     say: Say = print,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> int:
     """Run the cells of grid files that have no record yet; returns how many failed, now or before.
 
@@ -200,7 +199,7 @@ def draw_grids(
     device: DeviceName = "auto",
     precision: PrecisionName = "auto",
     say: Say = print,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> None:
     """Keep what the report draws of cells that have a record, and whose features were not kept.
 

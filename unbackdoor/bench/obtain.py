@@ -22,14 +22,13 @@ from unbackdoor.checkpoint import sha256_of
 from unbackdoor.data import Sets, draw_rows, from_tensor, load_both, load_labeled
 from unbackdoor.errors import CheckpointError, DataError, OutputError, SettingsError
 from unbackdoor.evaluation import read_victim
+from unbackdoor.outputs import TrainedFiles, name_trained
 from unbackdoor.resume import go_on
 from unbackdoor.settings import SCHEMES, DeviceName, PrecisionName, at_home
+from unbackdoor.types import OnStep, Say
 
 EMBEDDED_TRAIN, EMBEDDED_TEST = 4_000, 200  # of the 5,000 that come with the package
 WAIT = 5.0  # seconds between looks at a victim that somebody else trains
-
-Say = Callable[[str], None]
-OnStep = Callable[[int, int], None]
 
 
 class Place(NamedTuple):
@@ -68,13 +67,6 @@ def for_any_folder(place: Place) -> Place:
         start=source(place.start),
         own=tuple(f"{absolute(file)}:{name}" for file, _, name in own),
     )
-
-
-class Found(NamedTuple):
-    """The files of a victim."""
-
-    tensors: Path
-    record: Path
 
 
 def load_sets(data: str, size: int) -> Sets:
@@ -124,7 +116,7 @@ def obtain_victim(
     load: Callable[[str, int], Sets],
     say: Say,
     on_step: OnStep | None,
-) -> Found:
+) -> TrainedFiles:
     """Return the files of a victim; it is trained if it is nowhere yet.
 
     Raises:
@@ -170,9 +162,14 @@ def _own_size(arch: str) -> int:
     return build(arch).size or 0  # a grid takes no network that does not say
 
 
+def victim_files(victim: Victim, folder: Path) -> TrainedFiles:
+    """Return the names of a victim's files in ``folder``."""
+    return name_trained(folder / f"{victim.stem}.safetensors")
+
+
 def find_victim(
     victim: Victim, store: Store, place: Place, *, load: Callable[[str, int], Sets], say: Say
-) -> Found | None:
+) -> TrainedFiles | None:
     """Return the files of a victim that is there: with the package, given, or trained before."""
     if victim.settings is None:
         return _shipped(victim)
@@ -180,7 +177,7 @@ def find_victim(
     if place.victims:
         folders.append(Path(place.victims))
     for folder in folders:
-        found = Found(folder / f"{victim.stem}.safetensors", folder / f"{victim.stem}.json")
+        found = victim_files(victim, folder)
         if not (found.tensors.is_file() and found.record.is_file()):
             continue
         try:
@@ -234,9 +231,9 @@ def why_not(
     return None
 
 
-def _shipped(victim: Victim) -> Found:
+def _shipped(victim: Victim) -> TrainedFiles:
     assets = Path(str(importlib.resources.files("unbackdoor") / "assets"))
-    found = Found(assets / f"{DEMO}_victim.safetensors", assets / f"{DEMO}_victim.json")
+    found = name_trained(assets / f"{DEMO}_victim.safetensors")
     made = json.loads(found.record.read_text())
     if (made["attack"]["name"], made["arch"]) != (victim.attack, victim.arch):
         raise SettingsError(
@@ -261,7 +258,7 @@ def _train(
     if victim.start and file_hash(place.start) != victim.start:
         raise SettingsError(f"{place.start} is not what it was when the grid was read; start again")
     folder = store.victim_folder(victim.key)
-    state = folder / f"{victim.stem}.state.safetensors"
+    files = victim_files(victim, folder)
     train = partial(
         make_victim,
         victim.attack,
@@ -280,11 +277,11 @@ def _train(
         say=say,
         on_step=on_step,
     )
-    (folder / f"{victim.stem}.json").unlink(missing_ok=True)  # of weights that are no longer there
-    go_on(train, state, say=say)
+    files.record.unlink(missing_ok=True)  # of weights that are no longer there
+    go_on(train, files.state, say=say)
 
 
-def open_victim(found: Found, made: dict[str, Any]) -> Loaded:
+def open_victim(found: TrainedFiles, made: dict[str, Any]) -> Loaded:
     """Open the checkpoint of a victim as its record says."""
     return open_backbone(source_of(found.tensors, made))
 

@@ -102,13 +102,13 @@ def undrawn(parts: Sequence[Part], features: Mapping[str, Mapping[str, Any]]) ->
 def origins(parts: Sequence[Part]) -> Note:
     """Say what computed the records, and their detectors, with the number of each."""
     records = {key: record for part in parts for key, record in part.records.items()}
-    detectors = [record["detection"] for record in records.values() if "detection" in record]
+    computed = [("", record) for record in records.values()]
+    computed += [("detector, ", r["detection"]) for r in records.values() if "detection" in r]
     counts: Counter[str] = Counter()
-    for made in (*records.values(), *detectors):
+    for what, made in computed:
         versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-        whose = "" if "victim" in made else "a detector, "
         code = f"revision {made['revision']}; {versions}"
-        counts[f"{whose}{made['device']}, {made['precision']}; {code}"] += 1
+        counts[f"{what}{made['device']}, {made['precision']}; {code}"] += 1
     text = "\n".join(f"{count} × {what}" for what, count in sorted(counts.items()))
     return Note("What computed the records", text)
 

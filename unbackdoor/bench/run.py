@@ -20,10 +20,7 @@ from unbackdoor.bench.detection import detect_cell
 from unbackdoor.bench.features import cell_features, cell_images
 from unbackdoor.bench.grid import data_name, find_own, settings_of
 from unbackdoor.bench.obtain import (
-    Found,
-    OnStep,
     Place,
-    Say,
     load_sets,
     obtain_victim,
     open_victim,
@@ -66,9 +63,10 @@ from unbackdoor.evaluation import (
     unread_head,
 )
 from unbackdoor.metrics import Reading
-from unbackdoor.outputs import versions
+from unbackdoor.outputs import TrainedFiles, versions
 from unbackdoor.resume import find_state, identity, save_state
 from unbackdoor.roles import defender_rows
+from unbackdoor.types import OnStep, Say
 
 
 class Repaired(NamedTuple):
@@ -227,7 +225,7 @@ def _run_group(
 ) -> None:
     """Run the cells of one victim."""
     shared = Shared(load, cache(partial(_hashes, load)), {}, {})
-    found: Found | None = None
+    found: TrainedFiles | None = None
     for cell in cells:
         with claimed(store, cell.key) as mine:
             if not mine or not pending([cell], store):
@@ -279,7 +277,7 @@ def defender_images(train: LabeledImages, cell: Cell) -> LabeledImages:
 
 def run_cell(
     cell: Cell,
-    found: Found,
+    found: TrainedFiles,
     store: Store,
     place: Place,
     shared: Shared,
@@ -313,7 +311,13 @@ def run_cell(
 
 
 def defend_cell(
-    cell: Cell, found: Found, store: Store, place: Place, shared: Shared, *, on_step: OnStep | None
+    cell: Cell,
+    found: TrainedFiles,
+    store: Store,
+    place: Place,
+    shared: Shared,
+    *,
+    on_step: OnStep | None,
 ) -> tuple[dict[str, Any], Backbone]:
     """Defend and score one victim; returns the record but for a detector, and the backbone.
 
@@ -510,7 +514,7 @@ def _read_defended(cell: Cell, store: Store, made: dict[str, Any]) -> dict[str, 
     return record if current else None
 
 
-def _describe_found(found: Found, made: dict[str, Any], cell: Cell) -> dict[str, Any]:
+def _describe_found(found: TrainedFiles, made: dict[str, Any], cell: Cell) -> dict[str, Any]:
     kept = {name: made.get(name) for name in ("attack", "scores", "seconds", "speed", "device")}
     if cell.victim.attack == CLEAN:
         kept["scores"] = None  # under every attack; this cell's own are below

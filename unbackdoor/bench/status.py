@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unbackdoor.bench.cells import CLEAN, Cell, Victim, as_record, describe
+from unbackdoor.bench.obtain import victim_files
 from unbackdoor.bench.store import Store, is_running, read_records
 
 
@@ -126,5 +127,5 @@ def _is_there(victim: Victim, store: Store, given: str) -> bool:
     folders = [store.victim_folder(victim.key)]
     if given:
         folders.append(Path(given))
-    names = [f"{victim.stem}{suffix}" for suffix in (".safetensors", ".json")]
-    return any(all((folder / name).is_file() for name in names) for folder in folders)
+    places = [victim_files(victim, folder) for folder in folders]
+    return any(files.tensors.is_file() and files.record.is_file() for files in places)

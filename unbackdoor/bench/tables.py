@@ -108,7 +108,7 @@ def scores_table(grid: Grid, rows: Sequence[Line], reader: Reader) -> Table:
                 cells += _beside(mean, figures.get(what.upper()))
         seconds = [float(record["seconds"]["defense"]) for record in line.records]
         cells += [len(line.records), statistics.median(seconds) if seconds else None]
-        flags = _flags(grid, line, [record["flags"] for record in line.records])
+        flags = _flags(line, [record["flags"] for record in line.records])
         cells[1] = Flagged(cells[1], flags) if flags and line.records else cells[1]
         body.append(tuple(cells))
     return Table(
@@ -186,7 +186,7 @@ def detection_table(grid: Grid, rows: Sequence[Line]) -> Table:
             cells.append(mean_and_spread([each["scores"][condition]["coco"] for each in made])[0])
         seconds = [float(each["seconds"]["training"]) for each in made]
         cells += [len(made), statistics.median(seconds) if seconds else None]
-        flags = _flags(grid, line, [each["flags"] for each in made])
+        flags = _flags(line, [each["flags"] for each in made])
         cells[1] = Flagged(cells[1], flags) if flags and made else cells[1]
         body.append(tuple(cells))
     data = [record["detection"]["data"] for line in rows for record in line.records]
@@ -296,15 +296,12 @@ def _beside(ours: float | None, paper: float | None) -> list[float | None]:
     return [paper, None if ours is None or paper is None else ours - paper]
 
 
-def _flags(grid: Grid, line: Line, raised: Sequence[Sequence[str]]) -> str:
+def _flags(line: Line, raised: Sequence[Sequence[str]]) -> str:
     """Return the flags of a row, with the seeds that have them where not all do.
 
     Args:
         raised: The flags of each record.
     """
-    oracles = [
-        f"an oracle choice: {r.oracle}" for r in grid.rows if r.name == line.row and r.oracle
-    ]
     seeds: dict[str, list[int]] = {}
     for record, those in zip(line.records, raised, strict=True):
         for flag in those:
@@ -313,7 +310,7 @@ def _flags(grid: Grid, line: Line, raised: Sequence[Sequence[str]]) -> str:
         flag if len(found) == len(line.records) else f"{flag} (seed {', '.join(map(str, found))})"
         for flag, found in seeds.items()
     ]
-    return "; ".join([*oracles, *texts])
+    return "; ".join(texts)
 
 
 def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:

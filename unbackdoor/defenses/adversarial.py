@@ -7,7 +7,6 @@ from unbackdoor.batchnorm import batch_statistics
 from unbackdoor.defenses.common import (
     Defended,
     DefenseData,
-    OnStep,
     copy_of,
     counter,
     cross_entropy,
@@ -19,7 +18,7 @@ from unbackdoor.defenses.common import (
 from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import AdversarialSettings
 from unbackdoor.pgd import linf_pgd
-from unbackdoor.types import Images, Labels, Scalar
+from unbackdoor.types import Images, Labels, OnStep, Scalar
 
 
 def fine_tune_adversarially(

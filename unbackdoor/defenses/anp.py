@@ -17,7 +17,6 @@ from unbackdoor.batchnorm import batch_statistics
 from unbackdoor.defenses.common import (
     Defended,
     DefenseData,
-    OnStep,
     Split,
     accuracy,
     augment,
@@ -34,7 +33,7 @@ from unbackdoor.defenses.keeping import Keeper, Part, resumed
 from unbackdoor.defenses.settings import AnpSettings
 from unbackdoor.devices import deterministic
 from unbackdoor.errors import ArchitectureError
-from unbackdoor.types import Images, Labels, RawImages, Scalar
+from unbackdoor.types import Images, Labels, OnStep, RawImages, Scalar
 
 KINDS = (nn.Conv2d, nn.Linear)
 GRID = 0.05  # between thresholds that are tried

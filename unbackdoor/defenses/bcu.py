@@ -12,7 +12,6 @@ from unbackdoor.backbones import Backbone
 from unbackdoor.defenses.common import (
     Defended,
     DefenseData,
-    OnStep,
     copy_of,
     counter,
     finished,
@@ -23,7 +22,7 @@ from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import BcuSettings
 from unbackdoor.defenses.stages import run_watched
 from unbackdoor.errors import ArchitectureError, DataError
-from unbackdoor.types import Features, Images, Labels, RawImages, Scalar
+from unbackdoor.types import Features, Images, Labels, OnStep, RawImages, Scalar
 
 
 def cleanse(

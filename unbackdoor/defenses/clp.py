@@ -9,13 +9,13 @@ from unbackdoor.backbones import Backbone
 from unbackdoor.defenses.common import (
     Defended,
     DefenseData,
-    OnStep,
     copy_of,
     finished,
     zero_rows,
 )
 from unbackdoor.defenses.settings import ClpSettings
 from unbackdoor.errors import ArchitectureError
+from unbackdoor.types import OnStep
 
 
 def prune_by_lipschitz(

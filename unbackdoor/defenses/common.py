@@ -16,10 +16,9 @@ from unbackdoor.defenses.keeping import Keeper, Part, resumed
 from unbackdoor.defenses.settings import Tuning
 from unbackdoor.devices import deterministic, global_generator, laid_out, seeded
 from unbackdoor.errors import ArchitectureError, DataError, DivergedError
-from unbackdoor.types import Images, Labels, RawImages, Scalar
+from unbackdoor.types import Images, Labels, OnStep, RawImages, Scalar
 from unbackdoor.views import shift_and_flip
 
-OnStep = Callable[[int, int], None]
 Loss = Callable[[Images, Labels], Scalar]
 AT_ONCE = 250  # images a pass where there is no gradient
 

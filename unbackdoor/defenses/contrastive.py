@@ -7,11 +7,12 @@ import torch
 
 from unbackdoor.backbones import Backbone
 from unbackdoor.cbd import purify
-from unbackdoor.defenses.common import Defended, DefenseData, OnStep, finished
+from unbackdoor.defenses.common import Defended, DefenseData, finished
 from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import ContrastiveSettings
 from unbackdoor.resume import find_state, save_state
 from unbackdoor.settings import PurifySettings, ViewSettings
+from unbackdoor.types import OnStep
 
 
 def fine_tune_contrastively(

@@ -12,7 +12,6 @@ from unbackdoor.defenses.common import (
     AT_ONCE,
     Defended,
     DefenseData,
-    OnStep,
     Split,
     accuracy,
     copy_of,
@@ -26,7 +25,7 @@ from unbackdoor.defenses.common import (
 from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import FinePruningSettings
 from unbackdoor.defenses.stages import Stage, find_stage, find_writers, map_of, prune
-from unbackdoor.types import RawImages
+from unbackdoor.types import OnStep, RawImages
 
 
 def fine_prune(

@@ -6,7 +6,6 @@ from unbackdoor.backbones import Backbone
 from unbackdoor.defenses.common import (
     Defended,
     DefenseData,
-    OnStep,
     copy_of,
     counter,
     finished,
@@ -16,6 +15,7 @@ from unbackdoor.defenses.common import (
 )
 from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import FineTuningSettings
+from unbackdoor.types import OnStep
 
 
 def fine_tune(

@@ -11,7 +11,6 @@ from unbackdoor.defenses.common import (
     Defended,
     DefenseData,
     Loss,
-    OnStep,
     check_finite,
     copy_of,
     counter,
@@ -25,7 +24,7 @@ from unbackdoor.defenses.common import (
 from unbackdoor.defenses.keeping import Keeper, Part, resumed
 from unbackdoor.defenses.settings import IbauSettings
 from unbackdoor.devices import deterministic
-from unbackdoor.types import Images, Labels, RawImages, Scalar
+from unbackdoor.types import Images, Labels, OnStep, RawImages, Scalar
 
 Objective = Callable[[Tensor], Scalar]
 

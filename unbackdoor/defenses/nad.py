@@ -9,7 +9,6 @@ from unbackdoor.backbones import Backbone
 from unbackdoor.defenses.common import (
     Defended,
     DefenseData,
-    OnStep,
     copy_of,
     counter,
     finished,
@@ -20,7 +19,7 @@ from unbackdoor.defenses.common import (
 from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.defenses.settings import NadSettings
 from unbackdoor.defenses.stages import find_stage, watching
-from unbackdoor.types import Images, Labels, Scalar
+from unbackdoor.types import Images, Labels, OnStep, Scalar
 
 
 def distill_attention(

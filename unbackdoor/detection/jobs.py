@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,6 @@ from unbackdoor.checkpoint import (
     Tree,
     check_output,
     read_checkpoint,
-    sha256_of,
-    write_tensors,
-    write_text,
 )
 from unbackdoor.detection.network import Level, find_levels, make_detector
 from unbackdoor.detection.training import (
@@ -51,14 +48,19 @@ from unbackdoor.errors import (
     OutputError,
     SettingsError,
 )
-from unbackdoor.outputs import TrainedFiles, refuse_existing, versions
+from unbackdoor.outputs import (
+    TrainedFiles,
+    name_trained,
+    refuse_existing,
+    versions,
+    write_trained,
+)
 from unbackdoor.resume import as_texts, read_state, write_state
 from unbackdoor.settings import DetectionSettings, DeviceName, PrecisionName
+from unbackdoor.types import OnStep, Say
 
 KIND = "detector"
 GROUPS = ("network", "momentum", "progress")
-
-Say = Callable[[str], None]
 
 
 class Opened(NamedTuple):
@@ -99,7 +101,7 @@ def train_file(
     overwrite: bool = False,
     resume: bool = False,
     say: Say = print,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> TrainedFiles:
     """Train a Faster R-CNN on the backbone in ``source``, and write it with its record.
 
@@ -181,17 +183,11 @@ def train_file(
         "seconds": round(time.monotonic() - started, 1),
         "seconds_of_training": round(sum(epoch.seconds for epoch in history), 1),
     }
-    tree: Tree = {key: value.cpu().contiguous() for key, value in detector.state_dict().items()}
-    if not all(value.isfinite().all() for value in tree.values() if isinstance(value, Tensor)):
+    if not all(value.isfinite().all() for value in detector.state_dict().values()):
         raise DivergedError(
             "the last step left NaN or infinite weights; pass a smaller --learning-rate"
         )
-    replacing = overwrite or resume
-    write_tensors(files.tensors, tree, metadata={"format": "pt"}, overwrite=replacing)
-    record["sha256"] = sha256_of(files.tensors)
-    write_text(files.record, json.dumps(record, indent=1) + "\n", overwrite=replacing)
-    files.state.unlink(missing_ok=True)
-    say(f"wrote {files.tensors} and {files.record}")
+    write_trained(files, detector.state_dict(), record, overwrite=overwrite or resume, say=say)
     return files
 
 
@@ -205,18 +201,12 @@ def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> T
     """
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a detector's file ends in .safetensors")
-    files = name_files(out)
+    files = name_trained(out)
     for path in files:
         check_output(path, overwrite=True, inputs=[backbone])
     last = files[1:2] if resume else files[:2]  # the record is written last
     refuse_existing(last, files.state, overwrite=overwrite, resume=resume)
     return files
-
-
-def name_files(out: Path) -> TrainedFiles:
-    """Return the names of all files that go with ``out``."""
-    suffixes = (".safetensors", ".json", ".state.safetensors")
-    return TrainedFiles(*(out.with_suffix(suffix) for suffix in suffixes))
 
 
 def open_detector(path: Path, *, arch: str | None = None, precision: Precision = "fp32") -> Opened:
@@ -317,7 +307,7 @@ def _train(
     device: torch.device,
     resume: bool,
     say: Say,
-    on_step: Callable[[int, int], None] | None,
+    on_step: OnStep | None,
 ) -> tuple[Epoch, ...]:
     state = _load(path, of) if resume else None
     if state is None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from unbackdoor.errors import CheckpointError, OutputError
 from unbackdoor.evaluation import Known, find_attack, is_record, not_taken
 from unbackdoor.report import BoxedImage, Picture, Table, as_text, boxes_picture, render_report
 from unbackdoor.settings import DetectionSettings, DeviceName, PrecisionName
-from unbackdoor.types import RawImages
+from unbackdoor.types import OnStep, RawImages, Say
 
 SHOWN = 4  # images in the report
 CERTAIN = 0.5  # score of the detections that it shows
@@ -85,8 +85,8 @@ def evaluate_detector(
     out: Path | None = None,
     report: Path | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
-    on_step: Callable[[int, int], None] | None = None,
+    say: Say = print,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Score the detector in ``path``; print, return and write.
 
@@ -178,7 +178,7 @@ def score_detector(
     measure: Measure,
     device: torch.device,
     precision: ComputedIn,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Scored:
     """Score a detector on ``images`` as they are and, under an attack, triggered.
 
@@ -251,7 +251,7 @@ def score_conditions(
     side: int,
     measure: Measure,
     device: torch.device,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, Condition]:
     """Return detections and their precision under every trigger, by name.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unbackdoor.cbd import momentum_of, restore_momentum
 from unbackdoor.data import CACHE_BYTES, THREADS
 from unbackdoor.detection.network import FittedImages, fit
 from unbackdoor.detection.voc import Boxes, VocImages
@@ -16,6 +17,7 @@ from unbackdoor.devices import deterministic, seeded
 from unbackdoor.errors import DivergedError
 from unbackdoor.resume import is_due
 from unbackdoor.settings import DetectionSettings
+from unbackdoor.types import OnStep
 
 DROPS = (3 / 4, 11 / 12)  # shares of the steps after which the rate falls to a tenth
 
@@ -52,7 +54,7 @@ def train_detector(
     *,
     device: torch.device,
     state: TrainingState | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     on_epoch: Callable[[int, Epoch], None] | None = None,
     on_state: Callable[[TrainingState], None] | None = None,
 ) -> tuple[Epoch, ...]:
@@ -73,15 +75,16 @@ def train_detector(
         DivergedError: If the loss is no longer finite.
     """
     detector.to(device).train()
-    weights = {name: w for name, w in detector.named_parameters() if w.requires_grad}
-    optimizer = torch.optim.SGD(weights.values(), lr=0.0, momentum=0.9)
+    weights = [weight for weight in detector.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9)
     per_epoch = math.ceil(len(data) / settings.batch_size)
     steps = settings.epochs * per_epoch
     step, unfinished = 0, Epoch(0.0, 0.0)
     history: tuple[Epoch, ...] = ()
     if state is not None:
         step, history, unfinished = state[:3]
-        restore(state, detector, optimizer, weights)
+        detector.load_state_dict(state.network)
+        restore_momentum(optimizer, detector, state.momentum)
     kept_at = time.monotonic()
     with deterministic():
         for batch in batches(data, settings, first=step):
@@ -109,7 +112,9 @@ def train_detector(
                 if on_epoch is not None:
                     on_epoch(len(history), history[-1])
             if on_state is not None and is_due(kept_at) and step < steps:
-                on_state(state_of(detector, optimizer, weights, step, history, unfinished))
+                tensors = {name: value.clone() for name, value in detector.state_dict().items()}
+                momentum = momentum_of(optimizer, detector)
+                on_state(TrainingState(step, history, unfinished, tensors, momentum))
                 kept_at = time.monotonic()
     detector.eval()
     return history
@@ -196,37 +201,6 @@ def rate_at(settings: DetectionSettings, step: int, steps: int) -> float:
     """Return the learning rate of a step, counted from 0, of ``steps``."""
     rate = settings.learning_rate * 0.1 ** sum(step >= share * steps for share in DROPS)
     return rate * min(1.0, (step + 1) / (settings.warmup + 1))
-
-
-def state_of(
-    detector: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    weights: dict[str, nn.Parameter],
-    step: int,
-    history: tuple[Epoch, ...],
-    unfinished: Epoch,
-) -> TrainingState:
-    """Return a copy of what the steps to come depend on."""
-    momentum = {
-        name: optimizer.state[weight]["momentum_buffer"].clone()
-        for name, weight in weights.items()
-        if "momentum_buffer" in optimizer.state[weight]  # not where no gradient comes
-    }
-    network = {name: value.detach().clone() for name, value in detector.state_dict().items()}
-    return TrainingState(step, history, unfinished, network, momentum)
-
-
-def restore(
-    state: TrainingState,
-    detector: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    weights: dict[str, nn.Parameter],
-) -> None:
-    """Bring detector and optimizer to a state."""
-    detector.load_state_dict(state.network)
-    for name, buffer in state.momentum.items():
-        weight = weights[name]
-        optimizer.state[weight]["momentum_buffer"] = torch.empty_like(weight).copy_(buffer)
 
 
 def _mixed(seed: int, number: int) -> int:
