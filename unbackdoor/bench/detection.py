@@ -28,7 +28,7 @@ SHOWN = 2  # images of a cell in the report
 
 
 def check_detectors(cells: Iterable[Cell], data: str) -> None:
-    """Refuse what no detector of ``cells`` could be trained on or scored with.
+    """Refuse what no detector of a grid's cells could be trained on or scored with.
 
     Args:
         data: ``voc:DIR``, see ``load_voc``.
@@ -38,12 +38,8 @@ def check_detectors(cells: Iterable[Cell], data: str) -> None:
         DataError: If the extra ``detection`` is missing, or if images to train on are scored on as
             well; or see ``load_voc``.
     """
-    tried = {
-        (cell.victim.arch, cell.victim.size, cell.detection.stages): cell.detection
-        for cell in cells
-        if cell.detection is not None
-    }
-    if not tried:
+    cell = next((cell for cell in cells if cell.detection is not None), None)
+    if cell is None or cell.detection is None:  # a grid has one network, and one kind of detector
         return
     try:
         coco_metric()
@@ -52,19 +48,18 @@ def check_detectors(cells: Iterable[Cell], data: str) -> None:
             "a grid with [detection] scores COCO's AP too, which needs torchmetrics and "
             "faster-coco-eval: pip install '.[detection]' where the source is"
         ) from error
-    for (arch, size, stages), detection in tried.items():
-        found = build(arch)
-        pixels = settle_pixels(arch, found, mean=None, std=None, size=size or None)
-        backbone = Backbone(found.network, found.heads, mean=pixels.mean, std=pixels.std).eval()
-        find_levels(backbone.body, arch, stages)
-        learned = load_voc(data, detection.train)
-        scored = load_voc(data, detection.test, classes=learned.classes)
-        if both := set(learned.paths) & set(scored.paths):
-            raise DataError(
-                f"{data}: {len(both)} images are in both sets, {detection.train} to train on and "
-                f"{detection.test} to score on, {min(both).name} among them; name sets that share "
-                "none"
-            )
+    detection, arch, size = cell.detection, cell.victim.arch, cell.victim.size
+    found = build(arch)
+    pixels = settle_pixels(arch, found, mean=None, std=None, size=size or None)
+    backbone = Backbone(found.network, found.heads, mean=pixels.mean, std=pixels.std).eval()
+    find_levels(backbone.body, arch, detection.stages)
+    learned = load_voc(data, detection.train)
+    scored = load_voc(data, detection.test, classes=learned.classes)
+    if both := set(learned.paths) & set(scored.paths):
+        raise DataError(
+            f"{data}: {len(both)} images are in both sets, {detection.train} to train on and "
+            f"{detection.test} to score on, {min(both).name} among them; name sets that share none"
+        )
 
 
 def detect_cell(

@@ -34,7 +34,7 @@
 """
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -221,26 +221,26 @@ def entries(grid: Grid) -> list[Entry]:
     found = []
     for seed in grid.seeds:
         if grid.clean:
-            victim = make_victim(grid, CLEAN, seed)
+            victim = victim_of(grid, CLEAN, seed)
             rows = {CLEAN_ROW: Row(CLEAN_ROW, NO_DEFENSE)}
             rows |= {f"{CLEAN_ROW}, {row.name}": row for row in grid.rows if row.innocent}
             found += [
-                Entry(attack, name, make_cell(grid, row, victim, attack, seed))
+                Entry(attack, name, cell_of(grid, row, victim, attack, seed))
                 for attack in grid.attacks
                 for name, row in rows.items()
             ]
         for attack in grid.attacks:
-            victim = make_victim(grid, attack, seed)
+            victim = victim_of(grid, attack, seed)
             found += [
-                Entry(attack, row.name, make_cell(grid, row, victim, attack, seed))
+                Entry(attack, row.name, cell_of(grid, row, victim, attack, seed))
                 for row in grid.rows
             ]
     return found
 
 
-def drawn_entries(grid: Grid, found: Iterable[Entry]) -> list[Entry]:
-    """Return those whose features the report draws: of the first seed."""
-    return [e for e in found if e.row in grid.features and e.cell.seed == grid.seeds[0]]
+def drawn_entries(grid: Grid, found: Iterable[Entry], rows: Sequence[str]) -> list[Entry]:
+    """Return those of ``rows`` that the report draws something of: of the first seed."""
+    return [e for e in found if e.row in rows and e.cell.seed == grid.seeds[0]]
 
 
 def unique_cells(found: Iterable[Entry]) -> list[Cell]:
@@ -248,7 +248,7 @@ def unique_cells(found: Iterable[Entry]) -> list[Cell]:
     return list({entry.cell.key: entry.cell for entry in found}.values())
 
 
-def make_victim(grid: Grid, attack: str, seed: int) -> Victim:
+def victim_of(grid: Grid, attack: str, seed: int) -> Victim:
     """Return the victim of ``attack``; of the package itself, there is one for all seeds."""
     settings = None
     seed = seed if grid.victim_seed is None else grid.victim_seed
@@ -274,7 +274,7 @@ def make_victim(grid: Grid, attack: str, seed: int) -> Victim:
     )
 
 
-def make_cell(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cell:
+def cell_of(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cell:
     """Return the cell of one row."""
     needs = row.defense in DEFENSES and DEFENSES[row.defense].labels
     labels: LabelKind = row.labels or ("given" if needs else "none")
@@ -378,7 +378,7 @@ def settings_of(cell: Cell, defaults: Any = None) -> Any:
     """
     if defaults is None:
         defaults = PurifySettings() if cell.defense == CBD else DEFENSES[cell.defense].settings()
-    if cell.defense == "bcu":  # see make_cell
+    if cell.defense == "bcu":  # see cell_of
         defaults = replace(defaults, spread="pytorch")
     return changed(defaults, nested(cell.settings), cell.defense)
 
@@ -413,12 +413,12 @@ def describe_schedule(grid: Grid) -> str:
 
 def _lengths(grid: Grid) -> str:
     """Return how long victims are trained, and which attacks' are trained otherwise."""
-    usual = make_victim(grid, CLEAN, grid.seeds[0]).settings
+    usual = victim_of(grid, CLEAN, grid.seeds[0]).settings
     if usual is None:  # they come with the package
         return ""
     text = f" of {usual.epochs} epochs" + (f" of {usual.limit:,} images" if usual.limit else "")
     for attack in grid.attacks:
-        settings = make_victim(grid, attack, grid.seeds[0]).settings
+        settings = victim_of(grid, attack, grid.seeds[0]).settings
         if settings is not None and settings.epochs != usual.epochs:
             text += f" ({attack}: {settings.epochs})"
     return text

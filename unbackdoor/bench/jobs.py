@@ -250,7 +250,8 @@ def place_of(plans: Sequence[Plan]) -> Place:
 
 def featured(plan: Plan) -> tuple[str, ...]:
     """Return the keys of the cells whose features the report draws: those of the first seed."""
-    return tuple(entry.cell.key for entry in drawn_entries(plan.grid, plan.found))
+    drawn = drawn_entries(plan.grid, plan.found, plan.grid.features)
+    return tuple(entry.cell.key for entry in drawn)
 
 
 def cells_by_victim(cells: Iterable[Cell]) -> dict[str, tuple[str, ...]]:
@@ -318,9 +319,8 @@ def write_report(plans: Sequence[Plan], results: Path, out: Path, *, overwrite: 
 
 def pictured(plan: Plan) -> tuple[str, ...]:
     """Return the keys of the cells whose detections the report draws: those of the first seed."""
-    task, first = plan.grid.detection, plan.grid.seeds[0]
-    rows = () if task is None else task.pictures
-    return tuple(e.cell.key for e in plan.found if e.row in rows and e.cell.seed == first)
+    rows = () if plan.grid.detection is None else plan.grid.detection.pictures
+    return tuple(entry.cell.key for entry in drawn_entries(plan.grid, plan.found, rows))
 
 
 def _detection_data(grid: Grid) -> str:

@@ -89,7 +89,7 @@ def undrawn(parts: Sequence[Part], features: Mapping[str, Mapping[str, Any]]) ->
     lacking = [
         f"{part.grid.name}: {ATTACK_NAMES[entry.attack]}, row {entry.row}"
         for part in parts
-        for entry in drawn_entries(part.grid, part.found)
+        for entry in drawn_entries(part.grid, part.found, part.grid.features)
         if entry.cell.key in part.records and "attack" not in features.get(entry.cell.key, {})
     ]
     if not lacking:
