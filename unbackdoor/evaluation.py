@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -121,14 +121,29 @@ def evaluate_file(
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    say("\n".join(as_text(scores_table(reading))))
-    say(f"{DEFINITIONS} Probe and neighbours: {len(split.probe.labels)} labeled images.")
-    for flag in flags:
+    about = f"{DEFINITIONS} Probe and neighbours: {len(split.probe.labels)} labeled images."
+    tell_scores(record, [scores_table(reading)], about, out=out, overwrite=overwrite, say=say)
+    return record
+
+
+def tell_scores(
+    record: Mapping[str, Any],
+    tables: Iterable[Table],
+    about: str,
+    *,
+    out: Path | None,
+    overwrite: bool,
+    say: Say,
+) -> None:
+    """Say scores, what they are, and the doubts about them; write their record to ``out``."""
+    for table in tables:
+        say("\n".join(as_text(table)))
+    say(about)
+    for flag in record["flags"]:
         say(f"doubt: {flag}")
     if out is not None:
         write_text(out, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
         say(f"wrote {out}")
-    return record
 
 
 def load_split(data: str, *, size: int, seed: int) -> Split:

@@ -4,7 +4,6 @@ The attacker's class means nothing among other classes, so that there is no atta
 every test image is triggered, and what counts is how many are still taken for what they are.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,7 @@ from unbackdoor.attacks.named import attack_record
 from unbackdoor.attacks.poisoning import PART
 from unbackdoor.attacks.triggers import Trigger
 from unbackdoor.backbones import Source, open_backbone, public_name
-from unbackdoor.checkpoint import check_output, write_text
+from unbackdoor.checkpoint import check_output
 from unbackdoor.data import LabeledImages, draw_rows, load_labeled
 from unbackdoor.devices import describe_device, laid_out, pick_device, told_of_memory
 from unbackdoor.errors import DataError
@@ -26,11 +25,12 @@ from unbackdoor.evaluation import (
     like_victim,
     not_taken,
     planted_elsewhere,
+    tell_scores,
     without_labels,
 )
 from unbackdoor.metrics import Scores, TestSet, read
 from unbackdoor.outputs import versions
-from unbackdoor.report import Table, as_text
+from unbackdoor.report import Table
 from unbackdoor.settings import DeviceName, check_seed, in_range
 from unbackdoor.types import Say
 
@@ -121,13 +121,9 @@ def transfer_file(
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
     }
-    say("\n".join(as_text(transfer_table(scores, data))))
-    say(f"{DEFINITIONS} Probe and neighbours: {len(parts.probe.labels)} labeled images.")
-    for flag in flags:
-        say(f"doubt: {flag}")
-    if out is not None:
-        write_text(out, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
-        say(f"wrote {out}")
+    about = f"{DEFINITIONS} Probe and neighbours: {len(parts.probe.labels)} labeled images."
+    tables = [transfer_table(scores, data)]
+    tell_scores(record, tables, about, out=out, overwrite=overwrite, say=say)
     return record
 
 

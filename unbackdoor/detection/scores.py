@@ -1,6 +1,5 @@
 """Score a detector's file: AP on test images as they are, PAP on the same ones triggered."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +24,8 @@ from unbackdoor.detection.voc import VocImages, load_voc
 from unbackdoor.devices import Precision as ComputedIn
 from unbackdoor.devices import forget_peak, pick_device, pick_precision, told_of_memory
 from unbackdoor.errors import CheckpointError, OutputError
-from unbackdoor.evaluation import Known, find_attack, is_record, not_taken
-from unbackdoor.report import BoxedImage, Picture, Table, as_text, boxes_picture, render_report
+from unbackdoor.evaluation import Known, find_attack, is_record, not_taken, tell_scores
+from unbackdoor.report import BoxedImage, Picture, Table, boxes_picture, render_report
 from unbackdoor.settings import DetectionSettings, DeviceName, PrecisionName
 from unbackdoor.types import OnStep, RawImages, Say
 
@@ -151,14 +150,8 @@ def evaluate_detector(
     flags = [*scored.record["flags"], "one detector: a table needs three seeds"]
     record = {**scored.record, "flags": flags}
     tables = scores_tables(scored.conditions, opened.classes)
-    for table in tables:
-        say("\n".join(as_text(table)))
-    say(DEFINITIONS if known is not None else DEFINITIONS.partition(" PAP:")[0])
-    for flag in flags:
-        say(f"doubt: {flag}")
-    if out is not None:
-        write_text(out, json.dumps(record, indent=1) + "\n", overwrite=overwrite)
-        say(f"wrote {out}")
+    about = DEFINITIONS if known is not None else DEFINITIONS.partition(" PAP:")[0]
+    tell_scores(record, tables, about, out=out, overwrite=overwrite, say=say)
     if report is not None:
         title = f"{path.name} on {Path(data).name}, set {name}"
         summary = " ".join([DEFINITIONS, *(f"Doubt: {flag}." for flag in flags)])
