@@ -230,15 +230,17 @@ GRID = (
 features = ["ours"]
 
 [victim]
-epochs = 1
-batch_size = 50
+epochs = 6
+batch_size = 25
+learning_rate = 0.05
 
 [cbd]
 preset = "cifar10"
 epochs = 1
 batch_size = 8
+learning_rate = 0.002
 """
-)
+)  # victims that are far from any edge, or other draws and bfloat16 change their scores
 ROW = """
 [[rows]]
 name = "{name}"
@@ -259,7 +261,7 @@ ROWS = [
     ("adversarial", "adversarial", "given", "{ tuning = { epochs = 1 }, adversarial_epochs = 1 }"),
     ("contrastive", "contrastive", "none", "{ epochs = 1, batch_size = 10 }"),
     ("bcu", "bcu", "none", "{ tuning = { epochs = 1 } }"),
-    ("clp", "clp", "none", "{ deviations = 0.1 }"),
+    ("clp", "clp", "none", "{ deviations = 3.0 }"),
 ]
 
 

@@ -607,10 +607,17 @@ def test_the_revision_is_that_of_the_code_that_runs(tmp_path):
         "print(revision())\n"
     )
     git = shutil.which("git")
+    told = {"PYTHONPATH": ".", "UNBACKDOOR_REVISION": "of a copy\n"}
+    command = [
+        sys.executable,
+        "-B",
+        "-c",
+        code.replace("Path('unbackdoor/errors.py').unlink()", ""),
+    ]
+    options = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
+    assert subprocess.run(command, env=told, **options).stdout.startswith("of a copy")
     *_, head, found = (
-        subprocess.run(
-            words, cwd=tmp_path, check=True, capture_output=True, text=True, env={"PYTHONPATH": "."}
-        ).stdout
+        subprocess.run(words, env=told, **options).stdout
         for words in (
             [git, "init"],
             [git, "add", "unbackdoor"],

@@ -116,6 +116,20 @@ def test_a_twin_has_the_gradients_of_the_network_whose_weights_it_shares(
     assert not any(weight.requires_grad for weight in twin.parameters())
 
 
+@pytest.mark.slow
+def test_however_many_networks_are_compiled_none_is_run_uncompiled(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        images = torch.rand(2, 3, 8, 8)
+        layers = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval() for _ in range(3)]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for network in layers:
+            twin = frozen_twin(network)
+            assert fold(twin, images) > 0
+            compile_for_search(twin, images)
+
+
 def test_a_network_that_cannot_be_compiled_is_one_message(monkeypatch):
     def fail(self, **options):
         self.forward = lambda images: 1 / 0

@@ -25,6 +25,16 @@ def test_the_measurement_of_speed_runs_and_times_every_part(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_device_that_is_right_is_found_to_be():
+    command = [sys.executable, str(ROOT / "benchmarks/check_device.py"), "cpu", "cifar/wrn16_1"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "wrong" not in run.stdout
+    for what in ("trigger wanet", "gradients", "resumed", "search of 20 steps", "views of 128"):
+        assert what in run.stdout
+
+
+@pytest.mark.slow
 def test_the_measurement_of_several_processes_times_every_way(tmp_path):
     out = tmp_path / "scaling.json"
     command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--quick", "--out", str(out)]

@@ -566,7 +566,7 @@ def train_with_state(
         nonlocal kept_at, history
         history = reached.history
         loss, seconds = history[-1]
-        say(f"epoch {len(history)}/{settings.epochs}  loss {loss:.3f}  {seconds:.0f} s")
+        say(f"epoch {len(history)}/{settings.epochs}  loss {loss:.3f}  {seconds:.1f} s")
         if is_due(kept_at) or len(history) == settings.epochs:
             _save(path, reached, of)
             kept_at = time.monotonic()

@@ -39,7 +39,8 @@ def pick_device(name: DeviceName) -> torch.device:
 def describe_device(device: torch.device) -> str:
     """Return the device in words, with the threads of a CPU."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device)
+        return f"{name}, TF32 in convolutions" if torch.backends.cudnn.allow_tf32 else name
     return f"{device}, {torch.get_num_threads()} threads"
 
 
@@ -120,16 +121,21 @@ def frozen_twin(network: nn.Module) -> nn.Module:
 def compile_for_search(network: nn.Module, images: Images) -> None:
     """Compile ``network``, a frozen one, in place, for gradients to images alone.
 
+    What was compiled before is forgotten: PyTorch counts all networks of a class together, and runs
+    the ninth uncompiled, with no more than a line in its log.
+
     Args:
         images: A batch to try it on, of the shape to come.
 
     Raises:
         SettingsError: If PyTorch cannot compile it here.
     """
+    torch.compiler.reset()
     network.compile(dynamic=False)
     tried = images.detach().requires_grad_(True)
     try:
-        torch.autograd.grad(network(tried).sum(), tried)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            torch.autograd.grad(network(tried).sum(), tried)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler of this machine fails with
