@@ -320,6 +320,33 @@ def reduced_table(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def lasting_table() -> str:
+    """Return, by attack, the own head's mean ASR as delivered and the highest of all readings'."""
+    kept: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry, record in records_of("table1-cpu"):
+        kept.setdefault((entry.row, entry.attack), []).append(record["scores"]["after"])
+    attacks, rows = (list(dict.fromkeys(key[place] for key in kept)) for place in (1, 0))
+
+    def mean(row: str, attack: str, reading: str, what: str = "asr") -> float | None:
+        return mean_and_spread([(s.get(reading) or {}).get(what) for s in kept[row, attack]])[0]
+
+    lines = [
+        f"| defense | {' | '.join(attacks)} | accuracy |",
+        f"|---{'|---' * (len(attacks) + 1)}|",
+    ]
+    for row in rows:
+        cells, lost = [], []
+        for attack in attacks:
+            readings = kept[row, attack][-1]
+            there = [mean(row, attack, name) for name in readings if name != "neighbours"]
+            delivered, worst = mean(row, attack, "head"), max(filter(None, there))
+            cells.append(f"{delivered:.0f} → {worst:.0f}")
+            before, after = (mean(name, attack, "head", "acc") for name in ("No Defense", row))
+            lost.append(after - before)
+        lines.append(f"| {' | '.join([row, *cells, f'{statistics.fmean(lost):+.1f}'])} |")
+    return "\n".join(lines) + "\n"
+
+
 def mean_in_words(shares: list[float]) -> str:
     """Return the mean in percent, and the sample's standard deviation where it has one."""
     mean, spread = mean_and_spread(shares)
@@ -436,6 +463,7 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/searches.md", "results/searches.json", searches_table),
     ("docs/experiments/changes.md", "results/bench", changes_table),
     ("docs/experiments/changes.md", "results/windows.json", windows_table),
+    ("docs/experiments/tables-cpu.md", "results/bench", lasting_table),
     *(
         (
             "docs/experiments/tables-cpu.md",
