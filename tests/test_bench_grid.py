@@ -365,7 +365,7 @@ def test_a_path_is_relative_to_the_grid_file(write, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("attacks =", "atacks =", "lacks attacks"),
+        ("attacks =", "atacks =", "key 'atacks' is unknown; did you mean 'attacks'?"),
         ("epochs = 3", "epochs = 3\nseed = 7", "[victim]: seed is no setting here; the grid's"),
         ("epochs = 4", "epochs = 4\nseed = 7", "row 'CBD': seed is no setting here"),
         ("iterations = 50", "iterations = 50, seed = 7", "row 'ANP': seed is no setting here"),

@@ -29,7 +29,7 @@ def results(tmp_path):
             "schema": SCHEMA,
             "key": cell.key,
             "cell": as_record(cell),
-            "victim": {"key": cell.victim.key, "attack": planted, "seconds": None},
+            "victim": {"key": cell.victim.key, "sha256": "v", "attack": planted, "seconds": None},
             "scores": {"after": dict.fromkeys(readers, scores)},
             "history": [losses] if cell.defense == "cbd" else [],
             "flags": [],
@@ -57,6 +57,14 @@ def test_status_table_and_report_are_made_of_records(results, capsys, tmp_path):
     out = tmp_path / "tables.md"
     assert main(["bench", "table", SMOKE, "--results", results, "--out", str(out)]) == 0
     assert "| BadNets: CBD | 80.0 |" in out.read_text()
+    words = ["bench", "table", SMOKE, SMOKE, "--results", results, "--format", "csv"]
+    assert main([*words, "--rows", "CBD"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.startswith("grid,attack,row,defense,labels,share,seed,when,reading,acc,asr,pa,")
+    assert len(lines) == 2 * 5
+    assert all(line.startswith("smoke,badnets,CBD,") for line in lines)
+    assert main(["bench", "table", SMOKE, "--results", str(tmp_path / "none")]) == 2
+    assert "there is no such folder of records; pass --results" in capsys.readouterr().err
     page = tmp_path / "bench.html"
     assert main(["bench", "report", SMOKE, "--results", results, "--out", str(page)]) == 0
     assert "4 of 4 cells are done" in page.read_text()

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unbackdoor.bench.cells import as_record
 from unbackdoor.bench.features import as_base64, compressed, from_base64
 from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid
 from unbackdoor.bench.report import Part as ReportPart
@@ -26,7 +27,8 @@ def record(cell):
     readers = ("head", "probe", "neighbours", "reestimated", "fine_tuned")
     losses = {"pull": 2.0, "distill": 1.0, "align": 0.5, "total": 1.2, "seconds": 1.0}
     return {
-        "cell": {"defense": cell.defense, "seed": cell.seed},
+        "cell": as_record(cell),
+        "victim": {"key": cell.victim.key, "sha256": "v"},
         "scores": {"after": dict.fromkeys(readers, scores)},
         "history": [losses, losses] if cell.defense == "cbd" else [],
         "flags": ["made up"],

@@ -1,10 +1,18 @@
+import json
 from dataclasses import replace
 
 import pytest
 
-from unbackdoor.bench.cells import Cell, Detection, Victim
+from unbackdoor.bench.cells import Cell, Detection, Victim, as_record
 from unbackdoor.bench.status import as_lines, estimate, status_of
-from unbackdoor.bench.store import SCHEMA, claimed, open_store, write_failure, write_record
+from unbackdoor.bench.store import (
+    NEEDED,
+    SCHEMA,
+    claimed,
+    open_store,
+    write_failure,
+    write_record,
+)
 from unbackdoor.settings import DetectionSettings, VictimSettings
 
 VICTIM = Victim("badnets", "supervised", "small", "shades", 8, 1, 0, VictimSettings(epochs=1))
@@ -14,19 +22,9 @@ DETECTION = Detection("bccd", "trainval", "test", (), DetectionSettings())
 
 def record(cell, seconds, victim_seconds):
     return {
+        **dict.fromkeys(NEEDED),
         "schema": SCHEMA,
-        "key": cell.key,
-        "cell": {
-            "defense": cell.defense,
-            "settings": [list(pair) for pair in cell.settings],
-            "share": cell.share,
-            "victim": {
-                "attack": cell.victim.attack,
-                "arch": cell.victim.arch,
-                "training": cell.victim.training,
-            },
-            **({"detection": {}} if cell.detection else {}),
-        },
+        "cell": json.loads(json.dumps(as_record(cell))),
         "victim": {"key": cell.victim.key, "seconds": victim_seconds},
         "seconds": {"all": seconds},
     }

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from unbackdoor.bench.cells import key_of
 from unbackdoor.bench.store import (
+    NEEDED,
     SCHEMA,
     SILENT,
     claimed,
@@ -26,6 +28,10 @@ from unbackdoor.bench.store import (
 )
 from unbackdoor.errors import OutputError
 
+CELL = {"defense": "clp", "seed": 0}
+KEY = key_of(CELL)
+RECORD = dict.fromkeys(NEEDED) | {"schema": SCHEMA, "cell": CELL}
+
 
 @pytest.fixture
 def store(tmp_path):
@@ -38,9 +44,8 @@ def test_present_means_done_and_nothing_half_written_is_seen(store):
         write_record(store, "a", {"schema": SCHEMA, "acc": float("nan")})
     assert not store.is_done("a")
     assert not list(store.folder.glob(".*"))
-    record = {"schema": SCHEMA, "key": "a", "acc": 0.5}
-    write_record(store, "a", record)
-    assert read_records(store, ["a", "b"]) == {"a": record}
+    write_record(store, KEY, RECORD)
+    assert read_records(store, [KEY, "b"]) == {KEY: RECORD}
 
 
 def test_a_record_takes_state_and_failure_away(store):
@@ -65,10 +70,17 @@ def test_a_damaged_record_and_one_of_another_schema_are_refused(store):
     store.record_path("a").write_text(json.dumps({"schema": SCHEMA + 1}))
     with pytest.raises(OutputError, match=f"schema {SCHEMA + 1}, this version reads {SCHEMA}"):
         read_record(store.record_path("a"))
-    for record in ({"schema": SCHEMA, "key": "b"}, {"schema": SCHEMA}):
-        store.record_path("a").write_text(json.dumps(record))
-        with pytest.raises(OutputError, match=f"is the record of {record.get('key')}; delete it"):
-            read_record(store.record_path("a"))
+    store.record_path("a").write_text(json.dumps(RECORD))
+    with pytest.raises(OutputError, match=f"is the record of {KEY}; delete it"):
+        read_record(store.record_path("a"))
+    whole = {name: value for name, value in RECORD.items() if name not in ("flags", "seconds")}
+    store.record_path(KEY).write_text(json.dumps(whole))
+    with pytest.raises(OutputError, match=r"is no record \(it lacks flags, seconds\); delete it"):
+        read_record(store.record_path(KEY))
+    edited = RECORD | {"cell": {**CELL, "defense": "another"}}
+    store.record_path(KEY).write_text(json.dumps(edited))
+    with pytest.raises(OutputError, match=r"is the record of \w+; delete it"):
+        read_record(store.record_path(KEY))
 
 
 def test_whatever_else_is_damaged_is_named(store):

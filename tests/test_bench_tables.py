@@ -1,12 +1,14 @@
+import csv
 from dataclasses import replace
 
 import pytest
 
-from unbackdoor.bench.cells import ATTACK_NAMES
+from unbackdoor.bench.cells import ATTACK_NAMES, as_record
 from unbackdoor.bench.grid import CLEAN_ROW, entries, read_grid
 from unbackdoor.bench.tables import (
     JPEG_CIFAR10,
     all_tables,
+    as_csv,
     as_markdown,
     durability_table,
     lines,
@@ -57,7 +59,8 @@ def scores(acc, asr, pa):
 def record(entry, probe, *, head=None, renewed=None, tuned=None, flags=(), seconds=10.0, data="a"):
     """Return a made-up record with these scores after the defense."""
     return {
-        "cell": {"defense": entry.cell.defense, "seed": entry.cell.seed},
+        "cell": as_record(entry.cell),
+        "victim": {"key": entry.cell.victim.key, "sha256": "v"},
         "scores": {
             "after": {
                 "probe": scores(*probe),
@@ -330,6 +333,20 @@ def test_the_note_tells_of_cifar10_from_jpeg_files(grid):
         assert ("JPEG files of quality 75" in note) == told
 
 
+def test_the_scores_of_all_readings_can_be_had_as_csv(grid):
+    made = grid("cpu")
+    found = entries(made)
+    rows = list(csv.DictReader(as_csv(made, found, made_up(found)).splitlines()))
+    assert len(rows) == 3 * 4  # each record's readings after the defense
+    (one,) = (r for r in rows if (r["row"], r["reading"]) == ("FT", "reestimated"))
+    assert {name: one[name] for name in ("grid", "attack", "labels", "share", "seed", "when")} == {
+        **{"grid": "grid", "attack": "badnets", "labels": "given", "share": "0.01"},
+        **{"seed": "0", "when": "after"},
+    }
+    assert (one["acc"], one["asr"], one["pa"]) == ("0.89", "0.75", "0.2")
+    assert (one["images"], one["flags"]) == ("10000", "the attack did not take")
+
+
 def test_the_note_tells_of_few_seeds_and_of_different_images(grid):
     made = grid("cpu")
     found = entries(made)
@@ -339,6 +356,10 @@ def test_the_note_tells_of_few_seeds_and_of_different_images(grid):
     records[tuned.cell.key] = record(tuned, (0.8, 0.1, 0.8), data="b")
     note = scores_table(made, lines(made, found, records), "probe").note
     assert "The records are of different images." in note
+    assert "different victims" not in note
+    records[tuned.cell.key]["victim"]["sha256"] = "another"
+    note = scores_table(made, lines(made, found, records), "probe").note
+    assert "Rows of one attack and seed are of different victims: one was trained anew" in note
     assert "The records are of 2" not in note
     assert "scorings" not in note
     records[tuned.cell.key] |= {"scoring": 2}

@@ -394,6 +394,18 @@ def test_special_tensors_are_an_error_with_their_key(tmp_path, special):
         read_checkpoint(path)
 
 
+def test_the_same_tensors_and_metadata_make_the_same_bytes(tmp_path):
+    tree = {name: torch.arange(3.0) for name in ("b", "a", "é")}
+    metadata = {f"key {i}": "ü" * i for i in range(20)}
+    for name in ("1", "2"):
+        path = tmp_path / f"{name}.safetensors"
+        write_tensors(path, tree, metadata=metadata, overwrite=False)
+    assert sha256_of(tmp_path / "1.safetensors") == sha256_of(tmp_path / "2.safetensors")
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tree[name]) for name in tree)
+
+
 def test_torchscript_is_refused_with_a_way_out(tmp_path):
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
         archive.writestr("script/data.pkl", pickle.dumps({}, 2))

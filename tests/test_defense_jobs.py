@@ -1,5 +1,6 @@
 import io
 import json
+import random
 import re
 import shutil
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import safetensors
@@ -16,11 +18,12 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from unbackdoor import defense_jobs
-from unbackdoor.backbones import Source, build
+from unbackdoor.backbones import Backbone, Source, build
 from unbackdoor.cli import main
 from unbackdoor.data import load_labeled, split_rows
-from unbackdoor.defense_jobs import defend_file, find_defense, load_pool
+from unbackdoor.defense_jobs import Chosen, defend_file, find_defense, load_pool, run_defense
 from unbackdoor.defenses import keeping
+from unbackdoor.defenses.common import Defended, DefenseData
 from unbackdoor.errors import (
     ArchitectureError,
     DataError,
@@ -29,6 +32,7 @@ from unbackdoor.errors import (
     SettingsError,
     UnlabeledError,
 )
+from unbackdoor.networks import SMALL_NETWORKS
 from unbackdoor.roles import defender_rows, divide_rows
 from unbackdoor.settings import ChangeSettings, PurifySettings
 
@@ -235,6 +239,32 @@ def test_no_image_of_the_probe_is_given_to_a_defense(photos, labels, share, coun
 def test_a_share_that_cannot_be_is_refused(photos, share):
     with pytest.raises(DataError, match=f"share.* {share:g}|share {share:g} of 200 images is"):
         load_pool(photos, size=16, labels="given", share=share, seed=0)
+
+
+def test_what_somebody_elses_code_draws_is_the_same_and_what_it_sets_is_undone(photos):
+    def careless(backbone, data, settings, *, device="cpu", on_step=None):
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        drawn = [torch.rand(1).item(), random.gauss(0, 1), float(np.random.rand())]  # noqa: NPY002
+        return Defended(backbone, {"drawn": drawn})
+
+    network = SMALL_NETWORKS["wrn16_1"](10)
+    backbone = Backbone(network, (), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    data = DefenseData(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+
+    def drawn(seed):
+        chosen = Chosen("careless", careless, None, False, seed)
+        return run_defense(chosen, backbone, data, device=torch.device("cpu")).log["drawn"]
+
+    first = drawn(0)
+    assert drawn(0) == first
+    assert not set(drawn(1)) & set(first)
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert torch.equal(after[0], before[0])
+    assert after[1:] == before[1:]
 
 
 def test_a_broken_image_does_not_make_a_labeled_set_unlabeled(photos, tmp_path):

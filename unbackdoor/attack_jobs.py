@@ -406,7 +406,7 @@ def plan_victim(
     if surrogate is None:
         return plan
     if attack is None or not attack.adversarial:
-        raise SettingsError(f"{name} needs no --surrogate; only cla does")
+        raise SettingsError(f"{name} perturbs no images first, and needs no --surrogate")
     return plan._replace(surrogate=open_surrogate(surrogate, plan))
 
 

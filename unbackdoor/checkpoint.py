@@ -198,6 +198,7 @@ def write_tensors(path: Path, tree: Tree, *, metadata: Mapping[str, str], overwr
         flat = {key: value for key, value in tree.items() if isinstance(value, Tensor)}
         with _replacing(path, overwrite=overwrite) as temporary:
             safetensors.torch.save_file(_unshared(flat), temporary, dict(metadata))
+            _sort_metadata(temporary)
     elif path.suffix in TORCH_SUFFIXES:
         with _replacing(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
             torch.save(_compact(tree), file)
@@ -301,6 +302,22 @@ def _replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
         raise OutputError(f"{path}: cannot be written: {_first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, which the library writes as it comes.
+
+    So the same tensors and metadata make the same bytes.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) <= length:  # always, but for what the library may write otherwise some day
+                file.seek(8)
+                file.write(text.ljust(length))
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -874,14 +874,17 @@ def bench_table(
     /,
     *,
     results: Results = Path("results/bench"),
-    where: Annotated[Where, Parameter(name="*")] = Where(),
+    part: Annotated[Part, Parameter(name="*")] = Part(),
+    form: Annotated[Literal["markdown", "csv"], Parameter(name="--format")] = "markdown",
     out: Path | None = None,
     force: Switch = False,
 ) -> None:
-    """Print the tables of grid files, as Markdown.
+    """Print the tables of grid files, as Markdown; or, as CSV, the scores that they are made of.
 
     Parameters
     ----------
+    form
+        Of what is printed. CSV has a line for each reading, with shares instead of percent.
     out
         A file to write to instead.
     force
@@ -892,9 +895,9 @@ def bench_table(
 
     if out is not None:
         check_output(out, overwrite=force, inputs=grids)
-    text = jobs.grids_tables(jobs.plan_grids(grids, **asdict(where)), results)
+    text = jobs.grids_tables(jobs.plan_grids(grids, **asdict(part)), results, form=form)
     if out is None:
-        print(text)
+        print(text.rstrip("\n"))
     else:
         write_text(out, text, overwrite=force)
 

@@ -4,12 +4,15 @@ import copy
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+import numpy as np
 import torch
 
 from unbackdoor.backbones import (
@@ -26,7 +29,7 @@ from unbackdoor.data import even_rows, from_tensor, load_images, load_labeled
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.common import Defended, DefenseData, predict
 from unbackdoor.defenses.keeping import Keeper
-from unbackdoor.devices import describe_device, pick_device, told_of_memory
+from unbackdoor.devices import describe_device, pick_device, seeded, told_of_memory
 from unbackdoor.diagnostics import MEASURED, measure_both
 from unbackdoor.errors import DataError, DivergedError, SettingsError, UnlabeledError, unknown
 from unbackdoor.outputs import (
@@ -62,6 +65,7 @@ class Chosen(NamedTuple):
     function: Callable[..., Any]
     settings: Any  # a dataclass
     labels: bool  # whether it needs any
+    seed: int = 0
 
 
 class Owned(NamedTuple):
@@ -204,7 +208,7 @@ def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Cho
         json.dumps(asdict(settings))
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{name}: its settings must be what JSON can hold: {error}") from error
-    return Chosen(name, function, settings, needs_labels)
+    return Chosen(name, function, settings, needs_labels, seed)
 
 
 def load_pool(data: str, *, size: int, labels: LabelKind, share: float | None, seed: int) -> Owned:
@@ -259,7 +263,7 @@ def run_defense(
     """Run a defense on copies of what it is given; return the backbone with the tensors it made.
 
     Tensors are all that a file holds. Whatever else the defense did to its copy, a hook or a mode,
-    is gone, so that what is measured and scored is what is written.
+    is gone, so that what is measured and scored is what is written. See :func:`contained`, too.
 
     Args:
         keep: Handed to a defense that takes it, which then goes on where a killed one was.
@@ -272,13 +276,33 @@ def run_defense(
     options: dict[str, Any] = {"device": device, "on_step": on_step}
     if "keep" in inspect.signature(chosen.function).parameters:
         options["keep"] = keep
-    result = chosen.function(copy.deepcopy(backbone), copied, chosen.settings, **options)
+    with contained(chosen.seed, device):
+        result = chosen.function(copy.deepcopy(backbone), copied, chosen.settings, **options)
     check_result(result, backbone, chosen.name)
     repaired, made = copy.deepcopy(backbone).to(device).eval(), network_state(result.backbone)
     with torch.no_grad():
         for key, value in network_state(repaired).items():
             value.copy_(made[key])
     return Defended(repaired, result.log)
+
+
+@contextmanager
+def contained(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed all global generators, and undo what is done to them and to PyTorch's modes meanwhile.
+
+    So what somebody else's code draws is the same in every run, and changes nothing after it.
+    """
+    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    dtype = torch.get_default_dtype()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        with seeded(seed, device), torch.enable_grad():
+            yield
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(drawn_by_numpy)  # noqa: NPY002
+        torch.set_default_dtype(dtype)
 
 
 def check_result(result: Any, original: Backbone, name: str) -> None:

@@ -35,13 +35,14 @@ def made(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
         for item in fields(kind)
         if item.default is MISSING and item.default_factory is MISSING
     }
-    if missing := sorted(needed - table.keys()):
-        raise SettingsError(f"{where}: lacks {', '.join(missing)}")
     hints = get_type_hints(kind)
-    values = {}
-    for name, value in table.items():
+    for name in table:
         if name not in hints:
             raise SettingsError(f"{where}: {unknown('key', name, hints)}")
+    if missing := sorted(needed - table.keys()):
+        raise SettingsError(f"{where}: lacks {', '.join(missing)}")
+    values = {}
+    for name, value in table.items():
         values[name] = read_value(hints[name], value, name, where=where)
     return kind(**values)
 

@@ -73,6 +73,11 @@ Tier = Literal["paper", "h200", "cpu", "smoke"]
 CLEAN_ROW = "Clean victim"
 IMAGENET100 = "imagenet100"  # the folder that tables 4 to 6 are of
 OWN = "path/to/file.py:function"
+LABELS_IN_WORDS: Mapping[LabelKind, str] = {
+    "given": "with true labels",
+    "pseudo": "with the victim's predictions",
+    "none": "without labels",
+}
 
 
 @dataclass(frozen=True)
@@ -276,9 +281,7 @@ def victim_of(grid: Grid, attack: str, seed: int) -> Victim:
 
 def cell_of(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cell:
     """Return the cell of one row."""
-    needs = row.defense in DEFENSES and DEFENSES[row.defense].labels
-    labels: LabelKind = row.labels or ("given" if needs else "none")
-    share = SHARES[labels] if row.share is None else row.share
+    labels, share = told_to(row)
     settings = row_settings(grid, row, seed)
     values = asdict(settings) if settings else {}
     if row.defense == CBD and settings.search.kind != "changes":
@@ -298,6 +301,13 @@ def cell_of(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cel
         detection=make_detection(grid, seed),
         code=hash_of(row.defense),
     )
+
+
+def told_to(row: Row) -> tuple[LabelKind, float]:
+    """Return which labels the defense of a row is told, and of which share of the images."""
+    needs = row.defense in DEFENSES and DEFENSES[row.defense].labels
+    labels: LabelKind = row.labels or ("given" if needs else "none")
+    return labels, SHARES[labels] if row.share is None else row.share
 
 
 def make_detection(grid: Grid, seed: int) -> Detection | None:
@@ -402,6 +412,14 @@ def describe_schedule(grid: Grid) -> str:
         f"{row.name}:{_differences(row.settings).removeprefix(',')}"
         for row in grid.rows
         if row.settings
+    ]
+    told: dict[tuple[LabelKind, float], list[str]] = {}
+    for row in grid.rows:
+        if row.defense != NO_DEFENSE:
+            told.setdefault(told_to(row), []).append(row.name)
+    parts += [
+        f"{100 * share:g} % of the training images {LABELS_IN_WORDS[labels]}: {', '.join(names)}"
+        for (labels, share), names in told.items()
     ]
     detection = make_detection(grid, seed=0)
     if grid.detection is not None and detection is not None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from unbackdoor.backbones import is_own
+from unbackdoor.backbones import build, is_own
 from unbackdoor.bench.backends import run_local, run_ray
 from unbackdoor.bench.cells import Cell
 from unbackdoor.bench.detection import check_detectors
@@ -31,10 +31,10 @@ from unbackdoor.bench.store import (
     read_features,
     read_records,
 )
-from unbackdoor.bench.tables import all_tables, as_markdown
+from unbackdoor.bench.tables import all_tables, as_csv, as_markdown
 from unbackdoor.checkpoint import write_text
 from unbackdoor.data import check_there
-from unbackdoor.errors import DataError, SettingsError, unknown
+from unbackdoor.errors import DataError, OutputError, SettingsError, unknown
 from unbackdoor.settings import DeviceName, PrecisionName, at_home
 from unbackdoor.types import OnStep, Say
 
@@ -142,6 +142,8 @@ def run_grids(
     needed: dict[str, tuple[str, ...]] = {}
     if drop_victims:  # by cells that are not asked for as well
         needed = cells_by_victim(cell for plan in plan_grids(paths, **where) for cell in plan.cells)
+    for arch in dict.fromkeys(plan.grid.arch for plan in plans):
+        build(arch)  # says what is wrong with its name before anything runs
     for plan in plans:
         if retry:
             forget_failures(store, [cell.key for cell in plan.cells])
@@ -284,12 +286,20 @@ def grids_status(plans: Sequence[Plan], results: Path) -> list[str]:
     ]
 
 
-def grids_tables(plans: Sequence[Plan], results: Path) -> str:
-    """Return the tables of grid files as Markdown.
+def grids_tables(
+    plans: Sequence[Plan], results: Path, *, form: Literal["markdown", "csv"] = "markdown"
+) -> str:
+    """Return the tables of grid files as Markdown; or as CSV the scores that they are made of.
 
     Raises:
-        OutputError: If a record cannot be read.
+        OutputError: If a record cannot be read, or there is no such folder.
     """
+    if not results.is_dir():
+        raise OutputError(f"{results}: there is no such folder of records; pass --results")
+    if form == "csv":
+        texts = [as_csv(plan.grid, plan.found, _records(plan, results)) for plan in plans]
+        header, _ = texts[0].split("\n", 1)
+        return header + "\n" + "".join(text.split("\n", 1)[1] for text in texts)
     return "\n".join(
         as_markdown(table)
         for plan in plans

@@ -261,8 +261,10 @@ def _hashes(load: Callable[[str, int], Sets], data: str, size: int) -> dict[str,
 
 def _fail(cell: Cell, error: Exception, store: Store, say: Say) -> None:
     text = f"{type(error).__name__}: {error}"
-    write_failure(store, cell.key, describe(cell), text, "".join(traceback.format_exception(error)))
-    say(f"failed: {text}")
+    path = write_failure(
+        store, cell.key, describe(cell), text, "".join(traceback.format_exception(error))
+    )
+    say(f"failed: {text} (where: {path})")
 
 
 def defender_images(train: LabeledImages, cell: Cell) -> LabeledImages:

@@ -26,11 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unbackdoor.bench.cells import key_of
 from unbackdoor.checkpoint import write_text
 from unbackdoor.errors import OutputError
 
 SCHEMA = 1
 SCORING = 2  # 1, where records do not say: a probe stopped earlier, images in their own order
+NEEDED = (  # of a record, by its readers
+    *("cell", "victim", "scores", "data", "flags", "seconds"),
+    *("device", "precision", "versions", "revision"),
+)
 SILENT = 600.0  # seconds without a sign of life, after which another host's claim is void
 BEAT = 20.0  # seconds between signs of life
 
@@ -132,16 +137,18 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         schema = record["schema"]
+        lacking = [name for name in NEEDED if name not in record]
+        if schema == SCHEMA and lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path}: is no record ({error}); delete it to run it again") from error
     if schema != SCHEMA:
         raise OutputError(
             f"{path}: is of schema {schema}, this version reads {SCHEMA}; delete it to run it again"
         )
-    if record.get("key") != path.stem:
-        raise OutputError(
-            f"{path}: is the record of {record.get('key')}; delete it to run its own cell again"
-        )
+    if key_of(record["cell"]) != path.stem:
+        found = key_of(record["cell"])
+        raise OutputError(f"{path}: is the record of {found}; delete it to run its own cell again")
     return dict(record)
 
 
@@ -183,10 +190,11 @@ def write_record(store: Store, key: str, record: Mapping[str, Any]) -> None:
     (store.folder / "failed" / f"{key}.json").unlink(missing_ok=True)
 
 
-def write_failure(store: Store, key: str, what: str, error: str, trace: str) -> None:
-    """Write why a cell failed."""
+def write_failure(store: Store, key: str, what: str, error: str, trace: str) -> Path:
+    """Write why a cell failed; returns where."""
     path = store.folder / "failed" / f"{key}.json"
     write_json(path, {"what": what, "error": error, "traceback": trace})
+    return path
 
 
 def forget_failures(store: Store, keys: Iterable[str]) -> None:

@@ -3,7 +3,9 @@
 Means and spreads (the sample's standard deviation) are over seeds.
 """
 
+import csv
 import importlib.resources
+import io
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,10 @@ Record = Mapping[str, Any]
 
 SEEDS = 3  # of rows with fewer, the note below a table tells
 WHAT = ("acc", "asr", "pa")
+COLUMNS = (
+    *("grid", "attack", "row", "defense", "labels", "share", "seed", "when", "reading"),
+    *(*WHAT, "images", "triggered", "seconds", "flags", "key", "victim_sha256"),
+)
 # Hash of the training images in ``../shared/data/cifar10``.
 JPEG_CIFAR10 = "3953450bcd69b7d27e41ccbbb2814331ccf2d956677d6a203f1a26f964f6ef26"
 DURABLE = {"probe": "delivered", "reestimated": "re-estimated", "fine_tuned": "fine-tuned"}
@@ -247,7 +253,7 @@ def heading(grid: Grid) -> str:
     """Return what stands above a table of ``grid``."""
     printed = paper_tables().get(f"table{grid.table}", {}).get("title", "")
     title = grid.title or (printed if grid.compares else printed.partition(",")[0])
-    return f"Table {grid.table} ({grid.tier}): {title}"
+    return f"Table {grid.table} ({grid.tier}){': ' if title else ''}{title}"
 
 
 def label(line: Line) -> str:
@@ -284,6 +290,32 @@ def as_markdown(table: Table) -> str:
             "",
         ]
     )
+
+
+def as_csv(grid: Grid, found: Sequence[Entry], records: Mapping[str, Record]) -> str:
+    """Return all scores of a grid's records, a line for each reading, as shares; with a header."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for entry in found:
+        if (record := records.get(entry.cell.key)) is None:
+            continue
+        cell = record["cell"]
+        about = {
+            "grid": grid.name,
+            "attack": entry.attack,
+            "row": entry.row,
+            **{name: cell[name] for name in ("defense", "labels", "share", "seed")},
+            "seconds": record["seconds"]["defense"],
+            "flags": "; ".join(record["flags"]),
+            "key": entry.cell.key,
+            "victim_sha256": record["victim"]["sha256"],
+        }
+        for when, readings in record["scores"].items():
+            for reading, scores in readings.items():
+                if scores is not None:
+                    writer.writerow({**about, "when": when, "reading": reading, **scores})
+    return out.getvalue()
 
 
 def _score(record: Record, reader: str, what: str) -> float | None:
@@ -339,6 +371,14 @@ def _note(grid: Grid, rows: Sequence[Line], about: str = "") -> str:
         parts.append(
             "These CIFAR-10 images are JPEG files of quality 75: some points of accuracy below the "
             "lossless ones that the paper has."
+        )
+    victims: dict[str, set[str]] = {}
+    for each in records:
+        victims.setdefault(each["victim"]["key"], set()).add(each["victim"]["sha256"])
+    if any(len(found) > 1 for found in victims.values()):
+        parts.append(
+            "Rows of one attack and seed are of different victims: one was trained anew, or its "
+            "trigger has changed since."
         )
     if len({(r["data"]["train_sha256"], r["data"]["test_sha256"]) for r in records}) > 1:
         parts.append("The records are of different images.")
