@@ -115,6 +115,14 @@ def test_looking_makes_no_folder(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_network_that_is_none_is_refused_before_anything_is_run(tmp_path, capsys):
+    grid, results = tmp_path / "grid.toml", tmp_path / "results"
+    grid.write_text(Path(SMOKE).read_text().replace("cifar/wrn16_1", "cifar/wrn16"))
+    assert main(["bench", "run", str(grid), "--results", str(results)]) == 2
+    assert "cifar/wrn16" in capsys.readouterr().err
+    assert not [path for path in results.rglob("*") if path.is_file()]
+
+
 def test_a_failed_cell_ends_in_an_exit_code_and_a_name(tmp_path, capsys):
     grid = tmp_path / "grid.toml"
     text = Path(SMOKE).read_text().partition("[[rows]]")[0]
@@ -123,7 +131,10 @@ def test_a_failed_cell_ends_in_an_exit_code_and_a_name(tmp_path, capsys):
     results = str(tmp_path / "results")
     command = ["bench", "run", str(grid), "--results", results, "--device", "cpu"]
     assert main(command) == 2
-    assert "1 cells failed; unbackdoor bench status names them, --retry" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "1 cells failed; unbackdoor bench status names them, --retry" in said.err
+    (failure,) = (tmp_path / "results/failed").iterdir()
+    assert f"(where: {failure})" in said.out.replace("\n", "")
     assert main(["bench", "status", str(grid), "--results", results]) == 0
     assert "failed: badnets supervised cifar/wrn16_1, cbd, seed 0: DataError" in (
         capsys.readouterr().out
