@@ -2,18 +2,20 @@
 #
 #     OUT=folder bash benchmarks/lent.sh first|next SECONDS [records.tgz]
 #
-# Run it in the repository's root. .lent/ (ignored) holds wheels of what the machine lacks, in whl/, and the
+# Without .git here, pass UNBACKDOOR_REVISION too. Run it in the repository's root. .lent/ (ignored) holds wheels of what the machine lacks, in whl/, and the
 # parquet files of CIFAR-10, in cifar10/. `first` holds the device against the CPU, measures its speed and how
 # many processes share it best, then begins; `next` only begins, or looks on. The grids run in a session of their
 # own, so that they go on between two commands. Records, logs and no weights come to OUT once a minute; a
 # fresh machine goes on from them, but trains victims anew.
 began=$SECONDS what=$1 limit=${2:-575} earlier=$3
-here=/dev/shm/lent # in memory a file's way to the disk is not waited for
+OUT=$(realpath -m "${OUT:?a folder}") && mkdir -p "$OUT"
+here=/dev/shm/lent # in memory: writes need not wait for a disk
 [ "$(df --output=avail /dev/shm | tail -1)" -gt 4000000 ] || here=/tmp/lent
 copy=$here/repository records=$here/bench data=cifar10:$here/repository/.lent/cifar10
 mkdir -p "$here" "$records"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=3 OPENBLAS_NUM_THREADS=3 PYTHONPATH=$here/site:$copy
-UNBACKDOOR_REVISION=$(git rev-parse HEAD 2>/dev/null) && export UNBACKDOOR_REVISION
+: "${UNBACKDOOR_REVISION:=$(git describe --always --abbrev=40 --dirty=-changed 2>/dev/null)}"
+export UNBACKDOOR_REVISION
 
 left() { echo $((limit - (SECONDS - began))); }
 bring() {

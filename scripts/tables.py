@@ -321,14 +321,28 @@ def reduced_table(name: str) -> str:
 
 
 def lasting_table() -> str:
-    """Return, by attack, the own head's mean ASR as delivered and the highest of all readings'."""
+    """Return, by attack, the own head's mean ASR as delivered and the highest of all readings'.
+
+    A reading that says nothing, as its fine-tuning broke the network, is left out.
+    """
     kept: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry, record in records_of("table1-cpu"):
-        kept.setdefault((entry.row, entry.attack), []).append(record["scores"]["after"])
+        told = " ".join(record["flags"])
+        broken = {
+            "fine_tuned": "fine-tuned with the probe" in told,
+            "head_fine_tuned": "fine-tuned with the own head" in told,
+        }
+        scores = {
+            name: value
+            for name, value in record["scores"]["after"].items()
+            if name != "neighbours" and value is not None and not broken.get(name)
+        }
+        kept.setdefault((entry.row, entry.attack), []).append(scores)
     attacks, rows = (list(dict.fromkeys(key[place] for key in kept)) for place in (1, 0))
 
     def mean(row: str, attack: str, reading: str, what: str = "asr") -> float | None:
-        return mean_and_spread([(s.get(reading) or {}).get(what) for s in kept[row, attack]])[0]
+        there = [scores[reading][what] for scores in kept[row, attack] if reading in scores]
+        return mean_and_spread(there)[0]
 
     lines = [
         f"| defense | {' | '.join(attacks)} | accuracy |",
@@ -337,9 +351,11 @@ def lasting_table() -> str:
     for row in rows:
         cells, lost = [], []
         for attack in attacks:
-            readings = kept[row, attack][-1]
-            there = [mean(row, attack, name) for name in readings if name != "neighbours"]
-            delivered, worst = mean(row, attack, "head"), max(filter(None, there))
+            readings = set[str]().union(*kept[row, attack])
+            delivered, worst = (
+                mean(row, attack, "head"),
+                max(mean(row, attack, r) for r in readings),
+            )
             cells.append(f"{delivered:.0f} → {worst:.0f}")
             before, after = (mean(name, attack, "head", "acc") for name in ("No Defense", row))
             lost.append(after - before)

@@ -425,7 +425,8 @@ def test_a_missing_file_is_told(tmp_path):
 
 def test_the_reduced_schedule_is_told_in_words(write):
     words = describe_schedule(read_grid(write()))
-    assert "% of the training images with" in words
+    assert "1 % of the training images with true labels: 'ANP'" in words
+    assert "5 % of the training images without labels: 'CBD'" in words
     assert "preset cpu of 3 epochs;" in words
     assert "cbd: preset cifar10, epochs 4, search.steps 8" in words
     assert "ANP: iterations 50, epsilon 1/4" in words

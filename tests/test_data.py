@@ -593,6 +593,12 @@ def test_an_image_of_a_kind_that_is_not_read_counts_as_broken(tmp_path):
     assert (len(source), source.broken) == (4, ["IMG_1.HEIC"])
 
 
+def test_a_photograph_that_is_not_read_does_not_stand_beside_shards(tmp_path):
+    pq.write_table(pa.table({"image": [{"bytes": encode(noise(1)[0])}]}), tmp_path / "b.parquet")
+    (tmp_path / "IMG_1.heic").write_bytes(b"")
+    assert len(load_images(tmp_path)) == 1
+
+
 def test_a_decompression_bomb_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # bytes of a real one: gigabytes
     (tmp_path / "a.png").write_bytes(encode(Image.new("RGB", (15, 15))))

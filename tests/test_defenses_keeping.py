@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from unbackdoor.backbones import Backbone, network_state
 from unbackdoor.defenses import settings
 from unbackdoor.defenses.keeping import Keeper
+from unbackdoor.resume import write_state
 
 TWO = settings.Tuning(epochs=2, batch_size=4)
 LONGER = QUICK | {
@@ -104,6 +106,20 @@ def test_what_another_run_kept_and_what_is_damaged_is_written_over(tmp_path, dam
     other = OF if damage else {"images": "b"}
     assert list(rounds(other)) == [(0, 1), (1, 2), (2, 3)]
     assert list(rounds(other)) == []
+
+
+def test_the_seconds_of_earlier_runs_are_kept_and_older_states_have_none(tmp_path):
+    path, parts = tmp_path / "state.safetensors", {"values": {"a": torch.zeros(1)}}
+    first = Keeper(path, OF, seconds=0)
+    for _ in first.rounds(2, parts):
+        time.sleep(0.2)
+    assert first.earlier == 0
+    second = Keeper(path, OF, seconds=0)
+    assert 0.4 <= second.earlier < 60
+    write_state(path, [1], {"loops": {"0.values.a": torch.ones(1)}}, OF)
+    older = Keeper(path, OF)
+    assert older.earlier == 0
+    assert list(older.rounds(2, parts)) == [1]
 
 
 def test_states_are_kept_now_and_then(tmp_path):

@@ -197,9 +197,9 @@ def test_doubts_are_said():
     some = doubts(Known(to_all, "x", True, 0.71, None, 0.8), many, probe)
     assert "the victim's own ASR was 71.0 %, below 72 %" in some[0]
     assert "three seeds" in weak[-1]
-    blind = doubts(Known(ATTACK, "x", True, 1.0, None, 0.5), many, probe)
-    assert "the victim's own accuracy was 50.0 %, where guessing has 33.3" in blind[0]
-    assert len(doubts(Known(ATTACK, "x", True, 1.0, None, 0.7), many, probe)) == len(blind) - 1
+    blind = doubts(Known(ATTACK, "x", True, 1.0, None, 0.39), many, probe)
+    assert "the victim's own accuracy was 39.0 %, where guessing has 33.3" in blind[0]
+    assert len(doubts(Known(ATTACK, "x", True, 1.0, None, 0.41), many, probe)) == len(blind) - 1
     elsewhere = doubts(Known(ATTACK, "x", True, 0.95, side=32), many, probe)
     assert elsewhere[0].startswith("the trigger was planted in images of 32 pixels a side, and the")
     assert len(doubts(Known(ATTACK, "x", True, 0.95, side=8), many, probe)) == len(elsewhere) - 1

@@ -663,9 +663,9 @@ def _restore(state: PurifyState, student: nn.Module, optimizer: torch.optim.SGD)
 def momentum_of(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
     """Return copies of the optimizer's momentum of a network's weights, by their names."""
     return {
-        name: optimizer.state[weight]["momentum_buffer"].clone()
+        name: buffer.clone()
         for name, weight in network.named_parameters()
-        if optimizer.state[weight].get("momentum_buffer") is not None  # a gradient has come
+        if (buffer := optimizer.state.get(weight, {}).get("momentum_buffer")) is not None
     }
 
 

@@ -288,9 +288,9 @@ def run_defense(
 
 @contextmanager
 def contained(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed all global generators, and undo what is done to them and to PyTorch's modes meanwhile.
+    """Seed all global generators while inside, with gradients on.
 
-    So what somebody else's code draws is the same in every run, and changes nothing after it.
+    What is done to these, to whether there are gradients, and to the default dtype, is undone.
     """
     drawn, drawn_by_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     dtype = torch.get_default_dtype()

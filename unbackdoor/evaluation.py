@@ -331,7 +331,7 @@ def doubts_of_seed(known: Known, reading: Reading, probe: LabeledImages) -> list
     found = not_taken(known) + without_labels(probe, target=target)
     found += planted_elsewhere(known, probe.images.shape[-1])
     chance = 1 / len(probe.classes)
-    if known.victim_acc is not None and known.victim_acc < 2 * chance:
+    if known.victim_acc is not None and known.victim_acc < chance + 0.1 * (1 - chance):
         found.append(
             f"the victim's own accuracy was {100 * known.victim_acc:.1f} %, where guessing has "
             f"{100 * chance:.1f}: it learned nothing that could be kept"

@@ -416,7 +416,7 @@ def describe_schedule(grid: Grid) -> str:
     told: dict[tuple[LabelKind, float], list[str]] = {}
     for row in grid.rows:
         if row.defense != NO_DEFENSE:
-            told.setdefault(told_to(row), []).append(row.name)
+            told.setdefault(told_to(row), []).append(f"{row.name!r}")
     parts += [
         f"{100 * share:g} % of the training images {LABELS_IN_WORDS[labels]}: {', '.join(names)}"
         for (labels, share), names in told.items()

@@ -100,7 +100,7 @@ def undrawn(parts: Sequence[Part], features: Mapping[str, Mapping[str, Any]]) ->
 
 
 def origins(parts: Sequence[Part]) -> Note:
-    """Say what computed the records, and their detectors, with the number of each."""
+    """Say what computed the records, and the detectors in them, and how many of each."""
     records = {key: record for part in parts for key, record in part.records.items()}
     computed = [("", record) for record in records.values()]
     computed += [("detector, ", r["detection"]) for r in records.values() if "detection" in r]

@@ -493,7 +493,7 @@ def revision() -> str | None:
     without its repository it is what UNBACKDOOR_REVISION says.
     """
     git, folder = shutil.which("git"), Path(__file__).resolve().parent
-    told = os.environ.get("UNBACKDOOR_REVISION")
+    told = os.environ.get("UNBACKDOOR_REVISION") or None
     if git is None:
         return told
 

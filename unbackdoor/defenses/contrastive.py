@@ -38,6 +38,9 @@ def fine_tune_contrastively(
         "Do We Really Need Labels for Backdoor Defense?", section 4: its method with weights 0, 0
         and 1, https://openreview.net/forum?id=0Hfv9xPBSPQ.
     """
+    state = None if keep is None else find_state(keep.path, keep.of)
+    if keep is not None and state is not None:
+        keep.earlier = sum(epoch.seconds for epoch in state.history)
     purified = purify(
         backbone,
         data.images,
@@ -58,7 +61,7 @@ def fine_tune_contrastively(
         ),
         device=device,
         on_step=on_step,
-        state=None if keep is None else find_state(keep.path, keep.of),
+        state=state,
         on_epoch=None if keep is None else partial(save_state, keep.path, of=keep.of),
     )
     losses = [epoch.align for epoch in purified.history]

@@ -39,7 +39,8 @@ class Keeper:
         except StateError:  # there is none, or it is of another run
             return
         self._reached, self._tensors = stored.history, stored.groups["loops"]
-        self.earlier = float(stored.groups["time"]["seconds"])
+        if "seconds" in stored.groups["time"]:  # not in states of older versions
+            self.earlier = float(stored.groups["time"]["seconds"])
 
     def rounds(self, count: int, parts: Mapping[str, Part]) -> Iterator[int]:
         """Yield the rounds of the next loop that are left, from 0, and keep the parts after each.

@@ -144,7 +144,7 @@ def train_file(
         **as_texts(settings),
     }
     with told_of_memory(where):
-        history = _train(
+        history, earlier = _train(
             detector,
             images,
             settings,
@@ -180,7 +180,7 @@ def train_file(
         "settings": asdict(settings),
         "history": [[round(loss, 4), round(seconds, 1)] for loss, seconds in history],
         **circumstances(where, how),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(time.monotonic() - started + earlier, 1),
         "seconds_of_training": round(sum(epoch.seconds for epoch in history), 1),
     }
     if not all(value.isfinite().all() for value in detector.state_dict().values()):
@@ -308,17 +308,19 @@ def _train(
     resume: bool,
     say: Say,
     on_step: OnStep | None,
-) -> tuple[Epoch, ...]:
+) -> tuple[tuple[Epoch, ...], float]:
+    """Return the history of all epochs, and the seconds of those that earlier runs trained."""
     state = _load(path, of) if resume else None
     if state is None:
         path.unlink(missing_ok=True)  # of another run, which is being overwritten
     else:
         say(f"resuming after step {state.step}")
+    done = () if state is None else (*state.history, state.unfinished)
 
     def on_epoch(number: int, epoch: Epoch) -> None:
         say(f"epoch {number}/{settings.epochs}  loss {epoch.loss:.3f}  {epoch.seconds:.0f} s")
 
-    return train_detector(
+    history = train_detector(
         detector,
         images,
         settings,
@@ -328,6 +330,7 @@ def _train(
         on_epoch=on_epoch,
         on_state=lambda reached: _save(path, reached, of),
     )
+    return history, sum(epoch.seconds for epoch in done)
 
 
 def _save(path: Path, state: TrainingState, of: dict[str, str]) -> None:
