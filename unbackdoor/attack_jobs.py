@@ -406,7 +406,7 @@ def plan_victim(
     if surrogate is None:
         return plan
     if attack is None or not attack.adversarial:
-        raise SettingsError(f"{name} perturbs no images first, and needs no --surrogate")
+        raise SettingsError(f"{name} needs no --surrogate, for it perturbs no image first")
     return plan._replace(surrogate=open_surrogate(surrogate, plan))
 
 
