@@ -640,10 +640,10 @@ def _one_kind(root: Path, names: list[str]) -> _Files:
     for name in names:
         if _suffix(name) in KIND_OF_SUFFIX:
             groups.setdefault(KIND_OF_SUFFIX[_suffix(name)], []).append(name)
-    if len(groups) > 1 and all(
-        _suffix(name) in UNREAD_SUFFIXES for name in groups.get("image", [""])
-    ):
-        del groups["image"]  # a photograph beside shards
+    if len(groups) > 1 and {_suffix(name) for name in groups.get("image", [])} <= {
+        *UNREAD_SUFFIXES
+    }:
+        groups.pop("image", None)  # photographs beside shards
     if not groups:
         raise DataError(
             f"no images in {root}: {len(names)} files, none of them .parquet, .tar (not compressed)"

@@ -146,8 +146,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise OutputError(
             f"{path}: is of schema {schema}, this version reads {SCHEMA}; delete it to run it again"
         )
-    if key_of(record["cell"]) != path.stem:
-        found = key_of(record["cell"])
+    if (found := key_of(record["cell"])) != path.stem:
         raise OutputError(f"{path}: is the record of {found}; delete it to run its own cell again")
     return dict(record)
 
