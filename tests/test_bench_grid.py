@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from unbackdoor.attacks.named import ATTACKS
-from unbackdoor.bench.cells import ATTACK_NAMES, Detection
+from unbackdoor.bench.cells import ATTACK_NAMES, Detection, describe
 from unbackdoor.bench.grid import (
     CLEAN_ROW,
     data_name,
@@ -17,7 +17,7 @@ from unbackdoor.bench.grid import (
     settings_of,
     unique_cells,
 )
-from unbackdoor.bench.tables import PAPER_ROWS, paper_tables
+from unbackdoor.bench.tables import PAPER_ROWS, Line, label, paper_figures, paper_tables
 from unbackdoor.defense_jobs import find_defense
 from unbackdoor.errors import DataError, SettingsError
 from unbackdoor.settings import DetectionSettings, PurifySettings, SearchSettings, purify_preset
@@ -350,6 +350,55 @@ def test_a_file_without_the_defense_or_the_setting_is_refused(
     text = write('iterations = 50, epsilon = "1/4"', settings).read_text()
     with pytest.raises(SettingsError, match=message):
         read_grid(write('defense = "anp"', f'defense = "{defense}"', text=text))
+
+
+VARIANT = """
+[variants.weak]
+attack = "badnets"
+share = 1
+trigger = { position = "center", size = 4 }
+"""
+
+
+def test_a_grid_may_have_an_attack_with_other_options(write):
+    attacks = 'attacks = ["badnets", "weak"]'
+    path = write('attacks = ["badnets", "cla"]', attacks, text=TEXT + VARIANT)
+    grid = read_grid(path)
+    found = {(e.attack, e.row): e.cell for e in entries(grid) if e.cell.seed == 0}
+    usual, weak = found["badnets", "CBD"], found["weak", "CBD"]
+    planted = (("share", 1.0), ("trigger.position", "center"), ("trigger.size", 4))
+    assert weak.planted == weak.victim.planted == planted
+    assert weak == replace(usual, planted=planted, victim=replace(usual.victim, planted=planted))
+    assert len({weak.key, usual.key, weak.victim.key, usual.victim.key}) == 4
+    clean, under = found["badnets", CLEAN_ROW], found["weak", CLEAN_ROW]
+    assert under == replace(clean, planted=planted)  # one victim, scored under both
+    differing = "(share 1.0, trigger.position center, trigger.size 4)"
+    assert f"; weak: badnets {differing};" in describe_schedule(grid)
+    assert describe(weak).startswith(f"badnets {differing} supervised")
+    assert describe(under).startswith(f"clean under badnets {differing} supervised")
+    assert label(Line("weak", "CBD", ())) == "weak: CBD"
+    assert paper_figures(grid, Line("badnets", "CBD", ()))
+    assert not paper_figures(grid, Line("weak", "CBD", ()))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('attack = "badnets"\nshare', 'attack = "badnet"\nshare', "did you mean 'badnets'"),
+        ("[variants.weak]", "[variants.BadNets]", "'BadNets': is the name of an attack as it is"),
+        ("[variants.weak]", "[variants]", r"variants are tables \[variants.NAME\]"),
+        ("[variants.weak]", "[variants.wake]", "attack 'weak' is unknown; did you mean 'wake'"),
+        ("share = 1\n", "shore = 1\n", "variant 'weak': .*'shore' is unknown.* 'share'"),
+        ("share = 1\n", "share = 2\n", r"variant 'weak': .*in \(0, 1\], got 2"),
+        ("size = 4", "sice = 4", "'trigger.sice' is unknown; did you mean 'trigger.size'"),
+        ("share = 1\n", "target = 1\n", "target is a key of the grid"),
+        (f"share{VARIANT.partition('share')[2]}", "", "differs in nothing"),
+    ],
+)
+def test_a_variant_that_is_none_is_refused(write, old, new, message):
+    attacks = TEXT.replace('"badnets", "cla"', '"badnets", "weak"')
+    with pytest.raises(SettingsError, match=message):
+        read_grid(write(old, new, text=attacks + VARIANT))
 
 
 def test_a_path_is_relative_to_the_grid_file(write, tmp_path):

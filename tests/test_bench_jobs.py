@@ -251,6 +251,17 @@ def test_rows_and_seeds_are_picked_by_name():
     assert {entry.attack for entry in clean} == set(everything[0].grid.attacks)
 
 
+def test_an_attack_with_other_options_is_picked_by_its_name(tmp_path):
+    path = tmp_path / "table1-cpu.toml"
+    text = Path(SMOKE).with_name(path.name).read_text().replace('["badnets"', '["weak", "badnets"')
+    path.write_text(text + '[variants.weak]\nattack = "badnets"\nshare = 0.01\n')
+    (picked,) = plan_grids([path], attacks=["weak"])
+    assert {entry.attack for entry in picked.found} == {"weak"}
+    assert {entry.cell.victim.attack for entry in picked.found} == {"badnets"}
+    (usual,) = plan_grids([path], attacks=["badnets"])
+    assert {entry.cell.planted for entry in usual.found} == {()}
+
+
 def test_features_are_kept_of_the_first_seed_of_the_rows_that_the_grid_names():
     plan = plan_grids([Path(SMOKE).with_name("table1-cpu.toml")], rows=["CBD", "FT"])[0]
     kept = [entry for entry in plan.found if entry.cell.key in featured(plan)]

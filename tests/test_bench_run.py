@@ -20,6 +20,7 @@ from unbackdoor.bench.jobs import cells_by_victim, run_grids
 from unbackdoor.bench.obtain import Place, check_imagenet100, load_sets, surrogate_of
 from unbackdoor.bench.run import (
     Tally,
+    attack_of,
     by_victim,
     defender_images,
     draw_cells,
@@ -302,6 +303,39 @@ def test_a_victim_is_trained_on_from_the_grids_file_and_no_other_is_taken_for_it
     record, _ = made(grid)
     assert record["start"] == sha256_of(start)
     assert any("not used, for it was trained on from other weights" in line for line in lines)
+
+
+def test_an_attack_with_other_options_has_its_own_victim_and_trigger(data, tmp_path, store):
+    text = GRID.format(data=data, victims=tmp_path / "given").partition("[[rows]]")[0]
+    text = text.replace('attacks = ["badnets"]', 'attacks = ["badnets", "wide"]')
+    trigger = 'trigger = {position = "center", size = 5}'
+    text += f'[variants.wide]\nattack = "badnets"\nshare = 0.2\n{trigger}\n'
+    path = tmp_path / "grid.toml"
+    path.write_text(text + '[[rows]]\nname = "No Defense"\ndefense = "none"\n')
+    cells = {(entry.attack, entry.row): entry.cell for entry in entries(read_grid(path))}
+    lines = []
+
+    def run(names, victims=""):
+        place = Place(str(data), victims, device="cpu")
+        return run_cells([cells[name] for name in names], store, place, say=lines.append)
+
+    assert run([("badnets", "No Defense")]) == Tally(1, 0, 0)
+    shutil.copytree(
+        store.victim_folder(cells["badnets", "No Defense"].victim.key), tmp_path / "given"
+    )
+    assert run([("wide", "No Defense")], str(tmp_path / "given")) == Tally(1, 0, 0)
+    assert any(line.endswith("not used, for it was poisoned otherwise") for line in lines)
+    assert "80 of 400" in "\n".join(lines)
+    usual, wide = (record_of(store, cells[name, "No Defense"]) for name in ("badnets", "wide"))
+    planted = wide["victim"]["attack"]
+    assert (planted["share"], planted["trigger"]["position"]) == (0.2, "center")
+    assert planted["trigger"]["size"] == 5
+    assert usual["victim"]["attack"]["trigger"]["size"] == 3
+    clean = cells["wide", CLEAN_ROW]
+    under = attack_of(clean, {"size": 8})
+    assert (under.trigger, under.target) == (BadNets(size=5, position="center"), 1)
+    assert repair_key(clean) == repair_key(cells["badnets", CLEAN_ROW])
+    assert attack_of(cells["wide", "No Defense"], wide["victim"]).trigger == under.trigger
 
 
 def test_a_clean_victim_is_repaired_once_and_scored_under_every_attack(grid, run, store):

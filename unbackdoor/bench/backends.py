@@ -133,7 +133,7 @@ def run_ray(
     for victim, group in by_victim(pending(cells, store)):
         owner = f"{os.urandom(8).hex()}-{victim.key}"
         job = task.remote(group, folder, place, workers, owner=owner)
-        jobs[job] = (f"{victim.attack}, seed {victim.seed}", group, owner)
+        jobs[job] = (f"{victim.name}, seed {victim.seed}", group, owner)
     lost: list[Cell] = []
     died: set[str] = set()
     try:

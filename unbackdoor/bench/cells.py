@@ -12,6 +12,9 @@ NO_DEFENSE = "none"
 CONTRASTIVE = "contrastive"  # the paper's "SFT": no pull term
 CBD = "cbd"  # the method of this package, inside tables
 DEMO = "demo"  # the victim that comes with the package
+LATER = ("code", "detection", "planted", "start")  # no part of a key where there is none
+
+Pairs = tuple[tuple[str, Any], ...]
 
 ATTACK_NAMES = {  # as the paper prints them
     "badnets": "BadNets",
@@ -36,6 +39,7 @@ class Victim:
         seed: Of its training.
         settings: Of its training; ``None`` for one that comes with the package.
         start: SHA-256 of the checkpoint that it was trained on from, where there is one.
+        planted: What differs from the attack's own options, see :class:`Cell`.
     """
 
     attack: str
@@ -47,11 +51,17 @@ class Victim:
     seed: int
     settings: VictimSettings | None
     start: str = ""
+    planted: Pairs = ()
 
     @property
     def key(self) -> str:
         """Of everything above."""
         return key_of(_victim_record(self))
+
+    @property
+    def name(self) -> str:
+        """Its attack and what differs from it."""
+        return f"{self.attack}{in_words(self.planted)}"
 
     @property
     def stem(self) -> str:
@@ -97,17 +107,20 @@ class Cell:
         seed: Of the split and of the defense.
         detection: The detector that follows; ``None`` for the scores of the backbone alone.
         code: SHA-256 of the file that holds the defense, where a file does.
+        planted: What differs from the options that ``attack`` has by itself (attributes of
+            ``Attack``), as sorted pairs of a dotted name, such as ``trigger.size``, and a value.
     """
 
     victim: Victim
     attack: str
     defense: str
-    settings: tuple[tuple[str, Any], ...]
+    settings: Pairs
     labels: LabelKind
     share: float
     seed: int
     detection: Detection | None = None
     code: str = ""
+    planted: Pairs = ()
 
     @property
     def key(self) -> str:
@@ -116,20 +129,19 @@ class Cell:
 
 
 def as_record(cell: Cell) -> dict[str, Any]:
-    """Return all that makes the key of a cell; without a detector or a file, none is mentioned."""
+    """Return all that makes the key of a cell; what it has none of is not mentioned."""
     values = asdict(cell) | {"victim": _victim_record(cell.victim)}
-    if not cell.code:
-        del values["code"]
-    if cell.detection is None:
-        del values["detection"]
-    return values
+    return {name: values[name] for name in values if values[name] or name not in LATER}
 
 
 def _victim_record(victim: Victim) -> dict[str, Any]:
     values = asdict(victim)
-    if not victim.start:
-        del values["start"]
-    return values
+    return {name: values[name] for name in values if values[name] or name not in LATER}
+
+
+def in_words(planted: Pairs) -> str:
+    """Return what stands behind the name of an attack: what differs from its own options."""
+    return f" ({', '.join(f'{name} {value}' for name, value in planted)})" if planted else ""
 
 
 def key_of(value: Any) -> str:
@@ -141,7 +153,8 @@ def key_of(value: Any) -> str:
 def describe(cell: Cell) -> str:
     """Return one line about a cell."""
     victim = cell.victim
-    name = victim.attack if victim.attack != CLEAN else f"clean under {cell.attack}"
+    attack = f"{cell.attack}{in_words(cell.planted)}"
+    name = victim.name if victim.attack != CLEAN else f"clean under {attack}"
     labels = "" if cell.labels == "none" else f", {cell.labels} labels"
     detector = "" if cell.detection is None else f", a detector on {cell.detection.data}"
     return (

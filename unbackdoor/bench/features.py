@@ -50,7 +50,7 @@ def cell_features(
         for name, network in panels.items()
     }
     return {
-        "title": f"{cell.victim.attack}, {cell.victim.training}, seed {cell.seed}",
+        "title": f"{cell.victim.name}, {cell.victim.training}, seed {cell.seed}",
         "panels": {name: compressed(panel) for name, panel in found.items()},
         "strong": [f"target: {classes[attack.target]}", "triggered", "adversarial"],
     }

@@ -21,6 +21,11 @@
     preset = "cifar10"
     epochs = 4
 
+    [variants."badnets, 1 %"]         # an attack with other options; listed in attacks by this name
+    attack = "badnets"
+    share = 0.01                      # and other attributes of ``Attack``
+    trigger = { position = "center" } # and of its trigger
+
     [[rows]]
     name = "ANP"                      # in the table, and in the paper's
     defense = "anp"
@@ -40,6 +45,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from unbackdoor.attacks.named import SMALL, named_attack
 from unbackdoor.backbones import is_own
 from unbackdoor.bench.cells import (
     ATTACK_NAMES,
@@ -49,7 +55,9 @@ from unbackdoor.bench.cells import (
     NO_DEFENSE,
     Cell,
     Detection,
+    Pairs,
     Victim,
+    in_words,
 )
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.defense_jobs import find_defense
@@ -124,6 +132,13 @@ class DetectionTask:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Variant(NamedTuple):
+    """An attack with other options: a table ``[variants.NAME]``."""
+
+    attack: str
+    options: Mapping[str, Any]  # attributes of ``Attack``, and of its trigger, that differ
+
+
 @dataclass(frozen=True)
 class Grid:
     """A grid file, see the top of this module.
@@ -132,6 +147,7 @@ class Grid:
         name: The file's, without its suffix.
         title: Above the table; the paper's by default.
         target: The attacker's class.
+        variants: By the names that stand for them among ``attacks``.
         size: Side of the images in pixels; 0 is the architecture's.
         start: A checkpoint that all victims are trained on from, in place of new weights.
         victim_seed: Of the one victim of each attack that all seeds share, where they do.
@@ -153,6 +169,7 @@ class Grid:
     title: str = ""
     victims: str = ""
     target: int = 6
+    variants: Mapping[str, Variant] = field(default_factory=dict)
     size: int = 0
     start: str = ""
     victim_seed: int | None = None
@@ -205,6 +222,8 @@ def read_grid(path: Path) -> Grid:
     )
     if "detection" in table:
         table["detection"] = _task(path, table["detection"])
+    if "variants" in table:
+        table["variants"] = _variants(path, table["variants"])
     grid: Grid = made(Grid, {**table, "name": path.stem, "rows": read}, path.name)
     grid = replace(
         grid,
@@ -256,6 +275,7 @@ def unique_cells(found: Iterable[Entry]) -> list[Cell]:
 def victim_of(grid: Grid, attack: str, seed: int) -> Victim:
     """Return the victim of ``attack``; of the package itself, there is one for all seeds."""
     settings = None
+    attack, planted = planted_by(grid, attack)
     seed = seed if grid.victim_seed is None else grid.victim_seed
     if grid.preset != DEMO:
         try:
@@ -276,7 +296,28 @@ def victim_of(grid: Grid, attack: str, seed: int) -> Victim:
         seed=0 if settings is None else seed,
         settings=settings,
         start=file_hash(grid.start),
+        planted=planted,
     )
+
+
+def planted_by(grid: Grid, name: str) -> tuple[str, Pairs]:
+    """Return which attack a name in a grid stands for, and what differs from its own options.
+
+    Raises:
+        SettingsError: If the attack has no such option, or a value is out of range.
+    """
+    if name not in grid.variants:
+        return name, ()
+    attack, options = grid.variants[name]
+    where = f"{grid.name}, variant {name!r}"
+    try:
+        whole = named_attack(
+            attack, size=grid.size or SMALL, training=grid.training, options=options
+        )
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from error
+    values = dict(flatten(asdict(whole)))  # as the fields have them: 1 is 1.0
+    return attack, tuple(sorted((option, values[option]) for option, _ in flatten(options)))
 
 
 def cell_of(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cell:
@@ -290,6 +331,7 @@ def cell_of(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cel
         del values["trim"]  # likewise; which cells did not have before there was that setting
     if row.defense == "bcu" and settings.spread == "pytorch":
         del values["spread"]  # likewise: it was the only one before there was that setting
+    attack, planted = planted_by(grid, attack)
     return Cell(
         victim=victim,
         attack=attack,
@@ -300,6 +342,7 @@ def cell_of(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cel
         seed=seed,
         detection=make_detection(grid, seed),
         code=hash_of(row.defense),
+        planted=planted,
     )
 
 
@@ -406,6 +449,12 @@ def describe_schedule(grid: Grid) -> str:
     differing = {name: value for name, value in grid.victim.items() if name != "epochs"}
     victims = f"victims: preset {grid.preset}{_lengths(grid)}{_differences(differing)}"
     parts = [f"{victims}{begun}{shared}"]
+    parts += [
+        f"{name}: {attack}{in_words(planted)}"
+        for name in grid.attacks
+        if name in grid.variants
+        for attack, planted in [planted_by(grid, name)]
+    ]
     if grid.cbd and any(row.defense == CBD for row in grid.rows):
         parts.append(f"cbd:{_differences(grid.cbd).removeprefix(',')}")
     parts += [
@@ -455,6 +504,30 @@ def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def _variants(path: Path, table: Any) -> dict[str, Variant]:
+    """Return the tables ``[variants.NAME]`` of a grid file."""
+    if not isinstance(table, Mapping) or not all(map(_is_table, table.values())):
+        raise SettingsError(f"{path.name}: variants are tables [variants.NAME], got {table!r}")
+    found = {}
+    for name, values in table.items():
+        where = f"{path.name}, variant {name!r}"
+        attack, options = values.get("attack"), {k: v for k, v in values.items() if k != "attack"}
+        if name in (CLEAN, *ATTACK_NAMES, *ATTACK_NAMES.values()):
+            raise SettingsError(f"{where}: is the name of an attack as it is; choose another")
+        if attack not in ATTACK_NAMES:
+            raise SettingsError(f"{where}: {unknown('attack', attack, ATTACK_NAMES)}")
+        if not options:
+            raise SettingsError(f"{where}: differs in nothing; pass a share, a trigger, or another")
+        if "target" in options:
+            raise SettingsError(f"{where}: target is a key of the grid, for all its attacks")
+        found[name] = Variant(attack, options)
+    return found
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
 def _task(path: Path, table: Any) -> DetectionTask:
     """Return the table ``[detection]`` of a grid file."""
     where = f"{path.name}, [detection]"
@@ -481,7 +554,7 @@ def _check(grid: Grid) -> None:
         raise SettingsError(f"{grid.name}: start: {grid.start}: no such file")
     drawn = () if grid.detection is None else grid.detection.pictures
     for name, value, known in (
-        *(("attack", attack, ATTACK_NAMES) for attack in grid.attacks),
+        *(("attack", attack, (*ATTACK_NAMES, *grid.variants)) for attack in grid.attacks),
         *(
             ("defense", row.defense, (NO_DEFENSE, CBD, *DEFENSES, OWN))
             for row in grid.rows

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from unbackdoor.backbones import build, is_own
 from unbackdoor.bench.backends import run_local, run_ray
-from unbackdoor.bench.cells import Cell
+from unbackdoor.bench.cells import CLEAN, Cell
 from unbackdoor.bench.detection import check_detectors
 from unbackdoor.bench.grid import (
     IMAGENET100,
@@ -85,7 +85,7 @@ def plan_grids(
     known_seeds = {entry.cell.seed for entry in found}
     for what, names, known in (
         ("row", rows, dict.fromkeys(entry.row for entry in found)),
-        ("attack", attacks, dict.fromkeys(entry.cell.victim.attack for entry in found)),
+        ("attack", attacks, dict.fromkeys(map(attack_named, found))),
     ):
         for name in names:
             if name not in known:
@@ -97,11 +97,16 @@ def plan_grids(
     def is_asked_for(entry: Entry) -> bool:
         return (
             (not rows or entry.row in rows)
-            and (not attacks or entry.cell.victim.attack in attacks)
+            and (not attacks or attack_named(entry) in attacks)
             and (not seeds or entry.cell.seed in seeds)
         )
 
     return [plan._replace(found=list(filter(is_asked_for, plan.found))) for plan in plans]
+
+
+def attack_named(entry: Entry) -> str:
+    """Return the attack of an entry's victim as the grid names it."""
+    return CLEAN if entry.cell.victim.attack == CLEAN else entry.attack
 
 
 def run_grids(

@@ -26,6 +26,7 @@ from unbackdoor.outputs import TrainedFiles, name_trained
 from unbackdoor.resume import go_on
 from unbackdoor.settings import SCHEMES, DeviceName, PrecisionName, at_home
 from unbackdoor.types import OnStep, Say
+from unbackdoor.values import nested
 
 EMBEDDED_TRAIN, EMBEDDED_TEST = 4_000, 200  # of the 5,000 that come with the package
 WAIT = 5.0  # seconds between looks at a victim that somebody else trains
@@ -149,7 +150,12 @@ def surrogate_of(victim: Victim) -> Victim | None:
         return None
     size = size_of(victim)
     settings = replace(victim.settings, augment=surrogate_augment(size))
-    return replace(victim, attack=CLEAN, settings=settings)
+    return replace(victim, attack=CLEAN, settings=settings, planted=())
+
+
+def options_of(victim: Victim) -> dict[str, Any]:
+    """Return the options of a victim's attack, as ``named_attack`` takes them."""
+    return {"target": victim.target, **nested(victim.planted)}
 
 
 def size_of(victim: Victim) -> int:
@@ -217,7 +223,7 @@ def why_not(
             victim.attack,
             size=made["size"],
             training=victim.training,
-            options={"target": victim.target},
+            options=options_of(victim),
         )
         wanted = json.loads(json.dumps(attack_record(poisoning)))
         # older records have no PGD, which has no setting
@@ -267,7 +273,7 @@ def _train(
         folder,
         victim.settings,
         training=victim.training,
-        options={"target": victim.target},
+        options=options_of(victim),
         surrogate=surrogate,
         start=Path(place.start) if victim.start else None,
         size=victim.size or None,

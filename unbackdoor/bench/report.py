@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unbackdoor.bench.cells import ATTACK_NAMES
 from unbackdoor.bench.features import from_base64
 from unbackdoor.bench.grid import CLEAN_ROW, Entry, Grid, drawn_entries
 from unbackdoor.bench.tables import (
@@ -19,6 +18,7 @@ from unbackdoor.bench.tables import (
     label,
     lines,
     mean_and_spread,
+    printed,
     read,
     readers_of,
 )
@@ -87,7 +87,7 @@ def report_of(
 def undrawn(parts: Sequence[Part], features: Mapping[str, Mapping[str, Any]]) -> list[Note]:
     """Say which pictures are lacking though their cells have records, and what makes them."""
     lacking = [
-        f"{part.grid.name}: {ATTACK_NAMES[entry.attack]}, row {entry.row}"
+        f"{part.grid.name}: {printed(entry.attack)}, row {entry.row}"
         for part in parts
         for entry in drawn_entries(part.grid, part.found, part.grid.features)
         if entry.cell.key in part.records and "attack" not in features.get(entry.cell.key, {})
@@ -152,9 +152,9 @@ def curves(grid: Grid, rows: Sequence[Line]) -> list[Picture]:
         panels = []
         for line in drawn:
             (panel,) = losses_picture(line.records[0]["history"]).panels
-            panels.append(Panel(panel.svg, f"{ATTACK_NAMES[line.attack]}: {panel.alt}"))
+            panels.append(Panel(panel.svg, f"{printed(line.attack)}: {panel.alt}"))
         if panels:
-            names = ", ".join(ATTACK_NAMES[line.attack] for line in drawn)
+            names = ", ".join(printed(line.attack) for line in drawn)
             caption = f"The first seed that has a record; in this order: {names}."
             pictures.append(Picture(f"{heading(grid)}: losses of {row}", panels, caption))
     return pictures

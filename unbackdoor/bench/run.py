@@ -16,7 +16,16 @@ from typing import Any, NamedTuple, cast
 from unbackdoor.attacks.named import attack_from_record, named_attack
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.backbones import Backbone, Loaded, network_state
-from unbackdoor.bench.cells import CBD, CLEAN, NO_DEFENSE, Cell, Victim, as_record, describe
+from unbackdoor.bench.cells import (
+    CBD,
+    CLEAN,
+    NO_DEFENSE,
+    Cell,
+    Pairs,
+    Victim,
+    as_record,
+    describe,
+)
 from unbackdoor.bench.detection import detect_cell
 from unbackdoor.bench.features import cell_features, cell_images
 from unbackdoor.bench.grid import data_name, find_own, settings_of
@@ -68,6 +77,7 @@ from unbackdoor.outputs import TrainedFiles, versions
 from unbackdoor.resume import find_state, identity, save_state
 from unbackdoor.roles import defender_rows
 from unbackdoor.types import OnStep, Say
+from unbackdoor.values import nested
 
 
 class Repaired(NamedTuple):
@@ -86,13 +96,13 @@ class Shared(NamedTuple):
     Attributes:
         load: Loads images, and remembers what it has loaded.
         hashes: Of the images, as a record holds them; remembers them likewise.
-        before: Scores of the victim as delivered, so far, by attack and seed.
+        before: Scores of the victim as delivered, so far, by attack, its options and seed.
         repairs: So far, see :func:`repair_key`.
     """
 
     load: Callable[[str, int], Sets]
     hashes: Callable[[str, int], dict[str, str]]
-    before: dict[tuple[str, int], Reading]
+    before: dict[tuple[str, Pairs, int], Reading]
     repairs: dict[str, Repaired]
 
 
@@ -163,7 +173,7 @@ def draw_cells(
             say(describe(cell))
             size = size_of(cell.victim)
             made = {**read_record(store.record_path(cell.key))["victim"], "size": size}
-            attack = attack_of(cell.victim, cell.attack, made)
+            attack = attack_of(cell, made)
             sets = load(place.data, size)
             split = divide(*sets, seed=cell.seed)
             if not path.is_file():  # else the victim's weights, which may be gone, are not needed
@@ -203,7 +213,7 @@ def pending(cells: Iterable[Cell], store: Store) -> list[Cell]:
 
 def repair_key(cell: Cell) -> str:
     """Return what cells that share a repair have in common; a clean victim's have many attacks."""
-    return replace(cell, attack="", detection=None).key
+    return replace(cell, attack="", planted=(), detection=None).key
 
 
 def by_victim(cells: Iterable[Cell]) -> list[tuple[Victim, list[Cell]]]:
@@ -304,7 +314,7 @@ def run_cell(
         write_tensors(path, tree, metadata={"format": "pt"}, overwrite=True)
         write_json(store.defended_path(cell.key), record)
     source = source_of(store.backbone_path(cell.key), made)
-    attack = attack_of(cell.victim, cell.attack, made)
+    attack = attack_of(cell, made)
     known = known_from(made, attack, cell.attack)
     detection = detect_cell(cell, source, known, store, place, say=say, on_step=on_step)
     detection["revision"] = revision()
@@ -333,8 +343,8 @@ def defend_cell(
     loaded = open_victim(found, made)
     sets = shared.load(place.data, loaded.size)
     split = divide(*sets, seed=cell.seed)
-    attack = attack_of(cell.victim, cell.attack, made)
-    as_delivered = cell.attack, cell.seed
+    attack = attack_of(cell, made)
+    as_delivered = cell.attack, cell.planted, cell.seed
     if as_delivered not in shared.before:
         victim = laid_out(copy.deepcopy(loaded.backbone).to(device))
         shared.before[as_delivered] = read_split(victim, split, attack, durable=True)
@@ -385,17 +395,17 @@ def defend_cell(
     return record, repaired.backbone
 
 
-def attack_of(victim: Victim, name: str, made: Mapping[str, Any]) -> Attack:
-    """Return what a victim is scored under: what its record says was planted.
+def attack_of(cell: Cell, made: Mapping[str, Any]) -> Attack:
+    """Return what a cell is scored under: for a poisoned victim, what its record says was planted.
 
     Args:
-        name: Of the attack that a clean victim is scored under.
-        made: The record.
+        made: The record of the victim.
     """
-    if victim.attack != CLEAN:
+    if cell.victim.attack != CLEAN:
         return attack_from_record(made["attack"])
-    options = {"target": victim.target}
-    return named_attack(name, size=made["size"], training=victim.training, options=options)
+    options = {"target": cell.victim.target, **nested(cell.planted)}
+    training = cell.victim.training
+    return named_attack(cell.attack, size=made["size"], training=training, options=options)
 
 
 def repair(

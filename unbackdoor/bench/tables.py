@@ -239,7 +239,7 @@ def read(record: Record, reader: Reader, what: str) -> float | None:
 def paper_figures(grid: Grid, line: Line) -> Mapping[str, float]:
     """Return what the paper prints for a row, in percent; nothing if it does not have the row."""
     data = paper_tables().get(f"table{grid.table}", {}).get("data", {})
-    rows: Mapping[str, Mapping[str, float]] = data.get(ATTACK_NAMES[line.attack], {})
+    rows: Mapping[str, Mapping[str, float]] = data.get(printed(line.attack), {})
     return rows.get(PAPER_ROWS.get(line.row, line.row), {})
 
 
@@ -258,7 +258,12 @@ def heading(grid: Grid) -> str:
 
 def label(line: Line) -> str:
     """Return the first cell of a row."""
-    return f"{ATTACK_NAMES[line.attack]}: {line.row}"
+    return f"{printed(line.attack)}: {line.row}"
+
+
+def printed(attack: str) -> str:
+    """Return the name of an attack as the paper prints it; a variant's is the grid's."""
+    return ATTACK_NAMES.get(attack, attack)
 
 
 def as_markdown(table: Table) -> str:
