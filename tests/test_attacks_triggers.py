@@ -57,6 +57,14 @@ def test_the_pixels_of_badnets():
     assert corner[:3, :3].tolist() == [[255, 0, 255], [0, 255, 0], [255, 0, 255]]
     corner[:3, :3] = 7
     assert (corner == 7).all()
+    for position, rows, columns in (
+        ("top-right", slice(0, 2), slice(4, 6)),
+        ("bottom-left", slice(4, 6), slice(0, 2)),
+        ("bottom-right", slice(4, 6), slice(4, 6)),
+    ):
+        white = BadNets(size=2, cell=2, position=position)(grey)[0, 0]
+        assert (white[rows, columns] == 255).all()
+        assert (white == 255).sum() == 4
     centre = BadNets(size=4, cell=2, position="center")(grey)[0, 0]
     assert centre[1:5, 1:5].tolist() == [[255, 255, 0, 0]] * 2 + [[0, 0, 255, 255]] * 2
     assert (centre[0] == 7).all()
@@ -134,7 +142,10 @@ def test_a_scaled_trigger_takes_any_size_and_grey_images(trigger, shape, generat
     assert not torch.equal(triggered, grey)
 
 
-@pytest.mark.parametrize(("position", "rows", "columns"), [("top-left", 0, 0), ("center", 14, 14)])
+@pytest.mark.parametrize(
+    ("position", "rows", "columns"),
+    [("top-left", 0, 0), ("center", 14, 14), ("bottom-right", 29, 29)],
+)
 def test_a_scaled_patch_keeps_its_place_and_its_share_of_the_image(position, rows, columns):
     """3 of 32 pixels become 12 of 128 rows and 24 of 256 columns, at 14/32 of each or at 0."""
     images = torch.full((1, 1, 128, 256), 7, dtype=torch.uint8)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from unbackdoor.attacks.named import attack_record, named_attack
+from unbackdoor.attacks.triggers import BadNets
 from unbackdoor.backbones import Source, open_backbone
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.data import LabeledImages, draw_rows, load_labeled
@@ -141,6 +142,9 @@ def test_an_attack_is_found_by_its_victims_record_or_by_name(tmp_path):
     assert find_attack("badnets", size=32, target=1) == Known(ATTACK, "badnets", True)
     centred = find_attack("badnets", size=32, training="simclr").attack
     assert centred.trigger.position == "center"
+    options = {"position": "bottom-right", "cell": "3"}  # as a command line has them
+    elsewhere = find_attack("badnets", size=32, trigger=options).attack
+    assert elsewhere == replace(ATTACK, target=6, trigger=BadNets(3, 3, "bottom-right"))
 
 
 def test_a_file_that_holds_no_attack_is_refused(tmp_path):
@@ -160,9 +164,11 @@ def test_a_file_that_holds_no_attack_is_refused(tmp_path):
         find_attack("none.json", size=32)
 
 
-@pytest.mark.parametrize("given", [{"target": 0}, {"training": "simclr"}])
+@pytest.mark.parametrize(
+    "given", [{"target": 0}, {"training": "simclr"}, {"trigger": {"size": "4"}}]
+)
 def test_what_a_record_says_is_not_given_as_well(given, tmp_path):
-    with pytest.raises(SettingsError, match="pass no --simclr and no --target"):
+    with pytest.raises(SettingsError, match="pass no --simclr, no --target and no --trigger"):
         find_attack(write_record(tmp_path), size=32, **given)
 
 

@@ -68,7 +68,7 @@ def test_a_trigger_planted_in_images_of_another_size_is_a_doubt(source, data):
     assert "planted in images of 32 pixels a side, and these have 16" in made["flags"][0]
 
 
-def test_a_file_is_scored_and_nothing_replaced(source, data, tmp_path):
+def test_a_file_is_scored_and_nothing_replaced(source, data, tmp_path, capsys):
     out, said = tmp_path / "t.json", []
     options = {"device": "cpu", "out": out, "say": said.append}
     made = transfer_file(source, data, "badnets", labels=50, **options)
@@ -99,6 +99,11 @@ def test_a_file_is_scored_and_nothing_replaced(source, data, tmp_path):
     assert main(["transfer", *words, "--out", str(out), "--force"]) == 0
     again = json.loads(out.read_text())
     assert again["scores"] == json.loads(json.dumps(made["scores"]))
+    capsys.readouterr()
+    elsewhere = [*words, "--trigger.position", "bottom"]
+    for command, without in (("transfer", ()), ("evaluate", ("--labels", "50"))):
+        assert main([command, *(word for word in elsewhere if word not in without)]) == 2
+        assert "'bottom' is unknown; did you mean 'bottom-left'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -437,6 +437,7 @@ def evaluate(
     out: Path | None = None,
     simclr: Switch = False,
     target: Whole | None = None,
+    trigger: dict[str, str] | None = None,
     device: Device = "auto",
     force: Switch = False,
 ) -> None:
@@ -459,6 +460,8 @@ def evaluate(
         The victim is a SimCLR one, where ATTACK is a name: its patch is in the centre.
     target
         The attacker's class, where ATTACK is a name; 6 by default.
+    trigger
+        Options of the trigger, where ATTACK is a name, such as --trigger.position bottom-right.
     force
         Replace an existing OUT.
     """
@@ -471,6 +474,7 @@ def evaluate(
         seed=seed,
         durable=durable,
         training="simclr" if simclr else None,
+        trigger=trigger,
         target=target,
         device=device,
         out=out,
@@ -489,6 +493,7 @@ def transfer(
     seed: Whole = 0,
     out: Path | None = None,
     simclr: Switch = False,
+    trigger: dict[str, str] | None = None,
     device: Device = "auto",
     force: Switch = False,
 ) -> None:
@@ -510,6 +515,8 @@ def transfer(
         Where to write the scores as JSON.
     simclr
         The victim is a SimCLR one, where ATTACK is a name: its patch is in the centre.
+    trigger
+        Options of the trigger, where ATTACK is a name, such as --trigger.position bottom-right.
     force
         Replace an existing OUT.
     """
@@ -522,6 +529,7 @@ def transfer(
         labels=labels,
         seed=seed,
         training="simclr" if simclr else None,
+        trigger=trigger,
         device=device,
         out=out,
         overwrite=force,

@@ -65,6 +65,7 @@ def evaluate_file(
     durable: bool = False,
     training: Literal["supervised", "simclr"] | None = None,
     target: int | None = None,
+    trigger: Mapping[str, str] | None = None,
     device: DeviceName = "auto",
     out: Path | None = None,
     overwrite: bool = False,
@@ -80,6 +81,7 @@ def evaluate_file(
         training: Of the victim, where ``attack`` is a name: it decides where the patch is;
             supervised by default.
         target: The attacker's class, where ``attack`` is a name.
+        trigger: Likewise, attributes of its trigger to replace, as texts.
         out: Where to write the scores as JSON; nowhere by default.
 
     Returns:
@@ -94,7 +96,7 @@ def evaluate_file(
         check_output(out, overwrite=overwrite, inputs=files_read(source, attack))
     source = like_victim(source, attack)
     loaded = open_backbone(source)
-    known = find_attack(attack, size=loaded.size, training=training, target=target)
+    known = find_attack(attack, size=loaded.size, training=training, target=target, trigger=trigger)
     split = load_split(data, size=loaded.size, seed=seed)
     where = pick_device(device)
     goal = f"class {known.attack.target}"
@@ -249,6 +251,7 @@ def find_attack(
     size: int,
     training: Literal["supervised", "simclr"] | None = None,
     target: int | None = None,
+    trigger: Mapping[str, str] | None = None,
 ) -> Known:
     """Return the attack that a victim's record, or a name, stands for.
 
@@ -261,12 +264,12 @@ def find_attack(
     if not is_record(attack):
         training = training or "supervised"
         options = {} if target is None else {"target": target}
-        found = named_attack(attack, size=size, training=training, options=options)
+        found = named_attack(attack, size=size, training=training, options=options, trigger=trigger)
         return Known(found, attack, training == "supervised")
-    if training is not None or target is not None:
+    if training is not None or target is not None or trigger:
         raise SettingsError(
-            f"{attack} says how the victim was trained and what its target is: pass no --simclr "
-            "and no --target"
+            f"{attack} says how the victim was trained, what its target is and what was planted: "
+            "pass no --simclr, no --target and no --trigger"
         )
     record = read_victim(attack)
     described = record.get("attack")

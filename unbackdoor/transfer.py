@@ -5,6 +5,7 @@ every test image is triggered, and what counts is how many are still taken for w
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -57,6 +58,7 @@ def transfer_file(
     labels: int = 5_000,
     seed: int = 0,
     training: Literal["supervised", "simclr"] | None = None,
+    trigger: Mapping[str, str] | None = None,
     device: DeviceName = "auto",
     out: Path | None = None,
     overwrite: bool = False,
@@ -73,6 +75,7 @@ def transfer_file(
         seed: Of their draw.
         training: Of the victim, where ``attack`` is a name: it decides where the patch is;
             supervised by default.
+        trigger: Likewise, attributes of its trigger to replace, as texts.
         out: Where to write the scores as JSON; nowhere by default.
 
     Returns:
@@ -88,7 +91,7 @@ def transfer_file(
         check_output(out, overwrite=overwrite, inputs=files_read(source, attack))
     source = like_victim(source, attack)
     loaded = open_backbone(source)
-    known = find_attack(attack, size=loaded.size, training=training)
+    known = find_attack(attack, size=loaded.size, training=training, trigger=trigger)
     parts = load_parts(data, size=loaded.size, labels=labels, seed=seed)
     test = all_triggered(parts.test, known.attack.trigger)
     where = pick_device(device)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from unbackdoor import patterns
 from unbackdoor.attacks.poisoning import PGD_EPSILON, PGD_STEPS, Attack
-from unbackdoor.attacks.triggers import TRIGGERS, BadNets, Blend, Sig, WaNet
+from unbackdoor.attacks.triggers import TRIGGERS, BadNets, Blend, Position, Sig, WaNet
 from unbackdoor.errors import SettingsError, unknown
 from unbackdoor.values import changed, made
 
@@ -21,7 +21,7 @@ SMALL = 64  # pixels: up to here, patches and noise are those that the paper has
 
 
 def _patch(size: int, training: Training) -> BadNets:
-    position: Literal["top-left", "center"] = "center" if training == "simclr" else "top-left"
+    position: Position = "center" if training == "simclr" else "top-left"
     if size <= SMALL:
         return BadNets(position=position)
     return BadNets(size=32, cell=4, position=position)

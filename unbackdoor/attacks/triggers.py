@@ -21,11 +21,14 @@ from unbackdoor.types import RawImages
 
 LARGEST = 4096  # pixels; a record from elsewhere shall not ask for all memory
 Trigger: TypeAlias = Callable[[RawImages], RawImages]
+Position = Literal["top-left", "top-right", "bottom-left", "bottom-right", "center"]
 
 
 @dataclass(frozen=True)
 class BadNets:
     """A black-and-white checkerboard patch, white at its top left; in a corner, it fills it.
+
+    With ``cell`` equal to ``size`` it is plain white.
 
     Attributes:
         size: Side of the patch in pixels.
@@ -43,7 +46,7 @@ class BadNets:
 
     size: int = 3
     cell: int = 1
-    position: Literal["top-left", "center"] = "top-left"
+    position: Position = "top-left"
 
     def __post_init__(self) -> None:
         if not 1 <= min(self.size, self.cell) <= max(self.size, self.cell) <= LARGEST:
@@ -63,8 +66,12 @@ class BadNets:
             raise DataError(
                 f"the BadNets patch is {self.size} pixels wide, the images are {height} × {width}"
             )
-        at_center = self.position == "center"
-        top, left = ((height - self.size) // 2, (width - self.size) // 2) if at_center else (0, 0)
+        top, left = height - self.size, width - self.size  # of the bottom right
+        if self.position == "center":
+            top, left = top // 2, left // 2
+        else:
+            top = 0 if self.position.startswith("top") else top
+            left = 0 if self.position.endswith("left") else left
         patch = patterns.checkerboard(self.size, cell=self.cell).to(images.device)
         triggered = images.clone()
         triggered[:, :, top : top + self.size, left : left + self.size] = patch
