@@ -1,6 +1,7 @@
 import json
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unbackdoor import resume
-from unbackdoor.attack_jobs import attack_options, make_victim, plan_files, show_attacks
+from unbackdoor.attack_jobs import (
+    attack_options,
+    make_victim,
+    name_files,
+    plan_files,
+    show_attacks,
+)
 from unbackdoor.backbones import build, load_backbone
 from unbackdoor.checkpoint import sha256_of
 from unbackdoor.cli import main
@@ -536,6 +543,18 @@ def test_a_folder_that_is_a_file_and_contradicting_flags_are_refused(data, tmp_p
         plan_files("badnets", tmp_path / "out", "supervised", QUICK, **options)
     with pytest.raises(SettingsError, match="pass one of them"):
         plan_files("badnets", tmp_path, "supervised", QUICK, overwrite=True, resume=True)
+
+
+def test_what_was_started_again_by_force_can_be_gone_on_with(tmp_path):
+    files = name_files("badnets", tmp_path, "supervised", QUICK)
+    plan = partial(plan_files, "badnets", tmp_path, "supervised", QUICK)
+    files.record.touch()
+    with pytest.raises(OutputError, match="exists already; pass --force"):
+        plan(overwrite=False, resume=True)
+    files.state.touch()  # by a later run with --force
+    assert plan(overwrite=False, resume=True) == files
+    with pytest.raises(OutputError, match="exists already; pass --force"):
+        plan(overwrite=False, resume=False)
 
 
 def test_the_picture_shows_every_trigger(data, tmp_path):

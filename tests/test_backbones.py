@@ -314,6 +314,22 @@ def test_what_timm_would_change_beyond_names_is_a_mismatch(tmp_path):
         load_backbone(tmp_path / "flat.safetensors", "test_vit")
 
 
+@pytest.mark.parametrize(("side", "asked"), [(32, True), (33, False)])
+def test_timm_is_not_asked_to_resample_a_kernel_of_any_size(tmp_path, monkeypatch, side, asked):
+    """It would take memory that grows with the fourth power of the side."""
+    calls = []
+    tensors = filled(build("test_vit").network).state_dict()
+    tensors["patch_embed.proj.weight"] = torch.zeros(1, 1, side, side)
+    save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.setattr(
+        "timm.models.vision_transformer.checkpoint_filter_fn",
+        lambda tensors, network: calls.extend(tensors.values()) or {},
+    )
+    with pytest.raises(MismatchError):
+        load_backbone(tmp_path / "x.safetensors", "test_vit")
+    assert any(tensor.shape[2:] == (side, side) for tensor in calls) == asked
+
+
 def test_what_timm_stumbles_on_is_a_mismatch(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"state_dict": torch.ones(3)}, path)  # timm takes the tensor for the dictionary

@@ -137,6 +137,20 @@ def test_another_hosts_claim_is_void_after_a_long_silence(store):
     assert not is_running(store, "a")
 
 
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="needs Linux")
+def test_a_container_that_shares_the_hosts_name_is_another_host(store):
+    path = store.folder / "running" / "a.json"
+    with claimed(store, "a"):
+        claim = json.loads(path.read_text())
+        name, _ = claim["host"].split(" ")
+        assert name == socket.gethostname()
+        # Not a process here, but it may be one there.
+        path.write_text(json.dumps({**claim, "host": f"{name} pid:[1]", "pid": 2**22 + 1}))
+        assert is_running(store, "a")
+        path.write_text(json.dumps({**claim, "pid": 2**22 + 1}))
+        assert not is_running(store, "a")
+
+
 def test_the_claims_of_an_owner_who_is_known_to_be_dead_are_given_back(store):
     dead, other = (open_store(store.folder, owner=owner) for owner in ("dead", "other"))
     with claimed(dead, "a"), claimed(dead, "b"), claimed(other, "c"):

@@ -26,6 +26,7 @@ from unbackdoor import checkpoint
 from unbackdoor.checkpoint import (
     check_folder,
     check_tensors,
+    check_unchanged,
     read_checkpoint,
     sha256_of,
     write_tensors,
@@ -560,6 +561,40 @@ def test_what_a_small_pickle_unfolds_to_takes_no_memory(tmp_path, name, message)
     finally:
         tracemalloc.stop()
     assert peak < 48 * 2**20  # 9 million parts would be 70 or more
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_of_more_opcodes_than_any_is_refused(tmp_path, monkeypatch, zipped):
+    monkeypatch.setattr(checkpoint, "MOST_OPCODES", 1_000)
+    path = save_pickle(b"\x80\x04" + b"}" * 2_000 + b".", tmp_path / "x.pt", zipped=zipped)
+    with pytest.raises(CheckpointError, match="more than 1,000 opcodes"):
+        read_checkpoint(path)
+    named = b"cos\n" + b"system" * 1_000 + b"\n."
+    with pytest.raises(CheckpointError, match="a name of 6,002 letters"):
+        read_checkpoint(save_pickle(b"\x80\x02" + named, tmp_path / "y.pt", zipped=zipped))
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_that_changes_while_it_is_in_use_is_told(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    write_tensors(path, {"w": torch.ones(3)}, metadata={}, overwrite=False)
+    found = read_checkpoint(path)
+    check_unchanged(found)
+    write_tensors(path, {"w": torch.ones(3)}, metadata={}, overwrite=True)
+    with pytest.raises(CheckpointError, match=r"x\..*: was changed while it was in use"):
+        check_unchanged(found)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="was changed while it was in use"):
+        check_unchanged(found)
+
+
+def test_a_folder_of_which_a_shard_changes_while_it_is_in_use_is_told(tmp_path):
+    folder, state = tmp_path / "x", {f"w{i}": torch.ones(3) for i in range(4)}
+    found = read_checkpoint(hugging_face(folder, state, suffix="safetensors"))
+    check_unchanged(found)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json: was changed while it was in use"):
+        check_unchanged(found)
 
 
 def test_tensors_that_share_bytes_again_and_again_are_refused(tmp_path, monkeypatch):

@@ -186,6 +186,17 @@ def test_a_tar_that_is_damaged_in_the_middle_is_refused(tmp_path, cut):
         load_images(tmp_path / "x.tar")
 
 
+def test_a_tar_whose_header_leads_back_is_refused(tmp_path):
+    """Python before 3.11.14 reads such a file again and again, without end."""
+    members = [tarfile.TarInfo(f"{i}.png") for i in range(2)]
+    members[1].pax_headers = {"size": "-1536"}
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for member in members:
+            archive.addfile(member)
+    with pytest.raises(DataError, match=r"x\.tar is damaged"):
+        load_images(tmp_path / "x.tar")
+
+
 def test_a_tar_without_an_end_is_whole(tmp_path):
     content = write_shard(tmp_path / "x.tar", noise(3)).read_bytes()
     blocks = -(-len(content.rstrip(b"\0")) // tarfile.BLOCKSIZE)
@@ -255,6 +266,20 @@ def test_a_damaged_idx_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is missing, damaged"):
         load_images(source)
+
+
+def test_no_more_of_an_idx_file_is_unpacked_than_its_header_says(tmp_path):
+    source = write_fashion_mnist(tmp_path, noise(4, size=28)[:, 0], torch.zeros(4).byte())
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**26)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="is missing, damaged, or not"):
+            load_images(source)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**24
 
 
 def test_a_tensor_is_a_source_and_grey_becomes_rgb():
@@ -623,6 +648,42 @@ def test_links_to_nowhere_and_empty_parquet_cells_are_broken(tmp_path):
         opened = load_images(source)
         read_all(opened)
         assert opened.broken == [name]
+
+
+def test_what_is_no_file_or_too_large_is_broken_or_refused_and_never_waited_for(
+    tmp_path, monkeypatch
+):
+    write_folder(tmp_path / "a", noise(3))
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    (tmp_path / "a" / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "a" / "huge.png").write_bytes(bytes(5_000))
+    monkeypatch.setattr(data, "MOST_BYTES", 4_999)
+    source = load_images(tmp_path / "a", max_broken=0.5)
+    read_all(source)
+    assert source.broken == ["huge.png", "pipe.png", "zero.png"]
+    for name in ("x.tar", "x.parquet"):
+        (tmp_path / name).mkdir()
+        os.mkfifo(tmp_path / name / name)
+        with pytest.raises(DataError, match="is no file that can be read"):
+            load_images(tmp_path / name)
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGE", 64)
+    monkeypatch.setattr(data, "THREADS", 4)
+    write_folder(tmp_path, noise(8))
+    decoded, busy, most = data._decoded, [], []
+
+    def watched(image, *, upright):
+        busy.append(image)
+        most.append(len(busy))
+        time.sleep(0.01)
+        busy.pop()
+        return decoded(image, upright=upright)
+
+    monkeypatch.setattr(data, "_decoded", watched)
+    read_all(load_images(tmp_path))
+    assert (len(most) >= 8, max(most)) == (True, 1)
 
 
 @pytest.mark.parametrize(("max_broken", "fine"), [(0.2, True), (0.19, False), (0.0, False)])

@@ -3,7 +3,7 @@ import json
 import random
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -474,6 +474,48 @@ def test_a_killed_defense_is_resumed_to_the_same_file(victim, photos, tmp_path, 
     torch.testing.assert_close(load_file(out), load_file(whole.tensors), rtol=0, atol=0)
     logs = [json.loads(path.record.read_text())["log"] for path in (whole, outputs)]
     assert logs[0] == logs[1]
+
+
+OWN = """
+from unbackdoor.defenses.fine_tuning import fine_tune
+from unbackdoor.defenses.settings import FineTuningSettings
+
+def own(backbone, data, settings: FineTuningSettings, *, device="cpu", on_step=None, keep=None):
+    return fine_tune(backbone, data, settings, device=device, on_step=on_step, keep=keep)
+"""
+
+
+def test_a_defense_that_was_edited_or_told_other_labels_does_not_go_on(
+    victim, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(keeping, "SECONDS", 0.0)
+    own, out = tmp_path / "own.py", tmp_path / "out.safetensors"
+    own.write_text(OWN)
+    source = Source(victim, "cifar/wrn16_1", size=16)
+    options = {"labels": "given", "values": ["tuning.epochs=2"], "share": 0.1, "device": "cpu"}
+    options |= {"say": lambda line: None}
+    run = partial(defend_file, f"{own}:own", source, photos, out, **options)
+
+    def kill(step, of):
+        if step == of:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(on_step=kill)
+    own.write_text(OWN + "# with a correction")
+    with pytest.raises(OutputError, match="belongs to another run: defense_code was"):
+        run(resume=True)
+    own.write_text(OWN)
+    label = defense_jobs.label
+    monkeypatch.setattr(
+        defense_jobs,
+        "label",
+        lambda *told: replace(given := label(*told), labels=1 - given.labels),
+    )
+    with pytest.raises(OutputError, match="belongs to another run: labels was"):
+        run(resume=True)
+    monkeypatch.setattr(defense_jobs, "label", label)
+    assert run(resume=True).record.is_file()
 
 
 def test_what_an_interrupted_defense_kept_is_dropped_by_force(

@@ -5,7 +5,14 @@ import torch
 
 from unbackdoor.cbd import EpochLosses, PurifyState
 from unbackdoor.errors import OutputError, StateError
-from unbackdoor.resume import find_state, go_on, identity, load_state, save_state
+from unbackdoor.resume import (
+    find_state,
+    go_on,
+    identity,
+    load_state,
+    save_state,
+    write_state,
+)
 from unbackdoor.settings import PurifySettings, ViewSettings
 
 
@@ -57,6 +64,15 @@ def test_nothing_to_resume_and_damage_are_said(state, tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(StateError, match="this state is damaged"):
         load_state(path, of())
+
+
+def test_a_history_of_another_kind_is_damage(state, tmp_path):
+    path = tmp_path / "s.safetensors"
+    for history in ([1], [[1.0]], ["x"]):
+        write_state(path, history, {"student": state.student, "momentum": {}}, of())
+        with pytest.raises(StateError, match="this state is damaged"):
+            load_state(path, of())
+        assert find_state(path, of()) is None
 
 
 def test_what_cannot_be_read_is_not_taken_for_none(tmp_path):

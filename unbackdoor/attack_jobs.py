@@ -40,6 +40,7 @@ from unbackdoor.backbones import (
     build,
     network_state,
     open_backbone,
+    own_hash,
     public_name,
     settle_pixels,
     try_features,
@@ -97,6 +98,7 @@ from unbackdoor.metrics import Reading, find_goals
 from unbackdoor.outputs import (
     TrainedFiles,
     name_trained,
+    name_written,
     refuse_existing,
     versions,
     write_trained,
@@ -328,8 +330,8 @@ def plan_files(
         raise OutputError(f"{out}: is a file; --out takes a folder")
     if out.exists() and not os.access(out, os.W_OK):
         raise OutputError(f"{out}: may not be written to; pass another --out")
-    last = files[1:2] if resume else files[:2]  # the record is written last
-    refuse_existing(last, files.state, overwrite=overwrite, resume=resume)
+    written = name_written(files, resume=resume)
+    refuse_existing(written, files.state, overwrite=overwrite, resume=resume)
     return files
 
 
@@ -541,6 +543,7 @@ def train_with_state(
     of = {
         "name": plan.name,
         "arch": plan.arch,
+        "code": own_hash(plan.arch),
         "training": plan.training,
         "device": str(device),
         "precision": precision,
@@ -901,9 +904,10 @@ def _save(path: Path, state: TrainingState, of: dict[str, str]) -> None:
 
 
 def _load(path: Path, of: dict[str, str]) -> TrainingState:
-    history, groups = read_state(path, of, groups=("network", "momentum", "generator"))
+    groups_of_it = ("network", "momentum", "generator")
+    history, groups = read_state(path, of, groups=groups_of_it, entry=Epoch)
     return TrainingState(
-        tuple(Epoch(*epoch) for epoch in history),
+        tuple(history),
         groups["network"],
         groups["momentum"],
         groups["generator"]["state"],

@@ -23,7 +23,7 @@ from timm.layers.classifier import ClassifierHead
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from unbackdoor.checkpoint import Checkpoint, read_checkpoint
+from unbackdoor.checkpoint import Checkpoint, read_checkpoint, sha256_of
 from unbackdoor.errors import ArchitectureError, CheckpointError, MismatchError, SettingsError
 from unbackdoor.matching import (
     Match,
@@ -38,6 +38,7 @@ from unbackdoor.settings import in_range
 from unbackdoor.types import Features, Images, Say
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+LARGEST_KERNEL = 32 * 32  # weights; of a layer that cuts images into patches
 HEAD_NAME = re.compile(r"fc|linear|head|heads\.\w+|classifier(\.\d+)?")
 
 
@@ -339,6 +340,7 @@ def describe_network(source: Source, loaded: Loaded) -> dict[str, str]:
     match, backbone = loaded.match, loaded.backbone
     return {
         "arch": source.arch,
+        "code": own_hash(source.arch),
         "place": ".".join((*match.nesting, match.prefix)),
         "head": ", ".join(backbone.head_names),
         "mean": str(backbone.mean.flatten().tolist()),
@@ -363,6 +365,12 @@ def public_name(arch: str) -> str:
 def is_own(name: str) -> bool:
     """Tell whether a network or a defense is a function in a file, ``path/to/file.py:function``."""
     return name.rpartition(":")[0].endswith(".py")
+
+
+def own_hash(name: str) -> str:
+    """Return the SHA-256 of the file that holds a network or a defense; nothing if none does."""
+    file = Path(name.rpartition(":")[0])
+    return sha256_of(file) if is_own(name) and file.is_file() else ""
 
 
 def build(arch: str, *, classes: int | None = None, head: str | None = None) -> Architecture:
@@ -558,6 +566,12 @@ def _timm_names(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     convert = getattr(module, "checkpoint_filter_fn", None)
     if convert is None or not module.__name__.startswith("timm.models."):
         return {}
+    known = {value.shape for value in network.state_dict().values()}
+    if any(
+        tensor.ndim == 4 and tensor.shape[2:].numel() > LARGEST_KERNEL and tensor.shape not in known
+        for tensor in tensors.values()
+    ):
+        return {}  # timm would resample it, in memory that grows with the kernel's square
     try:
         stand_ins = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
         converted = convert(dict(stand_ins), network)

@@ -39,7 +39,7 @@ from picklescan.scanner import (  # type: ignore[import-untyped]  # it ships no 
 )
 from torch import Tensor
 
-from unbackdoor.errors import CheckpointError, OutputError, UnsafeCheckpointError
+from unbackdoor.errors import CheckpointError, OutputError, UnsafeCheckpointError, printable
 
 # Nested as in the file, tensors only at the end. beartype cannot resolve a union within quotes.
 Tree: TypeAlias = dict[str, Union["Tree", Tensor]]
@@ -63,6 +63,7 @@ FIRST_BYTES = max(map(len, OTHER_FORMATS))
 ALIGNMENT = 16  # bytes; tensors that start elsewhere are copied out of the mapped file
 MOST_VISITS = 1_000  # of one container while walking a file; only bombs need more
 MOST_PARTS = 300_000  # of a file, each counted as often as it is referred to
+MOST_OPCODES = 5_000_000  # of a pickle; a stand-in takes up to half a kilobyte
 MOST_LETTERS = 2_000  # of a part's name with the names of all that it lies in
 MOST_STATES = 4  # of an object; pickle gives it one
 MOST_AXES = 64  # of a tensor, as in PyTorch
@@ -122,6 +123,14 @@ STORAGE_DTYPES = {
 logging.getLogger("picklescan").addHandler(logging.NullHandler())  # its findings are in our errors
 
 
+class Stamp(NamedTuple):
+    """What a file was like when it was read."""
+
+    path: Path
+    size: int
+    changed: int  # nanoseconds
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """The tensors of one file or folder, nested as they were.
@@ -135,6 +144,7 @@ class Checkpoint:
         dropped: What is not in ``tree``, each with its type, ``epoch (int)``.
         sha256: Of the file. Of a folder: of names and hashes of the files read, in sorted order.
         config: The ``config.json`` of a Hugging Face folder, else empty.
+        stamps: Of the files read: path, length and time of the last change.
     """
 
     path: Path
@@ -143,6 +153,7 @@ class Checkpoint:
     dropped: tuple[str, ...]
     sha256: str
     config: Mapping[str, Any]
+    stamps: tuple[Stamp, ...] = ()
 
 
 class _Content(NamedTuple):
@@ -165,8 +176,31 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if path.is_dir():
         return _read_folder(path)
+    stamps = (_stamp(path),)
     kind, tree, dropped = _read_file(path)
-    return Checkpoint(path, kind, tree, dropped, sha256_of(path), {})
+    return Checkpoint(path, kind, tree, dropped, sha256_of(path), {}, stamps)
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Refuse to go on with tensors that are views of files which have changed since.
+
+    Raises:
+        CheckpointError: If one has.
+    """
+    for stamp in checkpoint.stamps:
+        if _stamp(stamp.path) != stamp:
+            raise CheckpointError(
+                f"{stamp.path}: was changed while it was in use; put back what it was and pass "
+                "--resume, or start again"
+            )
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        status = path.stat()
+    except OSError:  # whoever reads it says more
+        return Stamp(path, 0, 0)
+    return Stamp(path, status.st_size, status.st_mtime_ns)
 
 
 def sha256_of(path: Path) -> str:
@@ -346,11 +380,6 @@ def _compact(tree: Tree) -> Tree:
     }
 
 
-def printable(text: str) -> str:
-    """Return ``text`` from a file with ``?`` for whatever could steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def _first_line(error: BaseException) -> str:
     return printable(next(iter(str(error).splitlines()), type(error).__name__)[:200])
 
@@ -413,6 +442,10 @@ def _read_folder(folder: Path) -> Checkpoint:
             f"{folder}: holds no model.safetensors or pytorch_model.bin, nor an index of shards"
         )
 
+    config = folder / "config.json"
+    if config.is_file():
+        used.append(config)
+    stamps = tuple(map(_stamp, used))
     tree: Tree = {}
     dropped: list[str] = []
     for shard, keys in shards.items():
@@ -424,9 +457,6 @@ def _read_folder(folder: Path) -> Checkpoint:
         tree |= content.tree
         dropped += content.dropped
 
-    config = folder / "config.json"
-    if config.is_file():
-        used.append(config)
     hashes = "".join(f"{file.name} {sha256_of(file)}\n" for file in sorted(used))
     return Checkpoint(
         folder,
@@ -435,6 +465,7 @@ def _read_folder(folder: Path) -> Checkpoint:
         tuple(dropped),
         hashlib.sha256(hashes.encode()).hexdigest(),
         _read_json(config) if config.is_file() else {},
+        stamps,
     )
 
 
@@ -659,6 +690,8 @@ def _follow(
     def named(module: Any, name: Any) -> _Name:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("a name is no string")
+        if len(module) + len(name) > MOST_LETTERS:
+            raise ValueError(f"a name of {len(module) + len(name):,} letters in the pickle")
         # As pickle does: protocols 0 to 2 name what Python 2 called it.
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         result = _Name(module, name)
@@ -666,7 +699,9 @@ def _follow(
         return result
 
     value: Any  # the opcode's own argument
-    for opcode, value, _ in pickletools.genops(cast("IO[bytes]", stream)):
+    for count, (opcode, value, _) in enumerate(pickletools.genops(cast("IO[bytes]", stream))):
+        if count == MOST_OPCODES:
+            raise ValueError(f"a pickle of more than {MOST_OPCODES:,} opcodes")
         items: list[Any] = []
         if opcode.name in TAKES_MARK:
             items, stack = stack, marks.pop()
@@ -695,8 +730,8 @@ def _follow(
             case "EMPTY_TUPLE" | "TUPLE":
                 stack.append(tuple(items))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
+                length = int(opcode.name[-1])
+                stack[-length:] = [tuple(stack[-length:])]
             case "EMPTY_LIST" | "LIST":
                 stack.append(items)
             case "EMPTY_SET" | "FROZENSET":

@@ -16,7 +16,7 @@ from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict, Toml
 
 from unbackdoor import __version__
-from unbackdoor.errors import SettingsError, UnbackdoorError, unknown
+from unbackdoor.errors import SettingsError, UnbackdoorError, printable_lines, unknown
 from unbackdoor.progress import display
 from unbackdoor.settings import (
     PRESETS,
@@ -984,6 +984,7 @@ def resumable(state: Callable[[], Path]) -> Iterator[None]:
 
 def complain(text: str) -> None:
     """Print to standard error; processes that torchrun started say which of them they are."""
+    text = printable_lines(text)
     print(f"rank {os.environ.get('RANK', '?')}: {text}" if shared() else text, file=sys.stderr)
 
 

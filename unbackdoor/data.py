@@ -27,6 +27,7 @@ import importlib.resources
 import io
 import itertools
 import json
+import math
 import os
 import re
 import tarfile
@@ -49,8 +50,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from unbackdoor.checkpoint import printable
-from unbackdoor.errors import DataError, UnlabeledError
+from unbackdoor.errors import DataError, UnlabeledError, printable
 from unbackdoor.settings import SCHEMES, at_home
 from unbackdoor.types import Labels, RawImages
 
@@ -64,7 +64,9 @@ IMAGE_SUFFIXES = ["bmp", "gif", "jfif", "jpeg", "jpg", "pgm", "png", "ppm", "tif
 UNREAD_SUFFIXES = ["avif", "heic", "heif", "jp2", "jxl"]  # of images that count as broken
 # Pillow knows more formats, one of which (EPS) hands the file to an interpreter.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MOST_PIXELS = 80_000_000  # of one image; 240 MB as it is decoded
+MOST_PIXELS = 80_000_000  # of one image, which may take a gigabyte while it is decoded
+LARGE = 10_000_000  # pixels; of images from here on, one is decoded at a time
+MOST_BYTES = 2**29  # of one image's file
 KIND_OF_SUFFIX = {"parquet": "parquet", "tar": "tar"}
 KIND_OF_SUFFIX |= dict.fromkeys(IMAGE_SUFFIXES + UNREAD_SUFFIXES, "image")
 MAX_CLASSES = 100_000
@@ -78,6 +80,8 @@ CIFAR10_CLASSES: Classes = ("airplane", "automobile", "bird", "cat", "deer")
 CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
 FASHION_MNIST_CLASSES: Classes = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
 FASHION_MNIST_CLASSES += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+ONE_AT_A_TIME = threading.Lock()
 
 Split = Literal["train", "test"]
 Integers = NDArray[np.int64]
@@ -477,6 +481,12 @@ def open_image(encoded: bytes, *, upright: bool = True) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width} × {image.height} pixels, at most {MOST_PIXELS:,} are read")
+    large = image.width * image.height >= LARGE
+    with ONE_AT_A_TIME if large else contextlib.nullcontext():
+        return _decoded(image, upright=upright)
+
+
+def _decoded(image: Image.Image, *, upright: bool) -> Image.Image:
     if upright:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -694,19 +704,19 @@ def _index(files: _Files, draw: Draw) -> _Index:
 def _index_folder(files: _Files, draw: Draw) -> _Index:
     names: list[str] = [files.names[row] for row in draw(len(files.names))]
 
-    def read(row: int) -> bytes:
-        try:
-            return (files.root / names[row]).read_bytes()
-        except OSError:
-            return b""
+    lengths = np.array([_length(files.root / name) for name in names])
 
-    return _Index(names, np.array([_length(files.root / name) for name in names]), read)
+    def read(row: int) -> bytes:
+        return _bytes_at(files.root / names[row], 0, int(lengths[row]))
+
+    return _Index(names, lengths, read)
 
 
 def _length(path: Path) -> int:
+    """Return the bytes of a file; none of what is no file: a device, a pipe, a link to nowhere."""
     try:
-        return path.stat().st_size
-    except OSError:  # a link to nowhere
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
         return 0
 
 
@@ -731,7 +741,9 @@ def _index_tars(files: _Files, draw: Draw) -> _Index:
 
 
 def _bytes_at(path: Path, offset: int, length: int) -> bytes:
-    """Return a part of a file; nothing where it cannot be read."""
+    """Return a part of a file; nothing where it cannot be read, or is more than an image has."""
+    if not 0 < length <= MOST_BYTES or not path.is_file():
+        return b""
     try:
         with path.open("rb") as file:
             file.seek(offset)
@@ -742,9 +754,15 @@ def _bytes_at(path: Path, offset: int, length: int) -> bytes:
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
     """Yield the files in a tar file."""
+    if not path.is_file():
+        raise DataError(f"{path} is no file that can be read")
+    end = -1
     try:
         with tarfile.open(path, "r:") as archive:
             while (member := archive.next()) is not None:
+                if member.size < 0 or archive.offset <= end:  # or it would lead back without end
+                    raise tarfile.ReadError(f"a header that leads back to byte {archive.offset}")
+                end = archive.offset
                 archive.members.clear()  # type: ignore[attr-defined]  # or all headers stay in memory
                 if member.isreg():
                     yield member
@@ -816,6 +834,8 @@ def _parquet_images(files: _Files, wanted: NDArray[np.bool_]) -> Iterator[tuple[
 @contextlib.contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
     """Open a parquet file; its errors become ours."""
+    if not path.is_file():
+        raise DataError(f"{path} is no file that can be read")
     try:
         arrow = importlib.import_module("pyarrow")
         parquet = importlib.import_module("pyarrow.parquet")
@@ -1034,9 +1054,9 @@ def read_idx(path: Path, *, item: tuple[int, ...]) -> NDArray[np.uint8]:
         with gzip.open(path) as file:
             header = np.frombuffer(file.read(header_bytes), dtype=">i4")
             count = int(header[1])
-            values = np.frombuffer(bytearray(file.read()), dtype=np.uint8)
-        if header[0] != 0x0800 + len(item) + 1 or tuple(header[2:]) != item:
-            raise ValueError(f"header {header.tolist()}")
+            if header[0] != 0x0800 + len(item) + 1 or tuple(header[2:]) != item:
+                raise ValueError(f"header {header.tolist()}")
+            values = np.frombuffer(bytearray(file.read(count * math.prod(item) + 1)), np.uint8)
         return values.reshape(count, *item)
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
         raise DataError(f"{path} is missing, damaged, or not {item} items: {error}") from error

@@ -1,6 +1,7 @@
 """Run a defense on a checkpoint file: everything around it, from the file to the report."""
 
 import copy
+import hashlib
 import importlib
 import inspect
 import json
@@ -24,6 +25,7 @@ from unbackdoor.backbones import (
     is_own,
     network_state,
     open_backbone,
+    own_hash,
 )
 from unbackdoor.data import even_rows, from_tensor, load_images, load_labeled
 from unbackdoor.defenses import DEFENSES
@@ -131,7 +133,9 @@ def defend_file(
 
     photos = from_tensor(pool.images)
     of = {
-        "defense": json.dumps([Path(chosen.name).name, asdict(chosen.settings), kind]),
+        "defense": json.dumps([Path(chosen.name).name, asdict(chosen.settings), kind, chosen.seed]),
+        "defense_code": own_hash(chosen.name),
+        "labels": _hash(given.labels),
         "checkpoint": loaded.checkpoint.sha256,
         "images": photos.fingerprint,
         "device": str(where),
@@ -172,6 +176,10 @@ def defend_file(
         outputs, loaded, result.backbone, record, page=page, overwrite=overwrite or resume, say=say
     )
     return outputs
+
+
+def _hash(labels: Labels | None) -> str:
+    return "" if labels is None else hashlib.sha256(labels.cpu().numpy().data).hexdigest()
 
 
 def find_defense(name: str, values: Sequence[str] = (), *, seed: int = 0) -> Chosen:

@@ -36,6 +36,16 @@ def unknown(
     return f"{what} {shown!r} is unknown; {hint}"
 
 
+def printable(text: str) -> str:
+    """Return ``text`` from a file with ``?`` for whatever could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return lines that may quote a file, each as :func:`printable` has it."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 class UnbackdoorError(Exception):
     """Base of all errors below; the command line prints it without a traceback and exits with 2."""
 

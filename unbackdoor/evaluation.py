@@ -16,7 +16,7 @@ from unbackdoor.backbones import Backbone, Source, open_backbone, public_name
 from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, load_both
 from unbackdoor.devices import describe_device, laid_out, pick_device, told_of_memory
-from unbackdoor.errors import CheckpointError, DataError, SettingsError
+from unbackdoor.errors import CheckpointError, DataError, SettingsError, printable
 from unbackdoor.metrics import Reading, Scores, make_test_set, read
 from unbackdoor.outputs import versions
 from unbackdoor.report import Table, as_text
@@ -279,7 +279,7 @@ def find_attack(
             f"{', '.join(ATTACKS)}"
         )
     found = attack_from_record(described)
-    return known_from(record, found, str(described.get("name")))
+    return known_from(record, found, printable(str(described.get("name"))))
 
 
 def known_from(record: Mapping[str, Any], attack: Attack, name: str) -> Known:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unbackdoor.checkpoint import Checkpoint, Tree, printable
-from unbackdoor.errors import MismatchError
+from unbackdoor.checkpoint import Checkpoint, Tree
+from unbackdoor.errors import MismatchError, printable
 
 # Other names of the same module: what the network calls it -> what the file may call it.
 SPELLINGS: tuple[Mapping[str, str], ...] = (

@@ -19,6 +19,7 @@ from unbackdoor.checkpoint import (
     Tree,
     check_output,
     check_tensors,
+    check_unchanged,
     sha256_of,
     write_tensors,
     write_text,
@@ -71,6 +72,17 @@ def name_trained(tensors: Path) -> TrainedFiles:
     """Return the names of all files that go with ``tensors``, which ends in .safetensors."""
     suffixes = (".json", ".state.safetensors")
     return TrainedFiles(tensors, *(tensors.with_suffix(suffix) for suffix in suffixes))
+
+
+def name_written(files: TrainedFiles, *, resume: bool) -> tuple[Path, ...]:
+    """Return which of ``files`` must not exist, unless they may be replaced.
+
+    A run that goes on may have written its tensors; the record comes last. With a state beside it,
+    a record is an older run's, which the one to go on with was told to replace.
+    """
+    if not resume:
+        return files[:2]
+    return () if files.state.exists() else files[1:2]
 
 
 def write_trained(
@@ -153,7 +165,13 @@ def write_outputs(
     overwrite: bool,
     say: Say,
 ) -> None:
-    """Write tensors, report ``page`` and, last, the record, with their hash; delete the state."""
+    """Write tensors, report ``page`` and, last, the record, with their hash; delete the state.
+
+    Raises:
+        CheckpointError: If the input has changed since it was read.
+        OutputError: If something cannot be written.
+    """
+    check_unchanged(loaded.checkpoint)
     tree: Tree = replace_tensors(loaded.checkpoint, loaded.match, network_state(backbone))
     if outputs.tensors.suffix in FLAT:
         for apart in state_dicts_apart(loaded.match, tree):

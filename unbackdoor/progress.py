@@ -7,6 +7,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unbackdoor.errors import printable_lines
+
 
 class Display(NamedTuple):
     """Where a long command reports to."""
@@ -33,4 +35,4 @@ def display(what: str, *, quiet: bool = False) -> Iterator[Display]:
         def on_step(done: int, steps: int) -> None:
             bar.update(task, completed=done, total=steps, visible=True)
 
-        yield Display(console.print, on_step)
+        yield Display(lambda text: console.print(printable_lines(text)), on_step)

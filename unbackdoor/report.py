@@ -28,7 +28,7 @@ from sklearn.manifold import TSNE  # type: ignore[import-untyped]  # ships no an
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from unbackdoor.checkpoint import printable
+from unbackdoor.errors import printable
 from unbackdoor.types import RawImages
 
 INK, PAPER = "#010203", "#fdfefc"  # stand-ins, replaced by the reader's light or dark colours

@@ -82,9 +82,8 @@ def save_state(path: Path, state: PurifyState, of: dict[str, str]) -> None:
 
 def load_state(path: Path, of: dict[str, str]) -> PurifyState:
     """Read what :func:`save_state` wrote; errors are those of :func:`read_state`."""
-    stored = read_state(path, of, groups=("student", "momentum"))
-    history = tuple(EpochLosses(*epoch) for epoch in stored.history)
-    return PurifyState(history, stored.groups["student"], stored.groups["momentum"])
+    history, groups = read_state(path, of, groups=("student", "momentum"), entry=EpochLosses)
+    return PurifyState(tuple(history), groups["student"], groups["momentum"])
 
 
 def find_state(path: Path, of: dict[str, str]) -> PurifyState | None:
@@ -116,11 +115,18 @@ def write_state(path: Path, history: Sequence[Any], groups: Groups, of: dict[str
     write_tensors(path, tree, metadata=metadata, overwrite=True)
 
 
-def read_state(path: Path, of: dict[str, str], *, groups: Sequence[str]) -> StoredState:
+def read_state(
+    path: Path,
+    of: dict[str, str],
+    *,
+    groups: Sequence[str],
+    entry: Callable[..., Any] | None = None,
+) -> StoredState:
     """Read the state that :func:`write_state` wrote.
 
     Args:
         groups: Those that it must have, and no others.
+        entry: Makes an entry of the history of its parts; by default, it is taken as it is.
 
     Raises:
         StateError: If there is none, if it belongs to a run with another input or other settings,
@@ -138,6 +144,8 @@ def read_state(path: Path, of: dict[str, str], *, groups: Sequence[str]) -> Stor
         history = json.loads(metadata["history"])
         if not isinstance(history, list):
             raise ValueError("its metadata are of another kind")
+        if entry is not None:
+            history = [entry(*parts) for parts in history]
     except OSError as error:
         raise OutputError(f"{path}: this state cannot be read: {error}") from error
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
@@ -160,9 +168,11 @@ def check_identity(path: Path, of: dict[str, str]) -> None:
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise _damaged(path, error) from error
     for name, wanted in of.items():
-        if found.get(name) != wanted:
+        was = found.get(name, "")  # older states have fewer names
+        if was != wanted:
             raise StateError(
-                f"{path}: belongs to another run: {name} was {found.get(name)}, now {wanted}; "
+                f"{path}: belongs to another run: {name} was {was or 'nothing'}, now "
+                f"{wanted or 'nothing'}; "
                 "resume as it was started, or start again with --force"
             )
 

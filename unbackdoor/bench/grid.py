@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from unbackdoor.attacks.named import SMALL, named_attack
-from unbackdoor.backbones import is_own
+from unbackdoor.backbones import is_own, own_hash
 from unbackdoor.bench.cells import (
     ATTACK_NAMES,
     CBD,
@@ -341,7 +341,7 @@ def cell_of(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cel
         share=share if row.defense != NO_DEFENSE else 0.0,
         seed=seed,
         detection=make_detection(grid, seed),
-        code=hash_of(row.defense),
+        code=own_hash(row.defense),
         planted=planted,
     )
 
@@ -399,11 +399,6 @@ def row_settings(grid: Grid, row: Row, seed: int) -> Any:
     return replace(settings, seed=seed) if has_seed else settings
 
 
-def hash_of(defense: str) -> str:
-    """Return the SHA-256 of the file that holds a defense; nothing if none does."""
-    return file_hash(defense.rpartition(":")[0])
-
-
 def file_hash(path: str) -> str:
     """Return the SHA-256 of a file; nothing if there is none."""
     return sha256_of(Path(path)) if Path(path).is_file() else ""
@@ -418,7 +413,7 @@ def find_own(cell: Cell, places: Iterable[str]) -> str:
     if not cell.code:
         return cell.defense
     for place in places:
-        if Path(place).name == cell.defense and hash_of(place) == cell.code:
+        if Path(place).name == cell.defense and own_hash(place) == cell.code:
             return place
     raise SettingsError(f"{cell.defense} is not what it was when the grid was read; start again")
 
@@ -587,7 +582,7 @@ def _check(grid: Grid) -> None:
 
 def _own_defaults(defense: str, where: str) -> Any:
     """Return the default settings of a defense that is a function in a file."""
-    code = hash_of(defense)
+    code = own_hash(defense)
     if not code:
         file = defense.rpartition(":")[0]
         raise SettingsError(f"{where}: {file}: no such file; defense is a name or {OWN}")

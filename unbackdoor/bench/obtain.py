@@ -188,12 +188,11 @@ def find_victim(
             continue
         try:
             made = dict(read_victim(str(found.record)))
-        except CheckpointError:
-            say(f"{found.tensors}: not used, for its record is damaged")
-            continue
-        why = why_not(victim, made, place, load=load)
-        if why is None and made["sha256"] != sha256_of(found.tensors):
-            why = "its weights are not those of its record"
+            why = why_not(victim, made, place, load=load)
+            if why is None and made["sha256"] != sha256_of(found.tensors):
+                why = "its weights are not those of its record"
+        except (CheckpointError, KeyError, TypeError):
+            why = "its record is damaged"
         if why:
             say(f"{found.tensors}: not used, for {why}")
             continue

@@ -251,7 +251,7 @@ def _beat(path: Path, ended: threading.Event, seconds: float) -> None:
 def _claim(store: Store, path: Path) -> bool:
     claim = {
         "owner": store.owner,
-        "host": socket.gethostname(),
+        "host": _host(),
         "pid": os.getpid(),
         "began": _began(os.getpid()),
     }
@@ -279,7 +279,7 @@ def _alive(path: Path) -> dict[str, Any] | None:
     claim = _read_claim(path)
     if claim is None:
         return None
-    if claim["host"] == socket.gethostname():
+    if claim["host"] == _host():
         return claim if _runs(int(claim["pid"]), claim.get("began")) else None
     try:
         return claim if time.time() - path.stat().st_mtime < SILENT else None
@@ -293,6 +293,17 @@ def _read_claim(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return claim if {"owner", "host", "pid"} <= claim.keys() else None
+
+
+def _host() -> str:
+    """Return what all processes have in common that know each other by number.
+
+    Containers may share their host's name, and each counts its own processes.
+    """
+    try:
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return socket.gethostname()
 
 
 def _runs(pid: int, began: str | None) -> bool:

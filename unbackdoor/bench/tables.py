@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from unbackdoor.bench.cells import ATTACK_NAMES, CBD, CONTRASTIVE
 from unbackdoor.bench.grid import CLEAN_ROW, Entry, Grid, describe_schedule
+from unbackdoor.errors import printable
 from unbackdoor.report import Flagged, Table
 
 Reader = Literal["probe", "head", "paper"]
@@ -276,7 +277,10 @@ def as_markdown(table: Table) -> str:
             return f"{text(cell.value)} [{flags.index(cell.flag) + 1}]"
         if cell is None:
             return "–"
-        return f"{cell:z.{places}f}" if isinstance(cell, float) else str(cell)
+        return f"{cell:z.{places}f}" if isinstance(cell, float) else plain(str(cell))
+
+    def plain(words: str) -> str:  # names and flags are those of files
+        return printable(words).replace("|", "\\|")
 
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cells)} |"
@@ -290,7 +294,7 @@ def as_markdown(table: Table) -> str:
             line(["---", *("--:" for _ in table.columns[1:])]),
             *(line([text(cell) for cell in row]) for row in table.rows),
             "",
-            *(f"[{number}] {flag}" for number, flag in enumerate(flags, start=1)),
+            *(f"[{number}] {plain(flag)}" for number, flag in enumerate(flags, start=1)),
             table.note,
             "",
         ]

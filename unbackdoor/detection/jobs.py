@@ -51,6 +51,7 @@ from unbackdoor.errors import (
 from unbackdoor.outputs import (
     TrainedFiles,
     name_trained,
+    name_written,
     refuse_existing,
     versions,
     write_trained,
@@ -204,8 +205,8 @@ def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> T
     files = name_trained(out)
     for path in files:
         check_output(path, overwrite=True, inputs=[backbone])
-    last = files[1:2] if resume else files[:2]  # the record is written last
-    refuse_existing(last, files.state, overwrite=overwrite, resume=resume)
+    written = name_written(files, resume=resume)
+    refuse_existing(written, files.state, overwrite=overwrite, resume=resume)
     return files
 
 
@@ -344,11 +345,11 @@ def _save(path: Path, state: TrainingState, of: dict[str, str]) -> None:
 
 
 def _load(path: Path, of: dict[str, str]) -> TrainingState:
-    history, groups = read_state(path, of, groups=GROUPS)
+    history, groups = read_state(path, of, groups=GROUPS, entry=Epoch)
     step, loss, seconds = groups["progress"]["numbers"].tolist()
     return TrainingState(
         int(step),
-        tuple(Epoch(*epoch) for epoch in history),
+        tuple(history),
         Epoch(loss, seconds),
         groups["network"],
         groups["momentum"],
