@@ -154,7 +154,7 @@ def records_of(name: str) -> list[tuple[Entry, dict[str, Any]]]:
 
 
 def changes_table() -> str:
-    """Return what our default does to every victim of `grids/table1-cpu.toml`, in percent."""
+    """Return what our default does to the victims of `grids/table1-cpu.toml`: means over seeds."""
     lines = [
         f"| trigger | backbone | {' | '.join(READINGS.values())} |",
         "|---|---|---|---|---|---|",
@@ -164,15 +164,13 @@ def changes_table() -> str:
         CLEAN_ROW: "clean victim",
         f"{CLEAN_ROW}, {OURS}": "clean victim, purified",
     }
-    found = [
-        (entry, record)
-        for entry, record in records_of("table1-cpu")
-        if entry.row in names or entry.cell.defense == NO_DEFENSE
-    ]
-    for entry, record in sorted(found, key=lambda pair: pair[0].attack):
-        name = names.get(entry.row, "victim")
-        cells = as_cells(record["scores"]["after"])
-        lines.append(f"| {entry.attack} | {name} | {' | '.join(cells)} |")
+    scores: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry, record in records_of("table1-cpu"):
+        if entry.row in names or entry.cell.defense == NO_DEFENSE:
+            place = entry.attack, names.get(entry.row, "victim")
+            scores.setdefault(place, []).append(record["scores"]["after"])
+    for (attack, name), seeds in sorted(scores.items(), key=lambda row: row[0][0]):
+        lines.append(f"| {' | '.join([attack, name, *mean_cells(seeds)])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -312,11 +310,7 @@ def reduced_table(name: str) -> str:
     ]
     order = sorted(scores.items(), key=lambda row: grid.attacks.index(row[0][0]))
     for (attack, row), seeds in order:
-        cells = [
-            " / ".join(mean_in_words([seed[reading][what] for seed in seeds]) for what in WHAT)
-            for reading in READINGS
-        ]
-        lines.append(f"| {' | '.join([attack, row, *cells, str(len(seeds))])} |")
+        lines.append(f"| {' | '.join([attack, row, *mean_cells(seeds), str(len(seeds))])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -363,6 +357,14 @@ def lasting_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def mean_cells(seeds: list[dict[str, Any]]) -> list[str]:
+    """Return ACC / ASR / PA of each reading, means over the seeds' scores, in percent."""
+    return [
+        " / ".join(mean_in_words([seed[reading][what] for seed in seeds]) for what in WHAT)
+        for reading in READINGS
+    ]
+
+
 def mean_in_words(shares: list[float]) -> str:
     """Return the mean in percent, and the sample's standard deviation where it has one."""
     mean, spread = mean_and_spread(shares)
@@ -380,7 +382,7 @@ def images_table() -> str:
     usual = {
         entry.attack: record["scores"]["after"]
         for entry, record in records_of("table1-cpu")
-        if entry.row == OURS
+        if entry.row == OURS and entry.cell.seed == 0
     }
     for victim in dict.fromkeys(trial["victim"] for trial in trials):
         attack = victim.partition("-")[0]
