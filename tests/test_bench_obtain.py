@@ -1,5 +1,7 @@
+import json
 import shutil
 import threading
+from dataclasses import asdict
 from functools import cache
 
 import pytest
@@ -76,6 +78,20 @@ def test_a_state_that_is_damaged_is_started_again(obtain):
     said, _ = obtain()
     assert any("starting again: " in line and "this state is damaged" in line for line in said)
     assert not any("resuming" in line for line in said)
+
+
+@pytest.mark.parametrize("record", ['{"attack": {}}', '{"attack": 1}'])
+def test_a_given_victim_with_a_damaged_record_is_not_used(victim, data, tmp_path, record):
+    made = json.loads(json.dumps({"kind": "supervised", **asdict(victim.settings)}))
+    files = obtaining.victim_files(victim, tmp_path)
+    files.tensors.touch()
+    whole = {"training": made, "arch": victim.arch, "size": victim.size, **json.loads(record)}
+    files.record.write_text(json.dumps(whole))
+    said, store = [], open_store(tmp_path / "results")
+    place = Place(data, str(tmp_path), device="cpu")
+    options = {"load": cache(load_sets), "say": said.append}
+    assert obtaining.find_victim(victim, store, place, **options) is None
+    assert said[0].endswith("not used, for its record is damaged")
 
 
 def test_a_victim_that_somebody_else_trains_is_waited_for(victim, data, tmp_path, monkeypatch):

@@ -390,6 +390,13 @@ def test_the_papers_tables_are_all_there_and_their_attacks_are_known():
         assert set(paper_tables()[f"table{number}"]["data"]) <= set(ATTACK_NAMES.values())
 
 
+def test_what_a_record_says_steers_neither_terminal_nor_table():
+    table = Table("T", ("a", "b"), (("x|\x1b[2J", Flagged(1.0, "why\n| y |")),), 1)
+    text = as_markdown(table)
+    assert "| x\\|?[2J | 1.0 [1] |" in text
+    assert "[1] why?\\| y \\|" in text
+
+
 def test_a_table_is_written_as_markdown_with_its_flags():
     table = Table("T", ("a", "b"), (("x", Flagged(1.25, "why")), ("y", None), ("z", -0.04)), 1)
     table = replace(table, lead="L", note="N")

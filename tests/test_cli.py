@@ -238,6 +238,11 @@ def test_what_the_system_refuses_is_an_error_and_no_traceback(tmp_path, capsys):
     assert "File name too long" in said
 
 
+def test_an_error_that_quotes_a_name_steers_no_terminal(capsys):
+    assert main(["bench", "status", "a\x1b]0;x\x07.toml"]) == 2
+    assert "a?]0;x?.toml" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--config", "~/x.toml"], ["--config=~/x.toml"]])
 def test_a_home_that_the_shell_has_left_is_written_out(
     words, inputs, tmp_path, monkeypatch, capsys

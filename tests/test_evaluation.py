@@ -147,6 +147,11 @@ def test_an_attack_is_found_by_its_victims_record_or_by_name(tmp_path):
     assert elsewhere == replace(ATTACK, target=6, trigger=BadNets(3, 3, "bottom-right"))
 
 
+def test_the_name_of_an_attack_in_a_record_steers_no_terminal(tmp_path):
+    described = {**attack_record(ATTACK), "name": "x\x1b[2J"}
+    assert find_attack(write_record(tmp_path, attack=described), size=32).name == "x?[2J"
+
+
 def test_a_file_that_holds_no_attack_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"holds no attack .* pass an attack's name: badnets"):
         find_attack(write_record(tmp_path, attack=None), size=32)

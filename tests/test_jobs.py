@@ -225,6 +225,23 @@ def test_a_killed_run_resumes_to_the_same_file(victim, photos, tmp_path):
     torch.testing.assert_close(load_file(whole), load_file(resumed), rtol=0, atol=0)
 
 
+def test_an_input_that_changes_while_it_is_purified_is_not_mixed_with_what_it_was(
+    victim, photos, tmp_path
+):
+    before = victim.read_bytes()
+
+    def change(step, steps):
+        if step == steps:
+            victim.write_bytes(before + bytes(1))
+
+    out = tmp_path / "clean.safetensors"
+    with pytest.raises(CheckpointError, match="was changed while it was in use; put back what"):
+        run(victim, photos, out, on_step=change)
+    assert not out.exists()
+    victim.write_bytes(before)
+    assert run(victim, photos, out, resume=True).tensors.is_file()
+
+
 def test_a_diverged_run_keeps_the_last_good_epoch(victim, photos, tmp_path):
     out = tmp_path / "clean.safetensors"
     constant = replace(QUICK, schedule="constant")  # with a cosine, epochs are part of the schedule
