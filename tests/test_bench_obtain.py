@@ -80,7 +80,7 @@ def test_a_state_that_is_damaged_is_started_again(obtain):
     assert not any("resuming" in line for line in said)
 
 
-@pytest.mark.parametrize("record", ['{"attack": {}}', '{"attack": 1}'])
+@pytest.mark.parametrize("record", ['{"attack": {"name": "badnets"}}', '{"attack": 1}'])
 def test_a_given_victim_with_a_damaged_record_is_not_used(victim, data, tmp_path, record):
     made = json.loads(json.dumps({"kind": "supervised", **asdict(victim.settings)}))
     files = obtaining.victim_files(victim, tmp_path)
