@@ -904,8 +904,8 @@ def _save(path: Path, state: TrainingState, of: dict[str, str]) -> None:
 
 
 def _load(path: Path, of: dict[str, str]) -> TrainingState:
-    groups_of_it = ("network", "momentum", "generator")
-    history, groups = read_state(path, of, groups=groups_of_it, entry=Epoch)
+    named = ("network", "momentum", "generator")
+    history, groups = read_state(path, of, groups=named, entry=Epoch)
     return TrainingState(
         tuple(history),
         groups["network"],

@@ -501,10 +501,10 @@ def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
 
 def _variants(path: Path, table: Any) -> dict[str, Variant]:
     """Return the tables ``[variants.NAME]`` of a grid file."""
-    if not isinstance(table, Mapping) or not all(map(_is_table, table.values())):
-        raise SettingsError(f"{path.name}: variants are tables [variants.NAME], got {table!r}")
     found = {}
-    for name, values in table.items():
+    for name, values in table.items() if isinstance(table, Mapping) else [("", table)]:
+        if not isinstance(values, Mapping):
+            raise SettingsError(f"{path.name}: variants are tables [variants.NAME], got {table!r}")
         where = f"{path.name}, variant {name!r}"
         attack, options = values.get("attack"), {k: v for k, v in values.items() if k != "attack"}
         if name in (CLEAN, *ATTACK_NAMES, *ATTACK_NAMES.values()):
@@ -517,10 +517,6 @@ def _variants(path: Path, table: Any) -> dict[str, Variant]:
             raise SettingsError(f"{where}: target is a key of the grid, for all its attacks")
         found[name] = Variant(attack, options)
     return found
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _task(path: Path, table: Any) -> DetectionTask:
