@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from unbackdoor.backbones import (
     Backbone,
     Source,
     build,
+    describe_input,
+    describe_pixels,
     import_function,
     load_backbone,
     network_state,
@@ -250,10 +253,51 @@ def test_a_checkpoint_without_a_head_gives_a_backbone_without_one(arch, tmp_path
         backbone.logits(noise(size))
 
 
-def test_half_a_head_is_a_mismatch(tmp_path):
-    path = saved(filled(build("cifar/wrn16_1").network), tmp_path, without=("fc.bias",))
-    with pytest.raises(MismatchError, match=r"fc\.bias"):
-        load_backbone(path, "cifar/wrn16_1")
+@pytest.mark.parametrize("head", ["without a bias", "of another width"])
+def test_a_head_that_does_not_fit_is_left_over(tmp_path, head):
+    network = filled(build("cifar/wrn16_1").network)
+    tensors = dict(network.state_dict())
+    if head == "without a bias":
+        del tensors["fc.bias"]
+    else:
+        tensors |= {"fc.weight": torch.ones(7, 128), "fc.bias": torch.ones(7)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    loaded = open_backbone(Source(tmp_path / "x.safetensors", "cifar/wrn16_1"))
+    assert loaded.match.head == loaded.backbone.head_names == ()
+    assert set(loaded.match.left_over) == {key for key in tensors if key.startswith("fc.")}
+    whole = load_backbone(saved(network, tmp_path), "cifar/wrn16_1")
+    images = noise(32)
+    with torch.no_grad():
+        assert loaded.backbone(images).equal(whole(images))
+
+
+def test_a_config_says_which_images_a_network_takes_and_what_it_is(tmp_path):
+    save_file(filled(build("test_resnet").network).state_dict(), tmp_path / "model.safetensors")
+    pixels = {"mean": [0.25] * 3, "std": [0.5] * 3, "input_size": [3, 96, 96]}
+    config = {"architecture": "test_resnet2", "pretrained_cfg": pixels}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source, said = Source(tmp_path, "test_resnet.r160_in1k"), []
+    loaded = open_backbone(source)
+    assert describe_pixels(loaded) == {"mean": [0.25] * 3, "std": [0.5] * 3, "size": 96}
+    describe_input(source, loaded, say=said.append)
+    assert said[0] == (
+        "warning: its config.json names the architecture 'test_resnet2', not "
+        "'test_resnet.r160_in1k'"
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet.x"}))
+    said.clear()
+    loaded = open_backbone(replace(source, size=64))
+    describe_input(source, loaded, say=said.append)
+    assert not said[0].startswith("warning")
+    assert loaded.size == 64
+
+
+def test_a_model_of_transformers_is_told_from_one_of_timm(tmp_path):
+    save_file({"vit.embeddings.cls_token": torch.ones(1, 1, 8)}, tmp_path / "model.safetensors")
+    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MismatchError, match=r"model of transformers, .* wrap the model in path"):
+        load_backbone(tmp_path, "test_vit")
 
 
 def test_the_wrong_architecture_is_a_mismatch(tmp_path):

@@ -22,7 +22,14 @@ from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
 from unbackdoor import data
-from unbackdoor.data import ImageSource, even_rows, from_tensor, load_images, load_labeled
+from unbackdoor.data import (
+    ImageSource,
+    draw_rows,
+    even_rows,
+    from_tensor,
+    load_images,
+    load_labeled,
+)
 from unbackdoor.errors import DataError, UnlabeledError
 
 torch.set_num_threads(1)
@@ -756,6 +763,47 @@ def test_hidden_labels_matter_only_to_their_own_split(tmp_path):
         load_labeled(tmp_path, split="test")
     (tmp_path / "test.parquet").unlink()
     assert load_labeled(tmp_path, split="test").labels.tolist() == [2]
+
+
+def test_a_set_with_both_parts_is_read_by_its_training_part(tmp_path):
+    images = noise(8)
+    for number, (part, name) in enumerate(
+        [("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")]
+    ):
+        write_folder(tmp_path / part / name, images[2 * number : 2 * number + 2])
+    source = load_images(tmp_path)
+    assert (len(source), source.part) == (4, "train")
+    assert torch.equal(read_all(source), images[:4])
+    assert torch.equal(
+        read_all(load_images(tmp_path, limit=2)), read_all(source)[draw_rows(4, 2, seed=0)]
+    )
+    assert torch.equal(read_all(load_images(tmp_path, split="test")), images[4:])
+    for part in ("train", "val"):
+        alone = load_images(tmp_path / part)
+        assert (len(alone), alone.part) == (4, "")
+    (tmp_path / "val").rename(tmp_path / "more")
+    everything = load_images(tmp_path)
+    assert (len(everything), everything.part) == (8, "")
+
+
+def test_more_images_than_memory_are_an_error_of_ours(tmp_path, monkeypatch):
+    write_folder(tmp_path, noise(3))
+    monkeypatch.setattr(data, "CACHE_BYTES", 0)
+    source = load_images(tmp_path, size=10**7)
+    with pytest.raises(DataError, match="more than there is; take fewer, or smaller ones by"):
+        source.read([0, 1, 2])
+
+
+def test_what_is_not_read_says_to_convert_it(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"convert it, for \.heic is not read"):
+        load_images(tmp_path)
+
+
+def test_eight_bits_in_a_wider_type_are_kept(tmp_path):
+    values = np.arange(64, dtype=np.int32).reshape(8, 8) * 4
+    Image.fromarray(values, mode="I").save(tmp_path / "x.tif")
+    assert load_images(tmp_path).read([0])[0, 0].tolist() == values.tolist()
 
 
 def test_a_class_may_be_called_train(tmp_path):

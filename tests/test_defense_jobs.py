@@ -476,7 +476,7 @@ def test_a_killed_defense_is_resumed_to_the_same_file(victim, photos, tmp_path, 
     assert logs[0] == logs[1]
 
 
-OWN = """
+GOES_ON = """
 from unbackdoor.defenses.fine_tuning import fine_tune
 from unbackdoor.defenses.settings import FineTuningSettings
 
@@ -490,7 +490,7 @@ def test_a_defense_that_was_edited_or_told_other_labels_does_not_go_on(
 ):
     monkeypatch.setattr(keeping, "SECONDS", 0.0)
     own, out = tmp_path / "own.py", tmp_path / "out.safetensors"
-    own.write_text(OWN)
+    own.write_text(GOES_ON)
     source = Source(victim, "cifar/wrn16_1", size=16)
     options = {"labels": "given", "values": ["tuning.epochs=2"], "share": 0.1, "device": "cpu"}
     options |= {"say": lambda line: None}
@@ -502,10 +502,10 @@ def test_a_defense_that_was_edited_or_told_other_labels_does_not_go_on(
 
     with pytest.raises(Killed):
         run(on_step=kill)
-    own.write_text(OWN + "# with a correction")
+    own.write_text(GOES_ON + "# with a correction")
     with pytest.raises(OutputError, match="belongs to another run: defense_code was"):
         run(resume=True)
-    own.write_text(OWN)
+    own.write_text(GOES_ON)
     label = defense_jobs.label
     monkeypatch.setattr(
         defense_jobs,

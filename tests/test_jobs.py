@@ -328,7 +328,25 @@ def test_a_dry_run_takes_what_a_run_takes(victim, photos, tmp_path):
     assert dry_run(source, photos, out, asked, **told).steps == 1
     assert purify_file(source, photos, out, asked, **told).record.exists()
     with pytest.raises(DataError, match="3 images do not fill one batch of 8"):
-        dry_run(source, photos, out, replace(asked, last_batch="drop"), **told)
+        dry_run(source, photos, out, replace(asked, last_batch="drop"), overwrite=True, **told)
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(victim, photos, tmp_path):
+    source, out = Source(victim, "cifar/wrn16_1", size=16), tmp_path / "clean.pt"
+    told = {"device": "cpu", "say": lambda _: None}
+    out.touch()
+    with pytest.raises(OutputError, match="exists already; pass --force"):
+        dry_run(source, photos, out, QUICK, **told)
+    assert dry_run(source, photos, out, QUICK, overwrite=True, **told).steps > 0
+    assert out.read_bytes() == b""
+
+
+def test_few_images_and_the_device_are_told(victim, photos, tmp_path):
+    said = []
+    source, options = Source(victim, "cifar/wrn16_1", size=16), {"device": "cpu", "limit": 8}
+    purify_file(source, photos, tmp_path / "clean.pt", QUICK, say=said.append, **options)
+    assert any(line.startswith("on cpu, ") and line.endswith("fp32") for line in said)
+    assert any(line.startswith("warning: 8 images make 2 steps in all") for line in said)
 
 
 def test_a_state_of_another_network_is_refused(victim, photos, tmp_path):

@@ -38,6 +38,16 @@ def test_starting_again_and_going_on_contradict(tmp_path):
         plan_outputs(tmp_path / "victim.pth", tmp_path / "clean.pt", overwrite=True, resume=True)
 
 
+def test_what_a_files_dtype_cannot_hold_is_told(tmp_path):
+    network = build("cifar/wrn16_1").network.half()
+    save_file(network.state_dict(), tmp_path / "x.safetensors")
+    loaded = open_backbone(Source(tmp_path / "x.safetensors", "cifar/wrn16_1"))
+    backbone = loaded.backbone
+    backbone.body.bn1.running_var.fill_(1e6)
+    with pytest.raises(OutputError, match=r"bn1\.running_var is beyond .*float16 .* 1e\+06"):
+        round_as_written(loaded, backbone)
+
+
 def test_what_is_measured_is_rounded_as_it_is_written(tmp_path):
     tensors = build("cifar/wrn16_1").network.half().state_dict()
     save_file(tensors, tmp_path / "half.safetensors")

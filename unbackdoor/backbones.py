@@ -31,6 +31,7 @@ from unbackdoor.matching import (
     match_keys,
     matched_tensors,
     memory_of,
+    without_head,
     wrapper_of,
 )
 from unbackdoor.networks import SMALL_NETWORKS
@@ -276,6 +277,10 @@ def open_backbone(source: Source) -> Loaded:
                 f"{source.checkpoint}: {key} is of {tensor.dtype}; quantized weights are not "
                 "supported, save them as floating-point ones"
             )
+    whole_head = [k for k in architecture.network.state_dict() if _is_in(k, architecture.heads)]
+    if head is None and match.head and not match.keys.keys() >= {*whole_head}:
+        match = without_head(match)  # such as one without a bias, or of another width
+        tensors = matched_tensors(checkpoint, match)
     classes = _count_classes(tensors, architecture.heads)
     known = _count_classes(architecture.network.state_dict(), architecture.heads)
     if head is not None or (classes and classes != known):
@@ -292,7 +297,7 @@ def open_backbone(source: Source) -> Loaded:
         architecture,
         mean=source.mean or _numbers(own.get("mean")),
         std=source.std or _numbers(own.get("std")),
-        size=source.size,
+        size=source.size or _side(own.get("input_size")),
     )
     backbone = Backbone(architecture.network, heads, mean=pixels.mean, std=pixels.std).eval()
     dimension = try_features(backbone, arch=arch, size=pixels.size)
@@ -326,8 +331,18 @@ def settle_pixels(
     return Pixels(tuple(mean), tuple(std), size)
 
 
+def describe_pixels(loaded: Loaded) -> dict[str, Any]:
+    """Return which images a network takes, as a record holds it."""
+    backbone = loaded.backbone
+    mean, std = (each.flatten().tolist() for each in (backbone.mean, backbone.std))
+    return {"mean": mean, "std": std, "size": loaded.size}
+
+
 def describe_input(source: Source, loaded: Loaded, *, say: Say) -> None:
     """Say what the checkpoint is and which of its tensors are used."""
+    named = loaded.checkpoint.config.get("architecture")
+    if isinstance(named, str) and named.partition(".")[0] != source.arch.partition(".")[0]:
+        say(f"warning: its config.json names the architecture {named!r}, not {source.arch!r}")
     say(f"{source.checkpoint}: {loaded.checkpoint.kind}, sha256 {loaded.checkpoint.sha256[:16]}")
     say(describe_match(loaded.match, loaded.checkpoint))
     pixels = (loaded.backbone.mean, loaded.backbone.std)
@@ -709,6 +724,14 @@ def _unknown(arch: str, names: list[str]) -> ArchitectureError:
 
 def _numbers(value: object) -> tuple[float, ...] | None:
     return tuple(value) if isinstance(value, tuple | list) else None
+
+
+def _side(size: object) -> int | None:
+    """Return the side of square images, of channels, height and width as timm's configs have."""
+    match size:
+        case [_, int(height), int(width)] if height == width > 0:
+            return height
+    return None
 
 
 def _is_in(key: str, modules: Iterable[str]) -> bool:

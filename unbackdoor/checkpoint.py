@@ -44,7 +44,7 @@ from unbackdoor.errors import CheckpointError, OutputError, UnsafeCheckpointErro
 # Nested as in the file, tensors only at the end. beartype cannot resolve a union within quotes.
 Tree: TypeAlias = dict[str, Union["Tree", Tensor]]
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".th", ".tar")  # MoCo's end in .pth.tar
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file that torch < 1.6 wrote
 OTHER_FORMATS = {  # first bytes: what the file is, and what to do
     b"version https://git-lfs": "only a pointer to the file, by Git LFS; get the file itself by git"
@@ -213,7 +213,7 @@ def write_tensors(path: Path, tree: Tree, *, metadata: Mapping[str, str], overwr
     """Write tensors; ``path`` holds either all of them or what it held before.
 
     Args:
-        path: Its suffix decides: ``.safetensors``, or ``.pt``, ``.pth`` and ``.bin`` for a plain
+        path: Its suffix decides: ``.safetensors``, or one of ``TORCH_SUFFIXES`` for a plain
             ``torch.save`` file of tensors.
         tree: Nested as it shall be in the file; for safetensors it must be flat.
         metadata: For the safetensors header; torch files have no place for it.
@@ -393,7 +393,8 @@ def _read_file(path: Path) -> _Content:
             with path.open("rb") as file:
                 start = file.read(FIRST_BYTES)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        nothing = "; nothing is downloaded" if isinstance(error, FileNotFoundError) else ""
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}{nothing}") from error
     try:
         if start[8:9] == b"{":
             return _Content("safetensors", _read_safetensors(path), ())
@@ -625,7 +626,8 @@ def _follow_all(path: Path, stream: io.BytesIO | mmap.mmap, *, pickles: int) -> 
         if dangerous := _dangerous(names):
             raise UnsafeCheckpointError(
                 f"{path}: not loaded, because it names {printable(', '.join(dangerous))}, "
-                "which could run code on loading. Ask its author for a .safetensors file."
+                "which could run code on loading. Ask its author for a .safetensors file; if it is "
+                "your own, load it where you made it and save its state dict as one."
             )
 
 
@@ -844,7 +846,8 @@ def _harvest(path: Path, size: int, content: Any, storages: Mapping[str, range])
         if trainers := [printable(key) for key, _ in _children(content) if _is_trainer_state(key)]:
             what += f" outside of what a trainer keeps ({', '.join(trainers[:5])})"
         raise CheckpointError(f"{path}: holds {what}, but a state dict was expected")
-    return _Content("torch", tree, tuple(harvest.dropped))
+    dropped = [f"the module around it ({_kind(content)})"] if _is_module(content) else []
+    return _Content("torch", tree, (*dropped, *harvest.dropped))
 
 
 @dataclass

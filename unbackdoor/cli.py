@@ -236,8 +236,8 @@ def purify(
     Parameters
     ----------
     images
-        A folder, a parquet file, cifar10:DIR, fashion-mnist[:DIR], or tar shards. Labels are not
-        read.
+        A folder, a parquet file, cifar10:DIR, fashion-mnist[:DIR], or tar shards; of what has train
+        and test parts, the first. Labels are not read.
     out
         Where to write: .safetensors is flat, .pt keeps the input's nesting.
     preset
@@ -275,20 +275,11 @@ def purify(
         jobs.all_ranks(device) as ranks,
         display("purify", quiet=ranks.rank > 0) as shown,
     ):
-        options |= {"ranks": ranks, "say": shown.say}
+        options |= {"ranks": ranks, "say": shown.say, "overwrite": force, "resume": resume}
         if dry_run:
             jobs.dry_run(source, images, out, settings, **options)
             return
-        jobs.purify_file(
-            source,
-            images,
-            out,
-            settings,
-            **options,
-            overwrite=force,
-            resume=resume,
-            on_step=shown.on_step,
-        )
+        jobs.purify_file(source, images, out, settings, **options, on_step=shown.on_step)
 
 
 @app.command(config=fill_victim)
@@ -978,7 +969,9 @@ def resumable(state: Callable[[], Path]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if state().exists():
-            complain("run the same command with --resume to continue")
+            complain("run the same command with --resume, and without --force, to continue")
+        else:
+            complain("nothing was kept yet: run the same command again")
         raise
 
 

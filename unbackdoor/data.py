@@ -178,8 +178,9 @@ def load_images(
         limit: Take this many images, drawn without replacement and kept in the source's order.
         seed: Of that draw.
         max_broken: Share of the images that may be broken; a single one always may.
-        split: Part of a source that is divided, as in ``load_labeled``. By default all of a folder
-            or file, the training images of ``cifar10:``, and the embedded test images.
+        split: Part of a source that is divided, as in ``load_labeled``. By default the training
+            images, also of a folder that has test images as well, all of a folder or file that has
+            not both, and the embedded test images.
 
     Raises:
         DataError: If the source does not exist, is not understood or holds no images, or not that
@@ -206,9 +207,11 @@ def load_images(
         rows = torch.from_numpy(draw(len(unpacked.images)))
         return TensorImages(unpacked.images[rows], size=pixels)
     files = _find(place)
-    if scheme or split:
+    everything = len(files.names)
+    if scheme or split or _has_both_parts(files):
         files = _of_split(files, part)
-    return FileImages(_index(files, draw), size=pixels, max_broken=max_broken)
+    of_it = part if len(files.names) < everything else ""
+    return FileImages(_index(files, draw), size=pixels, max_broken=max_broken, part=of_it)
 
 
 def draw_rows(count: int, limit: int, *, seed: int) -> Integers:
@@ -359,9 +362,16 @@ class _Index(NamedTuple):
 
 
 class FileImages:
-    """An ``ImageSource`` that decodes on demand and keeps pixels where ``CACHE_BYTES`` allow."""
+    """An ``ImageSource`` that decodes on demand and keeps pixels where ``CACHE_BYTES`` allow.
 
-    def __init__(self, index: _Index, *, size: tuple[int, int] | None, max_broken: float):
+    Attributes:
+        part: Which one these images are of a source that is divided; empty for all of a source.
+    """
+
+    def __init__(
+        self, index: _Index, *, size: tuple[int, int] | None, max_broken: float, part: str = ""
+    ):
+        self.part = part
         self._index = index
         self._max_broken = max(1, int(max_broken * len(index.names)))
         self._reasons: dict[int, str] = {}  # of the broken images, by row
@@ -388,7 +398,7 @@ class FileImages:
         """See ``ImageSource``."""
         wanted = np.asarray(rows, dtype=np.int64)
         if self._cache is None:
-            out = torch.empty(len(wanted), 3, *self.size, dtype=torch.uint8)
+            out = _room_for(len(wanted), self.size)
             self._decode(wanted, out, np.arange(len(wanted)))
             return out
         missing = np.unique(wanted[~self._cached[wanted]])
@@ -422,7 +432,10 @@ class FileImages:
             except MemoryError:
                 raise
             except UnidentifiedImageError:  # its text is a place in memory
-                self._reasons[candidate] = f"none of {', '.join(IMAGE_FORMATS)}"
+                kind = _suffix(self._index.names[candidate])
+                self._reasons[candidate] = f"none of {', '.join(IMAGE_FORMATS)}" + (
+                    f"; convert it, for .{kind} is not read" if kind in UNREAD_SUFFIXES else ""
+                )
             except Exception as error:  # Pillow raises nearly anything on a damaged file
                 self._reasons[candidate] = str(error)
             if len(self._reasons) > self._max_broken:
@@ -446,6 +459,16 @@ class FileImages:
             if small:
                 digest.update(self._index.read(row))
         return digest.hexdigest()
+
+
+def _room_for(count: int, size: tuple[int, int]) -> Tensor:
+    try:
+        return torch.empty(count, 3, *size, dtype=torch.uint8)
+    except RuntimeError as error:  # how PyTorch says that there is no memory
+        raise DataError(
+            f"{count} images of {size[0]} × {size[1]} pixels take {3 * count * math.prod(size):,} "
+            "bytes, more than there is; take fewer, or smaller ones by --size"
+        ) from error
 
 
 def _read_ahead(
@@ -495,6 +518,8 @@ def _decoded(image: Image.Image, *, upright: bool) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("pixels of more than 16 bits, whose range is not known")
+        if image.mode == "I" and values.max() <= 0xFF:  # 8 bits in a wider type
+            return Image.fromarray(values.astype(np.uint8)).convert("RGB")
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -679,6 +704,11 @@ def _of_split(files: _Files, split: Split) -> _Files:
     there = ", ".join(sorted(found.keys() - {""}))
     words = " or ".join(WORDS_FOR_SPLIT[split])
     raise DataError(f"{files.root} has no {split} split ({words}), only {there}")
+
+
+def _has_both_parts(files: _Files) -> bool:
+    words = {_split_word(name) for name in files.names}
+    return "train" in words and not words.isdisjoint(WORDS_FOR_SPLIT["test"])
 
 
 def _split_word(name: str) -> str:

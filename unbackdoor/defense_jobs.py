@@ -125,7 +125,7 @@ def defend_file(
     with told_of_memory(where):
         given = label(loaded.backbone.to(where), pool.images, pool.truth, kind)
     agreement = pseudo_label_accuracy(given, pool.truth, kind)
-    say(f"{data}: {len(pool.images)} images, labels: {kind}")
+    say(f"{data}: {len(pool.images)} images, labels: {kind}; on {describe_device(where)}")
     if pool.broken:
         say(f"{len(pool.broken)} broken images were replaced: {', '.join(pool.broken[:5])}")
     if agreement is not None:

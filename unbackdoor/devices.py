@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import resource
+import importlib
 import sys
 import time
 from collections.abc import Iterator
@@ -185,10 +185,17 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak bytes so far: on CUDA of the device's allocator, elsewhere of the process."""
+    """Return the peak bytes so far: on CUDA of the device's allocator, elsewhere of the process.
+
+    On Windows it is not known, and 0.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:  # Windows
+        return 0
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 

@@ -12,7 +12,14 @@ from torch import nn
 from unbackdoor.attacks.named import ATTACKS, attack_from_record, attack_record, named_attack
 from unbackdoor.attacks.poisoning import Attack
 from unbackdoor.attacks.triggers import LARGEST
-from unbackdoor.backbones import Backbone, Source, open_backbone, public_name
+from unbackdoor.backbones import (
+    Backbone,
+    Source,
+    describe_input,
+    describe_pixels,
+    open_backbone,
+    public_name,
+)
 from unbackdoor.checkpoint import check_output, write_text
 from unbackdoor.data import LabeledImages, load_both
 from unbackdoor.devices import describe_device, laid_out, pick_device, told_of_memory
@@ -102,7 +109,8 @@ def evaluate_file(
     goal = f"class {known.attack.target}"
     if known.attack.goal == "all-to-all":
         goal = "each class plus one"
-    say(f"{source.checkpoint}: {known.name}, {known.attack.trigger}, to {goal}")
+    describe_input(source, loaded, say=say)
+    say(f"{known.name}, {known.attack.trigger}, to {goal}; on {describe_device(where)}")
     backbone = laid_out(loaded.backbone.to(where))
     with told_of_memory(where):
         reading = read_split(backbone, split, known.attack, durable=durable)
@@ -114,6 +122,7 @@ def evaluate_file(
         "schema": 1,
         "checkpoint": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
         "arch": public_name(source.arch),
+        **describe_pixels(loaded),
         "attack": {"name": known.name, **attack_record(known.attack)},
         "data": {"source": Path(data).name, **counts(split)},
         "seed": seed,

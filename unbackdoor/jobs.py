@@ -20,7 +20,7 @@ from unbackdoor.backbones import (
 )
 from unbackdoor.cbd import LEARNED_ON, PurifyState, network_for_search, purify, steps_per_epoch
 from unbackdoor.changes import learn_changes
-from unbackdoor.data import ImageSource, even_rows, load_images
+from unbackdoor.data import FileImages, ImageSource, even_rows, load_images
 from unbackdoor.devices import (
     describe_device,
     peak_memory,
@@ -46,6 +46,7 @@ from unbackdoor.settings import DeviceName, PrecisionName, PurifySettings
 from unbackdoor.types import OnStep, RawImages, Say
 
 MOST_NAMED = 10  # broken images in the account; the record has all
+FEW_STEPS = 18  # of 250 images in six epochs, docs/experiments/images.md
 
 
 class Estimate(NamedTuple):
@@ -107,6 +108,7 @@ def purify_file(
     check_writable(outputs, loaded)
     where = pick_device(device)
     how = pick_precision(precision, where)
+    say(f"on {describe_device(where)}, {how}")
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=photos.fingerprint)
     of |= describe_network(source, loaded)
     of |= {"device": str(where), "precision": how, "compiled": str(compiled)}
@@ -178,13 +180,15 @@ def dry_run(
     precision: PrecisionName = "auto",
     compiled: bool = False,
     ranks: Ranks = ALONE,
+    overwrite: bool = False,
+    resume: bool = False,
     say: Say = print,
 ) -> Estimate:
     """Say what would be matched and written, run two real steps, and write nothing.
 
     Arguments and errors are those of :func:`purify_file`.
     """
-    outputs = plan_outputs(source.checkpoint, out, overwrite=True, resume=False)
+    outputs = plan_outputs(source.checkpoint, out, overwrite=overwrite, resume=resume)
     loaded, photos = open_both(
         source, images, settings, limit=limit, max_broken=max_broken, ranks=ranks, say=say
     )
@@ -277,8 +281,14 @@ def open_both(
     photos = load_images(
         images, size=loaded.size, limit=limit, seed=settings.seed, max_broken=max_broken
     )
-    say(f"{images}: {len(photos)} unlabeled images, brought to {loaded.size} × {loaded.size}")
-    steps_per_epoch(len(photos), settings, ranks)
+    part = f" of its part {photos.part!r}" if isinstance(photos, FileImages) and photos.part else ""
+    say(f"{images}: {len(photos)} unlabeled images{part}, brought to {loaded.size} × {loaded.size}")
+    steps = settings.epochs * steps_per_epoch(len(photos), settings, ranks)
+    if steps < FEW_STEPS:
+        say(
+            f"warning: {len(photos)} images make {steps} steps in all, where {FEW_STEPS} are the "
+            "least that was ever tried; pass more images, or more --epochs"
+        )
     return loaded, photos
 
 

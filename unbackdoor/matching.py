@@ -150,6 +150,13 @@ def match_keys(
     )
 
 
+def without_head(match: Match) -> Match:
+    """Return ``match`` with the head left over, for a file that has but a part of it."""
+    keys = {key: name for key, name in match.keys.items() if key not in match.head}
+    left_over = (*match.left_over, *(match.keys[key] for key in match.head))
+    return replace(match, keys=keys, head=(), left_over=left_over)
+
+
 def describe_match(match: Match, checkpoint: Checkpoint) -> str:
     """Return the account of a match, a few lines to print: what was taken, and what was not."""
     found = _at(checkpoint.tree, match.nesting)
@@ -505,6 +512,11 @@ def _explain(
         advice = "None of the network's tensors is there. Try another --arch, or --prefix."
     else:
         advice = "Try another --arch, or another part of the file by --nesting and --prefix."
+    if "architecture" not in checkpoint.config and "model_type" in checkpoint.config:
+        advice += (
+            " Its config.json is that of a model of transformers, whose names timm does not use: "
+            "wrap the model in path/to/file.py:function."
+        )
     place = _quoted(nearest.nesting, nearest.prefix)
     title = (
         f"{checkpoint.path}: does not fit the network; nearest is {place}, "

@@ -105,7 +105,9 @@ def find_goals(labels: Labels, attack: Attack, *, classes: int) -> Goals:
         DataError: If there is none, or the target class is out of range.
     """
     if attack.goal == "all-to-one" and not 0 <= attack.target < classes:
-        raise DataError(f"target class {attack.target} is out of range: 0 to {classes - 1}")
+        raise DataError(
+            f"target class {attack.target} is out of range: 0 to {classes - 1}; pass --target"
+        )
     goals = goal_labels(labels, attack, classes=classes)
     others = labels != goals
     if not others.any():

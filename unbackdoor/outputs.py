@@ -148,11 +148,21 @@ def check_writable(outputs: Outputs, loaded: Loaded) -> None:
 
 @torch.no_grad()
 def round_as_written(loaded: Loaded, backbone: Backbone) -> None:
-    """Round weights in place to the dtypes that the file has, so that these are measured."""
+    """Round weights in place to the dtypes that the file has, so that these are measured.
+
+    Raises:
+        OutputError: If a value is beyond what the file's dtype can hold.
+    """
     found = matched_tensors(loaded.checkpoint, loaded.match)
     for key, value in network_state(backbone).items():
         if key in found:
-            value.copy_(value.to(found[key].dtype))
+            rounded = value.to(found[key].dtype)
+            if not rounded.isfinite().all():
+                raise OutputError(
+                    f"{key} is beyond what {rounded.dtype} can hold, up to "
+                    f"{value.abs().max().item():.3g}; convert the input to float32 first"
+                )
+            value.copy_(rounded)
 
 
 def write_outputs(

@@ -14,7 +14,13 @@ import torch
 from unbackdoor.attacks.named import attack_record
 from unbackdoor.attacks.poisoning import PART
 from unbackdoor.attacks.triggers import Trigger
-from unbackdoor.backbones import Source, open_backbone, public_name
+from unbackdoor.backbones import (
+    Source,
+    describe_input,
+    describe_pixels,
+    open_backbone,
+    public_name,
+)
 from unbackdoor.checkpoint import check_output
 from unbackdoor.data import LabeledImages, draw_rows, load_labeled
 from unbackdoor.devices import describe_device, laid_out, pick_device, told_of_memory
@@ -95,7 +101,8 @@ def transfer_file(
     parts = load_parts(data, size=loaded.size, labels=labels, seed=seed)
     test = all_triggered(parts.test, known.attack.trigger)
     where = pick_device(device)
-    say(f"{source.checkpoint}: {known.name}, {known.attack.trigger}")
+    describe_input(source, loaded, say=say)
+    say(f"{known.name}, {known.attack.trigger}; on {describe_device(where)}")
     backbone = laid_out(loaded.backbone.to(where))
     with told_of_memory(where):
         reading = read(backbone, None, parts.probe, test)
@@ -110,6 +117,7 @@ def transfer_file(
         "kind": "transfer",
         "checkpoint": {"name": loaded.checkpoint.path.name, "sha256": loaded.checkpoint.sha256},
         "arch": public_name(source.arch),
+        **describe_pixels(loaded),
         "attack": {"name": known.name, **attack_record(known.attack)},
         "data": {
             "source": Path(data).name,
