@@ -142,8 +142,9 @@ def test_a_container_that_shares_the_hosts_name_is_another_host(store):
     path = store.folder / "running" / "a.json"
     with claimed(store, "a"):
         claim = json.loads(path.read_text())
-        name, _ = claim["host"].split(" ")
+        name, space = claim["host"].split(" ")
         assert name == socket.gethostname()
+        assert space == str(Path("/proc/self/ns/pid").readlink())
         # Not a process here, but it may be one there.
         path.write_text(json.dumps({**claim, "host": f"{name} pid:[1]", "pid": 2**22 + 1}))
         assert is_running(store, "a")
