@@ -663,7 +663,7 @@ def test_what_is_no_file_or_too_large_is_broken_or_refused_and_never_waited_for(
     write_folder(tmp_path / "a", noise(3))
     os.mkfifo(tmp_path / "a" / "pipe.png")
     (tmp_path / "a" / "zero.png").symlink_to("/dev/zero")
-    (tmp_path / "a" / "huge.png").write_bytes(bytes(5_000))
+    (tmp_path / "a" / "huge.png").write_bytes(encode(noise(1)[0]) + bytes(5_000))
     monkeypatch.setattr(data, "MOST_BYTES", 4_999)
     source = load_images(tmp_path / "a", max_broken=0.5)
     read_all(source)
