@@ -121,6 +121,18 @@ def test_a_cell_gives_back_the_settings_that_its_key_leaves_out(write):
     ]
 
 
+def test_a_setting_that_came_later_is_in_the_key_only_where_it_does_something(write):
+    rows = [
+        f'[[rows]]\nname = "{most}"\ndefense = "fine-pruning"\nsettings.most = {most}\n'
+        for most in (1.0, 0.8)
+    ]
+    cells = {e.row: e.cell for e in entries(read_grid(write(text=TEXT + "".join(rows))))}
+    assert "most" not in dict(cells["1.0"].settings)
+    assert dict(cells["0.8"].settings)["most"] == 0.8
+    given = find_defense("fine-pruning").settings
+    assert [settings_of(cells[name], given).most for name in ("1.0", "0.8")] == [1.0, 0.8]
+
+
 def test_a_row_with_a_preset_has_nothing_of_the_grids(write):
     path = write('search = { epsilon = "2/255" }', 'preset = "default", learning_rate = 0.5')
     cells = {entry.row: entry.cell for entry in entries(read_grid(path)) if entry.cell.seed == 1}

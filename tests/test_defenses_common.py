@@ -100,6 +100,14 @@ def test_the_rate_follows_its_schedule():
     )
     assert [rate_at(cosine, 0, progress) for progress in (0, 0.5)] == [0.1, 0.05]
     assert rate_at(cosine, 3, 1.0) < 1e-12
+    hundred = Tuning(learning_rate=0.1, schedule="cosine-100")  # PyTorch's, stepped each epoch
+    weight = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([weight], lr=0.1), 100)
+    for epoch in range(100):
+        assert rate_at(hundred, epoch, 1.0) == pytest.approx(theirs.get_last_lr()[0])
+        theirs.optimizer.step()
+        theirs.step()
+    assert rate_at(hundred, 150, 1.0) < 1e-12
     assert rate_at(constant, 3, 0.99) == 0.1
     rates = [rate_at(tenth, epoch, epoch / 4) for epoch in range(4)]
     assert rates == [0.1, 0.1, 0.1 * 0.1, 0.1 * 0.1]

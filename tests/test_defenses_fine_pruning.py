@@ -101,6 +101,13 @@ def test_with_all_accuracy_to_be_kept_and_none_to_spare_little_is_pruned(backbon
     assert strict < loose
 
 
+@pytest.mark.parametrize("per_check", [1, 51])
+def test_no_more_channels_are_pruned_than_may_be(per_check, backbone, data):
+    """The authors' code for faces prunes four fifths of them, whatever that costs."""
+    settings = replace(SETTINGS, kept=0.0, per_check=per_check, most=0.8)
+    assert fine_prune(backbone, data, settings).log["pruned"] == 51
+
+
 @pytest.mark.parametrize("per_check", [1, 60, 64])
 def test_one_channel_always_stays(per_check, backbone, data):
     settings = replace(SETTINGS, kept=0.0, per_check=per_check)

@@ -100,8 +100,9 @@ class Cell:
             any.
         defense: ``none``, ``cbd``, a name in ``DEFENSES``, or ``file.py:function``, no folder.
         settings: All of the defense's as sorted pairs of a dotted name and a value; without
-            ``changes.*`` where no changes are learned, ``trim`` where nothing is trimmed, and BCU's
-            ``spread`` where it is PyTorch's, as cells were before that setting.
+            ``changes.*`` where no changes are learned, ``trim`` where nothing is trimmed, BCU's
+            ``spread`` where it is PyTorch's and Fine-Pruning's ``most`` where it is 1, as cells
+            were before these settings.
         labels: What the defense is told beside the images.
         share: Of the training images, that the defense has.
         seed: Of the split and of the defense.

@@ -331,6 +331,8 @@ def cell_of(grid: Grid, row: Row, victim: Victim, attack: str, seed: int) -> Cel
         del values["trim"]  # likewise; which cells did not have before there was that setting
     if row.defense == "bcu" and settings.spread == "pytorch":
         del values["spread"]  # likewise: it was the only one before there was that setting
+    if row.defense == "fine-pruning" and settings.most == 1:
+        del values["most"]  # likewise
     attack, planted = planted_by(grid, attack)
     return Cell(
         victim=victim,

@@ -21,6 +21,7 @@ from unbackdoor.views import shift_and_flip
 
 Loss = Callable[[Images, Labels], Scalar]
 AT_ONCE = 250  # images a pass where there is no gradient
+MARGIN = 4  # pixels of padding before a random crop
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,10 +238,11 @@ def shuffled(count: int, batch_size: int, *, generator: torch.Generator) -> Iter
 def augment(
     batch: RawImages, how: Literal["shift", "none"], *, generator: torch.Generator
 ) -> RawImages:
-    """Return a batch, moved by up to an eighth of its side and mirrored at random, or as it is."""
+    """Return a batch, moved by up to ``MARGIN`` pixels and mirrored at random, or as it is."""
     if how == "none":
         return batch
-    return shift_and_flip(batch, margin=max(1, batch.shape[-1] // 8), generator=generator)
+    margin = max(1, min(MARGIN, batch.shape[-1] // 8))
+    return shift_and_flip(batch, margin=margin, generator=generator)
 
 
 def rate_at(tuning: Tuning, epoch: int, progress: float) -> float:
@@ -249,6 +251,8 @@ def rate_at(tuning: Tuning, epoch: int, progress: float) -> float:
         return tuning.learning_rate
     if tuning.schedule == "tenth":
         return tuning.learning_rate * (1.0 if epoch < 2 else 0.1)
+    if tuning.schedule == "cosine-100":
+        progress = min(epoch / 100, 1.0)
     return tuning.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 

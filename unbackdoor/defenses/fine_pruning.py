@@ -119,13 +119,13 @@ def prune_while_kept(
 
     Returns:
         The last state whose accuracy was at least ``kept`` of what it was at first, and how it was
-        chosen. One channel always stays.
+        chosen. One channel always stays, and of all no more than the share ``most`` goes.
     """
     before = accuracy(backbone, split.held_images, split.held_labels)
     least = settings.kept * before
     trial, refused = copy.deepcopy(backbone), None
     pruned, reached = 0, before
-    last = len(order) - 1
+    last = min(len(order) - 1, int(settings.most * len(order)))
     for start in range(0, last, settings.per_check):
         end = min(start + settings.per_check, last)
         prune(trial, writers, order[start:end])

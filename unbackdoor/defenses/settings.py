@@ -16,24 +16,26 @@ class Tuning:
     """Training of a whole network by SGD on the defender's images.
 
     The values are those behind the CBD paper's tables (its appendix A.2), which took them from
-    BackdoorBench.
+    BackdoorBench. Its code lets the cosine end after 100 epochs whatever ``epochs`` is, so that
+    fewer hardly lower the rate: that is ``cosine-100``. Which one the CBD paper had is not known.
 
     Attributes:
         epochs: Passes over the images.
         batch_size: Images a step; a last batch of one image is left out.
         learning_rate: The first.
-        schedule: How it goes on: ``cosine`` to 0 over all steps; ``constant``; or ``tenth``: to a
-            tenth after two epochs, as NAD's authors have it.
+        schedule: How it goes on: ``cosine`` to 0 over all steps; ``cosine-100`` to 0 over 100
+            epochs, as BackdoorBench's code has it; ``constant``; or ``tenth``: to a tenth after two
+            epochs, as NAD's authors have it.
         momentum: Of SGD.
         weight_decay: L2 penalty.
-        augment: ``shift``: random crop after padding by an eighth of the side, and mirror images,
-            as BackdoorBench's CIFAR-10 training; ``none``.
+        augment: ``shift``: random crop after padding by 4 pixels (an eighth of a smaller side), and
+            mirror images, as BackdoorBench's CIFAR-10 training; ``none``.
     """
 
     epochs: int = 10
     batch_size: int = 256
     learning_rate: float = 0.01
-    schedule: Literal["cosine", "constant", "tenth"] = "cosine"
+    schedule: Literal["cosine", "cosine-100", "constant", "tenth"] = "cosine"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: Literal["shift", "none"] = "shift"
@@ -67,6 +69,7 @@ class FinePruningSettings:
         kept: Share of the accuracy that pruning must keep. .9: the CBD paper, section 4.
         held_out: Share of the images on which that accuracy is read. Ours.
         per_check: Channels pruned between two readings. 1: Liu et al. 2018.
+        most: Share of the channels that may be pruned; one always stays. 1, no rule: likewise.
         stage: Layer whose channels are pruned; "" is the last with a map. Liu et al.: the last
             convolutional layer.
         tuning: 50 epochs: the CBD paper, section 4.
@@ -76,6 +79,7 @@ class FinePruningSettings:
     kept: float = 0.9
     held_out: float = 0.2
     per_check: int = 1
+    most: float = 1.0
     stage: str = ""
     tuning: Tuning = field(default_factory=lambda: Tuning(epochs=50))
     seed: int = 0
@@ -84,6 +88,7 @@ class FinePruningSettings:
         in_range("kept", self.kept, least=0, most=1)
         in_range("held_out", self.held_out, above=0, most=0.9)
         in_range("per_check", self.per_check, least=1)
+        in_range("most", self.most, least=0, most=1)
 
 
 @dataclass(frozen=True)
