@@ -25,6 +25,7 @@ from unbackdoor.bench.run import (
     defender_images,
     draw_cells,
     flags_of,
+    method_precision,
     repair_key,
     run_cells,
 )
@@ -336,6 +337,12 @@ def test_an_attack_with_other_options_has_its_own_victim_and_trigger(data, tmp_p
     assert (under.trigger, under.target) == (BadNets(size=5, position="center"), 1)
     assert repair_key(clean) == repair_key(cells["badnets", CLEAN_ROW])
     assert attack_of(cells["wide", "No Defense"], wide["victim"]).trigger == under.trigger
+
+
+def test_the_method_computes_as_the_baselines_do_unless_asked_otherwise(monkeypatch):
+    monkeypatch.setattr("unbackdoor.bench.run.pick_precision", lambda *_: "bf16")  # as on CUDA
+    assert method_precision(Place("", device="cpu")) == "fp32"
+    assert method_precision(Place("", device="cpu", precision="bf16")) == "bf16"
 
 
 def test_a_clean_victim_is_repaired_once_and_scored_under_every_attack(grid, run, store):

@@ -795,7 +795,8 @@ def bench_run(
     gpus
         Ray: GPUs a victim and its cells take; a fraction shares one.
     precision
-        Of victims and of the method; bf16 where auto finds it.
+        Of victims and detectors, bf16 where auto finds it, and of the method, which auto runs in
+        fp32 as the baselines are.
     """
     from unbackdoor.bench import jobs  # imports torch, so not before it is needed
 

@@ -55,6 +55,7 @@ from unbackdoor.defense_jobs import find_defense, label, pseudo_label_accuracy, 
 from unbackdoor.defenses import DEFENSES
 from unbackdoor.defenses.keeping import Keeper
 from unbackdoor.devices import (
+    Precision,
     describe_device,
     forget_peak,
     laid_out,
@@ -388,7 +389,7 @@ def defend_cell(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_memory": peak_memory(device),
         "device": describe_device(device),
-        "precision": pick_precision(place.precision, device) if cell.defense == CBD else "fp32",
+        "precision": method_precision(place) if cell.defense == CBD else "fp32",
         "revision": revision(),
         "versions": versions(),
     }
@@ -446,6 +447,12 @@ def repair(
     return Repaired(result.backbone, result.log, [], told, keep.earlier)
 
 
+def method_precision(place: Place) -> Precision:
+    """Return what the method computes in: as the baselines beside it, unless asked otherwise."""
+    asked = place.precision
+    return "fp32" if asked == "auto" else pick_precision(asked, pick_device(place.device))
+
+
 def _purify(
     cell: Cell,
     loaded: Loaded,
@@ -457,7 +464,7 @@ def _purify(
     on_step: OnStep | None,
 ) -> Repaired:
     device = pick_device(place.device)
-    precision = pick_precision(place.precision, device)
+    precision = method_precision(place)
     settings, path = settings_of(cell), store.state_path(repair_key(cell))
     of = identity(settings, checkpoint=loaded.checkpoint.sha256, images=told["fingerprint"])
     of |= {"device": str(device), "precision": precision}
