@@ -10,6 +10,7 @@ Who writes what, in `results/`:
 - `searches.json`: `scripts/compare_searches.py`. `windows.json`: `scripts/scan_windows.py`.
 - `development/`: `scripts/try_settings.py`. `images.jsonl`: `scripts/try_images.py`.
 - `oracle-thresholds.json`: `scripts/oracle_thresholds.py`.
+- `reestimation.jsonl`: `scripts/compare_reestimation.py`.
 - `speed*.json`, `curves.json`, `scaling.json`: the measurements in `benchmarks/`.
 """
 
@@ -393,6 +394,19 @@ def images_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def reestimation_table() -> str:
+    """Return what is read after statistics are re-estimated on either images, in percent."""
+    lines = ["| victim | backbone | images | own head | probe |", "|---|---|---|---|---|"]
+    words = {"unlabeled": "the defense's", "validation": "others"}
+    for line in (ROOT / "results/reestimation.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        for images, scores in found["scores"].items():
+            attack = found["victim"].partition("-")[0]
+            cells = as_cells(scores, ("head", "probe"))
+            lines.append(f"| {' | '.join([attack, found['backbone'], words[images], *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
 def enemies_table() -> str:
     """Return the scores of every enemy's victim and of what our default makes of it."""
     lines = [f"| enemy | backbone | {' | '.join(READINGS.values())} |", "|---|---|---|---|---|---|"]
@@ -482,6 +496,7 @@ TABLES: tuple[Table, ...] = (
     ("docs/experiments/changes.md", "results/bench", changes_table),
     ("docs/experiments/changes.md", "results/windows.json", windows_table),
     ("docs/experiments/tables-cpu.md", "results/bench", lasting_table),
+    ("docs/experiments/tables-cpu.md", "results/reestimation.jsonl", reestimation_table),
     *(
         (
             "docs/experiments/tables-cpu.md",

@@ -135,9 +135,9 @@ def defend_file(
     of = {
         "defense": json.dumps([Path(chosen.name).name, asdict(chosen.settings), kind, chosen.seed]),
         "defense_code": own_hash(chosen.name),
-        "labels": _hash(given.labels),
         "checkpoint": loaded.checkpoint.sha256,
         "images": photos.fingerprint,
+        "labels": _hash(given.labels),
         "device": str(where),
         **describe_network(source, loaded),
     }
