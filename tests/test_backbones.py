@@ -284,12 +284,16 @@ def test_a_config_says_which_images_a_network_takes_and_what_it_is(tmp_path):
         "warning: its config.json names the architecture 'test_resnet2', not "
         "'test_resnet.r160_in1k'"
     )
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet.x"}))
-    said.clear()
-    loaded = open_backbone(replace(source, size=64))
-    describe_input(source, loaded, say=said.append)
-    assert not said[0].startswith("warning")
-    assert loaded.size == 64
+    pixels = {"input_size": [3, 10**6, 10**6]}  # more than there is memory for
+    config = {"architecture": "test_resnet.x", "pretrained_cfg": pixels}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for arch in ("test_resnet", "timm/test_resnet"):
+        said.clear()
+        same = replace(source, arch=arch)
+        loaded = open_backbone(same)
+        describe_input(same, loaded, say=said.append)
+        assert not said[0].startswith("warning")
+        assert loaded.size == 160
 
 
 def test_a_model_of_transformers_is_told_from_one_of_timm(tmp_path):

@@ -405,6 +405,7 @@ def test_a_grid_may_have_an_attack_with_other_options(write):
         ("size = 4", "sice = 4", "'trigger.sice' is unknown; did you mean 'trigger.size'"),
         ("share = 1\n", "target = 1\n", "target is a key of the grid"),
         (f"share{VARIANT.partition('share')[2]}", "", "differs in nothing"),
+        (f"share{VARIANT.partition('share')[2]}", "trigger = {}", "differs in nothing"),
     ],
 )
 def test_a_variant_that_is_none_is_refused(write, old, new, message):

@@ -5,7 +5,15 @@ import torch
 from test_defenses import make_backbone, make_data
 
 from unbackdoor.backbones import Backbone
-from unbackdoor.defenses.common import copy_of, labels_of, rate_at, split_off, tune, zero_rows
+from unbackdoor.defenses.common import (
+    augment,
+    copy_of,
+    labels_of,
+    rate_at,
+    split_off,
+    tune,
+    zero_rows,
+)
 from unbackdoor.defenses.settings import Tuning
 from unbackdoor.errors import ArchitectureError
 
@@ -111,3 +119,13 @@ def test_the_rate_follows_its_schedule():
     assert rate_at(constant, 3, 0.99) == 0.1
     rates = [rate_at(tenth, epoch, epoch / 4) for epoch in range(4)]
     assert rates == [0.1, 0.1, 0.1 * 0.1, 0.1 * 0.1]
+
+
+@pytest.mark.parametrize(("side", "most"), [(16, 2), (32, 4), (64, 4)])
+def test_images_are_moved_by_four_pixels_or_an_eighth_of_a_small_side(side, most, generator):
+    column = torch.zeros(200, 3, side, side, dtype=torch.uint8)
+    column[..., side // 2] = 255
+    moved = augment(column, "shift", generator=generator)
+    places = moved[:, 0].float().sum(1).argmax(1)  # of the white column, mirrored or not
+    from_centre = torch.where(places < side // 2, side // 2 - 1 - places, places - side // 2)
+    assert from_centre.max() == most

@@ -173,7 +173,7 @@ def test_a_file_that_holds_no_attack_is_refused(tmp_path):
     "given", [{"target": 0}, {"training": "simclr"}, {"trigger": {"size": "4"}}]
 )
 def test_what_a_record_says_is_not_given_as_well(given, tmp_path):
-    with pytest.raises(SettingsError, match="pass no --simclr, no --target and no --trigger"):
+    with pytest.raises(SettingsError, match="none of it is given as well"):
         find_attack(write_record(tmp_path), size=32, **given)
 
 

@@ -46,6 +46,8 @@ def test_what_a_files_dtype_cannot_hold_is_told(tmp_path):
     backbone.body.bn1.running_var.fill_(1e6)
     with pytest.raises(OutputError, match=r"bn1\.running_var is beyond .*float16 .* 1e\+06"):
         round_as_written(loaded, backbone)
+    backbone.body.bn1.running_var.fill_(float("inf"))  # not by rounding
+    round_as_written(loaded, backbone)
 
 
 def test_what_is_measured_is_rounded_as_it_is_written(tmp_path):

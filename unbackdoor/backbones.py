@@ -39,6 +39,7 @@ from unbackdoor.settings import in_range
 from unbackdoor.types import Features, Images, Say
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+LARGEST_SIDE = 4096  # pixels; a config from elsewhere shall not ask for all memory
 LARGEST_KERNEL = 32 * 32  # weights; of a layer that cuts images into patches
 HEAD_NAME = re.compile(r"fc|linear|head|heads\.\w+|classifier(\.\d+)?")
 
@@ -341,7 +342,8 @@ def describe_pixels(loaded: Loaded) -> dict[str, Any]:
 def describe_input(source: Source, loaded: Loaded, *, say: Say) -> None:
     """Say what the checkpoint is and which of its tensors are used."""
     named = loaded.checkpoint.config.get("architecture")
-    if isinstance(named, str) and named.partition(".")[0] != source.arch.partition(".")[0]:
+    asked = source.arch.removeprefix("timm/").partition(".")[0]
+    if isinstance(named, str) and not is_own(source.arch) and named.partition(".")[0] != asked:
         say(f"warning: its config.json names the architecture {named!r}, not {source.arch!r}")
     say(f"{source.checkpoint}: {loaded.checkpoint.kind}, sha256 {loaded.checkpoint.sha256[:16]}")
     say(describe_match(loaded.match, loaded.checkpoint))
@@ -729,7 +731,7 @@ def _numbers(value: object) -> tuple[float, ...] | None:
 def _side(size: object) -> int | None:
     """Return the side of square images, of channels, height and width as timm's configs have."""
     match size:
-        case [_, int(height), int(width)] if height == width > 0:
+        case [_, int(height), int(width)] if 0 < height == width <= LARGEST_SIDE:
             return height
     return None
 

@@ -971,8 +971,6 @@ def resumable(state: Callable[[], Path]) -> Iterator[None]:
     except KeyboardInterrupt:
         if state().exists():
             complain("run the same command with --resume, and without --force, to continue")
-        else:
-            complain("nothing was kept yet: run the same command again")
         raise
 
 

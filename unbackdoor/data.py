@@ -1084,7 +1084,7 @@ def read_idx(path: Path, *, item: tuple[int, ...]) -> NDArray[np.uint8]:
         with gzip.open(path) as file:
             header = np.frombuffer(file.read(header_bytes), dtype=">i4")
             count = int(header[1])
-            if header[0] != 0x0800 + len(item) + 1 or tuple(header[2:]) != item:
+            if header[0] != 0x0800 + len(item) + 1 or tuple(header[2:]) != item or count < 0:
                 raise ValueError(f"header {header.tolist()}")
             values = np.frombuffer(bytearray(file.read(count * math.prod(item) + 1)), np.uint8)
         return values.reshape(count, *item)

@@ -277,8 +277,8 @@ def find_attack(
         return Known(found, attack, training == "supervised")
     if training is not None or target is not None or trigger:
         raise SettingsError(
-            f"{attack} says how the victim was trained, what its target is and what was planted: "
-            "pass no --simclr, no --target and no --trigger"
+            f"{attack} is a record, which says how the victim was trained, what its target is and "
+            "what was planted: none of it is given as well"
         )
     record = read_victim(attack)
     described = record.get("attack")

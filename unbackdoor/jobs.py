@@ -87,8 +87,8 @@ def purify_file(
 
     Args:
         images: See ``load_images``.
-        out: ``.safetensors``: the matched state dict, flat, under its own keys; ``.pt``, ``.pth``
-            or ``.bin``: all tensors of the input in its own nesting.
+        out: ``.safetensors``: the matched state dict, flat, under its own keys; one of
+            ``TORCH_SUFFIXES``: all tensors of the input in its own nesting.
         limit: Take this many of the images, drawn by the seed.
         compiled: See :func:`purify`.
         ranks: Purify together with other processes, which call this with the same arguments. The

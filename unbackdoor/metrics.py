@@ -106,7 +106,8 @@ def find_goals(labels: Labels, attack: Attack, *, classes: int) -> Goals:
     """
     if attack.goal == "all-to-one" and not 0 <= attack.target < classes:
         raise DataError(
-            f"target class {attack.target} is out of range: 0 to {classes - 1}; pass --target"
+            f"target class {attack.target} is out of range: 0 to {classes - 1}; choose another "
+            "(--target, or a grid's target), or data with that class"
         )
     goals = goal_labels(labels, attack, classes=classes)
     others = labels != goals

@@ -157,10 +157,11 @@ def round_as_written(loaded: Loaded, backbone: Backbone) -> None:
     for key, value in network_state(backbone).items():
         if key in found:
             rounded = value.to(found[key].dtype)
-            if not rounded.isfinite().all():
+            lost = value.isfinite() & ~rounded.isfinite()
+            if lost.any():
                 raise OutputError(
                     f"{key} is beyond what {rounded.dtype} can hold, up to "
-                    f"{value.abs().max().item():.3g}; convert the input to float32 first"
+                    f"{value[lost].abs().max().item():.3g}; convert the input to float32 first"
                 )
             value.copy_(rounded)
 

@@ -131,13 +131,15 @@ class Cell:
 
 def as_record(cell: Cell) -> dict[str, Any]:
     """Return all that makes the key of a cell; what it has none of is not mentioned."""
-    values = asdict(cell) | {"victim": _victim_record(cell.victim)}
-    return {name: values[name] for name in values if values[name] or name not in LATER}
+    return _mentioned(asdict(cell) | {"victim": _victim_record(cell.victim)})
 
 
 def _victim_record(victim: Victim) -> dict[str, Any]:
-    values = asdict(victim)
-    return {name: values[name] for name in values if values[name] or name not in LATER}
+    return _mentioned(asdict(victim))
+
+
+def _mentioned(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value or name not in LATER}
 
 
 def in_words(planted: Pairs) -> str:

@@ -446,12 +446,9 @@ def describe_schedule(grid: Grid) -> str:
     differing = {name: value for name, value in grid.victim.items() if name != "epochs"}
     victims = f"victims: preset {grid.preset}{_lengths(grid)}{_differences(differing)}"
     parts = [f"{victims}{begun}{shared}"]
-    parts += [
-        f"{name}: {attack}{in_words(planted)}"
-        for name in grid.attacks
-        if name in grid.variants
-        for attack, planted in [planted_by(grid, name)]
-    ]
+    for name in filter(grid.variants.__contains__, grid.attacks):
+        attack, planted = planted_by(grid, name)
+        parts.append(f"{name}: {attack}{in_words(planted)}")
     if grid.cbd and any(row.defense == CBD for row in grid.rows):
         parts.append(f"cbd:{_differences(grid.cbd).removeprefix(',')}")
     parts += [
@@ -513,7 +510,7 @@ def _variants(path: Path, table: Any) -> dict[str, Variant]:
             raise SettingsError(f"{where}: is the name of an attack as it is; choose another")
         if attack not in ATTACK_NAMES:
             raise SettingsError(f"{where}: {unknown('attack', attack, ATTACK_NAMES)}")
-        if not options:
+        if not flatten(options):
             raise SettingsError(f"{where}: differs in nothing; pass a share, a trigger, or another")
         if "target" in options:
             raise SettingsError(f"{where}: target is a key of the grid, for all its attacks")

@@ -188,16 +188,28 @@ def find_victim(
             continue
         try:
             made = dict(read_victim(str(found.record)))
+        except CheckpointError:
+            made = {}
+        why: str | None = "its record is damaged"
+        if _is_whole(made):
             why = why_not(victim, made, place, load=load)
-            if why is None and made["sha256"] != sha256_of(found.tensors):
-                why = "its weights are not those of its record"
-        except (CheckpointError, KeyError, TypeError):
-            why = "its record is damaged"
+        if why is None and made["sha256"] != sha256_of(found.tensors):
+            why = "its weights are not those of its record"
         if why:
             say(f"{found.tensors}: not used, for {why}")
             continue
         return found
     return None
+
+
+def _is_whole(made: dict[str, Any]) -> bool:
+    """Tell whether a victim's record has what it is judged by."""
+    attack = made.get("attack") or {"name": CLEAN, "target": 0}
+    try:
+        _ = attack["name"], attack["target"], made["size"], made["data"]["sha256"], made["sha256"]
+    except (KeyError, TypeError):
+        return False
+    return True
 
 
 def why_not(
