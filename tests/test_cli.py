@@ -267,7 +267,7 @@ def test_an_interrupted_run_says_how_to_continue(inputs, tmp_path):
         process.send_signal(signal.SIGINT)
         said = process.communicate()[1]
     assert process.returncode == 130
-    assert "run the same command with --resume to continue" in said
+    assert "run the same command with --resume, and without --force, to continue" in said
     assert "Traceback" not in said
     assert not (tmp_path / "clean.safetensors").exists()
     assert state.exists()

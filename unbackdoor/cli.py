@@ -6,7 +6,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -271,7 +271,7 @@ def purify(
         "compiled": compiled,
     }
     with (
-        resumable(lambda: outputs.name_outputs(out).state),
+        nullcontext() if dry_run else resumable(lambda: outputs.name_outputs(out).state),
         jobs.all_ranks(device) as ranks,
         display("purify", quiet=ranks.rank > 0) as shown,
     ):
