@@ -98,8 +98,7 @@ from unbackdoor.metrics import Reading, find_goals
 from unbackdoor.outputs import (
     TrainedFiles,
     name_trained,
-    name_written,
-    refuse_existing,
+    refuse_trained,
     versions,
     write_trained,
 )
@@ -330,8 +329,7 @@ def plan_files(
         raise OutputError(f"{out}: is a file; --out takes a folder")
     if out.exists() and not os.access(out, os.W_OK):
         raise OutputError(f"{out}: may not be written to; pass another --out")
-    written = name_written(files, resume=resume)
-    refuse_existing(written, files.state, overwrite=overwrite, resume=resume)
+    refuse_trained(files, overwrite=overwrite, resume=resume)
     return files
 
 

@@ -74,15 +74,16 @@ def name_trained(tensors: Path) -> TrainedFiles:
     return TrainedFiles(tensors, *(tensors.with_suffix(suffix) for suffix in suffixes))
 
 
-def name_written(files: TrainedFiles, *, resume: bool) -> tuple[Path, ...]:
-    """Return which of ``files`` must not exist, unless they may be replaced.
+def refuse_trained(files: TrainedFiles, *, overwrite: bool, resume: bool) -> None:
+    """Refuse to replace ``files``, or to forget a state; errors are those of ``refuse_existing``.
 
     A run that goes on may have written its tensors; the record comes last. With a state beside it,
     a record is an older run's, which the one to go on with was told to replace.
     """
-    if not resume:
-        return files[:2]
-    return () if files.state.exists() else files[1:2]
+    written: tuple[Path, ...] = files[:2]
+    if resume:
+        written = () if files.state.exists() else files[1:2]
+    refuse_existing(written, files.state, overwrite=overwrite, resume=resume)
 
 
 def write_trained(

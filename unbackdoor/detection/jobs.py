@@ -51,8 +51,7 @@ from unbackdoor.errors import (
 from unbackdoor.outputs import (
     TrainedFiles,
     name_trained,
-    name_written,
-    refuse_existing,
+    refuse_trained,
     versions,
     write_trained,
 )
@@ -205,8 +204,7 @@ def plan_files(backbone: Path, out: Path, *, overwrite: bool, resume: bool) -> T
     files = name_trained(out)
     for path in files:
         check_output(path, overwrite=True, inputs=[backbone])
-    written = name_written(files, resume=resume)
-    refuse_existing(written, files.state, overwrite=overwrite, resume=resume)
+    refuse_trained(files, overwrite=overwrite, resume=resume)
     return files
 
 
